@@ -1,0 +1,49 @@
+# Two commands do everything: `make soup` (environment, install, the main job) and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# Extra overrides for the main job: make soup ARGS="sweep.size=4"
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help soup test test-fast lint format clean
+
+help:
+	@echo "make soup       environment, install, then: python train.py +soup=greedy"
+	@echo "make test       environment, install, then linters, types, layers and every test"
+	@echo "make test-fast  the same without the slow tests"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "soups needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.train: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar=on -e '.[train]'
+	@touch $@
+
+$(VENV)/.all: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar=on -e '.[all]'
+	@touch $@ $(VENV)/.train
+
+soup: $(VENV)/.train
+	$(BIN)/python train.py +soup=greedy $(ARGS)
+
+lint: $(VENV)/.all
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/basedpyright
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-fast: lint
+	$(BIN)/python -m pytest -m 'not slow'
+
+format: $(VENV)/.all
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

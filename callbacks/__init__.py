@@ -1,0 +1,1 @@
+"""Lightning adapters of the averages in `soups.averaging`."""

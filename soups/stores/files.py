@@ -1,0 +1,134 @@
+"""Files that are whole or absent: write under a temporary name, fsync, rename; and one error for every failing disk."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+from soups.errors import StorageError
+
+_WAY_OUT = {
+    errno.ENOSPC: "the disk is full: free some space, or choose another place, and run the same command again",
+    errno.EDQUOT: "the disk quota is used up: free some space, or choose another place, and run the same command again",
+    errno.EROFS: "the disk is read-only: choose another place",
+    errno.EACCES: "permission was denied: choose another place, or change the folder's permissions",
+    errno.EPERM: "permission was denied: choose another place, or change the folder's permissions",
+    errno.ENOTDIR: "a part of the path is a file, not a folder: choose another place",
+}
+
+
+@contextlib.contextmanager
+def storage_errors(path: str | os.PathLike[str], doing: str = "write") -> Generator[None]:
+    """Turn an `OSError` inside the block into a `StorageError` that names `path` and the way out."""
+    try:
+        yield
+    except OSError as error:
+        reason = _WAY_OUT.get(error.errno or 0, str(error))
+        raise StorageError(
+            f"Cannot {doing} {os.fspath(path)}: {reason}. Nothing was lost or left half-written."
+        ) from error
+
+
+def fsync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk, so that a rename in it survives a power cut. A no-op where folders cannot be opened."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows does not open folders
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_file(path: Path) -> None:
+    """Flush a written file to disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Generator[Path]:
+    """Yield a temporary path beside `path`; when the block ends without error, flush it and rename it to `path`.
+
+    A killed process leaves the old file, or the new one, never a part of it.
+
+    Raises:
+        StorageError: the disk is full, read-only or out of reach. The temporary file is removed.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            fsync_file(temporary)
+            temporary.replace(path)
+            fsync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Generator[Path]:
+    """Yield a temporary folder beside `path`; when the block ends without error, flush its files and rename it to `path`.
+
+    If another process has put a folder at `path` meanwhile, that one stays and ours is removed: whoever writes the same
+    name writes the same content.
+
+    Raises:
+        StorageError: the disk is full, read-only or out of reach. The temporary folder is removed.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    fsync_file(file)
+            fsync_folder(temporary)
+            try:
+                temporary.rename(path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            fsync_folder(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically, indented and with sorted keys."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """Return the SHA-256 (hex) of a JSON value; independent of the order of keys.
+
+    >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    True
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

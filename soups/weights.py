@@ -1,0 +1,230 @@
+"""State-dict algebra and its rules.
+
+*Weights* here are a mapping from tensor name to tensor, as `Module.state_dict()` returns. The rules, which every part of
+the package follows:
+
+- floating tensors are accumulated in float32 or better and written in the dtype that was asked for;
+- integer and bool tensors (`num_batches_tracked`, token ids) are not averaged: the first model's are copied;
+- keys are compared as sets before any work; a mismatch lists what is missing, unexpected and mis-shaped;
+- tensors that share storage (tied weights) are averaged once and stay tied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from soups.errors import WeightsError
+
+Weights = Mapping[str, Tensor]
+
+
+def is_averaged(tensor: Tensor) -> bool:
+    """Tell whether a tensor takes part in averaging: floating and complex ones do, integer and bool ones do not."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which tensors of `dtype` are summed: float32 for 16- and 8-bit floats, else float64.
+
+    >>> accumulation_dtype(torch.bfloat16), accumulation_dtype(torch.float32)
+    (torch.float32, torch.float64)
+    """
+    if dtype.is_complex:
+        return torch.complex128
+    return torch.float32 if dtype.itemsize < 4 else torch.float64
+
+
+def tied_names(weights: Weights) -> dict[str, str]:
+    """Map each tensor name that repeats another tensor's memory to the first name that holds it.
+
+    Two names are tied when they view the same memory with the same shape and strides.
+
+    >>> w = torch.zeros(2)
+    >>> tied_names({"embed.weight": w, "head.weight": w, "bias": torch.zeros(2)})
+    {'head.weight': 'embed.weight'}
+    """
+    first: dict[tuple[object, ...], str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in weights.items():
+        if tensor.numel() == 0 or tensor.device.type == "meta":
+            continue
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if place in first:
+            tied[name] = first[place]
+        else:
+            first[place] = name
+    return tied
+
+
+def describe_mismatch(expected: Weights, found: Weights, *, limit: int = 6) -> str:
+    """Return what differs in names, shapes and dtypes between two sets of weights; the empty string if nothing does.
+
+    >>> describe_mismatch({"a": torch.zeros(2)}, {"a": torch.zeros(3), "b": torch.zeros(1)})
+    "1 unexpected ('b'); 1 mis-shaped ('a': expected (2,), found (3,))"
+    """
+    missing = [repr(name) for name in expected if name not in found]
+    unexpected = [repr(name) for name in found if name not in expected]
+    common = [name for name in expected if name in found]
+    shapes = [
+        f"{name!r}: expected {tuple(expected[name].shape)}, found {tuple(found[name].shape)}"
+        for name in common
+        if expected[name].shape != found[name].shape
+    ]
+    dtypes = [
+        f"{name!r}: expected {expected[name].dtype}, found {found[name].dtype}"
+        for name in common
+        if is_averaged(expected[name]) != is_averaged(found[name])
+    ]
+    parts: list[str] = []
+    for what, items in (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("mis-shaped", shapes),
+        ("of another kind", dtypes),
+    ):
+        if items:
+            more = f", and {len(items) - limit} more" if len(items) > limit else ""
+            parts.append(f"{len(items)} {what} ({', '.join(items[:limit])}{more})")
+    return "; ".join(parts)
+
+
+def check_same(expected: Weights, found: Weights, *, where: str) -> None:
+    """Check that `found` has the names, shapes and kinds of `expected`.
+
+    Args:
+        expected: the reference weights.
+        found: the weights to check.
+        where: the file or model that `found` came from, for the message.
+
+    Raises:
+        WeightsError: naming every kind of mismatch.
+    """
+    if problem := describe_mismatch(expected, found):
+        raise WeightsError(
+            f"{where} does not fit the other weights: {problem}. Ingredients of one soup need the same architecture, "
+            f"head included; leave this one out or fine-tune it again from the shared start."
+        )
+
+
+def check_finite(weights: Weights, *, where: str) -> None:
+    """Check that no floating tensor holds NaN or infinity.
+
+    Raises:
+        WeightsError: naming the file, the first tensor at fault and how many elements of it are not finite.
+    """
+    for name, tensor in weights.items():
+        if is_averaged(tensor) and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise WeightsError(
+                f"{where}: tensor {name!r} holds {bad} non-finite values (NaN or infinity) of {tensor.numel()}. One such "
+                f"model would spoil the whole average; leave it out or train it again (a lower learning rate helps)."
+            )
+
+
+def hash_weights(weights: Weights) -> str:
+    """Return the SHA-256 (hex) of names, dtypes, shapes and bytes; independent of the order of names.
+
+    >>> hash_weights({"a": torch.ones(1), "b": torch.ones(2)}) == hash_weights({"b": torch.ones(2), "a": torch.ones(1)})
+    True
+    """
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def hash_architecture(weights: Weights) -> str:
+    """Return the SHA-256 (hex) of names, dtypes and shapes: equal for weights that can be averaged."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(f"{name}|{weights[name].dtype}|{tuple(weights[name].shape)}\n".encode())
+    return digest.hexdigest()
+
+
+class RunningSum:
+    """A sum of weights that gives the mean of what was added, and the mean it would have with one more.
+
+    The accumulators have `accumulation_dtype`; memory is one accumulator a tensor, however many models are added.
+    Means come back in the dtypes of the first model, with its integer tensors and its tied names.
+
+    >>> total = RunningSum()
+    >>> total.add({"w": torch.tensor([1.0])}); total.add({"w": torch.tensor([3.0])})
+    >>> total.mean()["w"], total.mean_with({"w": torch.tensor([5.0])})["w"], total.count
+    (tensor([2.]), tensor([3.]), 2)
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sums: dict[str, Tensor] = {}
+        self._first: dict[str, Tensor] = {}
+        self._tied: dict[str, str] = {}
+
+    def add(self, weights: Weights, *, where: str = "an ingredient") -> None:
+        """Add one model's weights.
+
+        Raises:
+            WeightsError: names, shapes or kinds differ from the first model's; nothing is added then.
+        """
+        if self.count == 0:
+            self._tied = tied_names(weights)
+            self._first = dict(weights)
+            self._sums = {
+                name: tensor.detach().to(accumulation_dtype(tensor.dtype), copy=True)
+                for name, tensor in weights.items()
+                if is_averaged(tensor) and name not in self._tied
+            }
+        else:
+            check_same(self._first, weights, where=where)
+            for name, total in self._sums.items():
+                total.add_(weights[name].detach().to(total.device))
+        self.count += 1
+
+    def mean(self) -> dict[str, Tensor]:
+        """Return the mean of what was added so far."""
+        return self._divide(None)
+
+    def mean_with(self, weights: Weights, *, where: str = "an ingredient") -> dict[str, Tensor]:
+        """Return the mean over what was added and `weights`, without adding them."""
+        if self.count == 0:
+            single = RunningSum()
+            single.add(weights, where=where)
+            return single.mean()
+        check_same(self._first, weights, where=where)
+        return self._divide(weights)
+
+    def _divide(self, extra: Weights | None) -> dict[str, Tensor]:
+        if self.count == 0:
+            raise WeightsError("The mean of no models was asked for; add at least one ingredient.")
+        result: dict[str, Tensor] = {}
+        for name, first in self._first.items():
+            if name in self._tied:
+                result[name] = result[self._tied[name]]
+            elif name in self._sums:
+                total = self._sums[name]
+                if extra is not None:
+                    total = total + extra[name].detach().to(total.device)
+                result[name] = (total / (self.count + (extra is not None))).to(first.dtype)
+            else:
+                result[name] = first.clone()
+        return result
+
+
+def mean(models: Iterable[Weights]) -> dict[str, Tensor]:
+    """Return the uniform average of several models' weights, holding one model and one accumulator at a time.
+
+    Uniform soup, Model soups (arXiv:2203.05482), section 2. The rules for dtypes, integer and tied tensors are the
+    module's.
+
+    Raises:
+        WeightsError: no models, or models that differ in names, shapes or kinds.
+    """
+    total = RunningSum()
+    for number, weights in enumerate(models):
+        total.add(weights, where=f"model number {number}")
+    return total.mean()
