@@ -1,1 +1,7 @@
-"""Evaluation."""
+"""What a model predicts on a split, and the numbers computed from it."""
+
+from soups.evaluation.scores import Score as Score
+from soups.evaluation.scores import ensemble as ensemble
+from soups.evaluation.scores import ood_mean as ood_mean
+from soups.evaluation.scores import predict as predict
+from soups.evaluation.scores import score as score

@@ -1,0 +1,88 @@
+"""Predictions of a model on a split, and the numbers computed from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor, nn
+from torch.nn import functional
+
+Batch = tuple[Tensor, Tensor]
+
+
+@torch.inference_mode()
+def predict(module: nn.Module, batches: Sequence[Batch], device: torch.device | str = "cpu") -> Tensor:
+    """Return logits, float32 (N, classes), of a model in evaluation mode, in the order of the batches.
+
+    Under `torch.distributed` the ranks share the batches and every rank returns all logits. Each batch is computed whole
+    on one rank, so that the result has the same bits for any number of ranks and every sample counts once.
+
+    Args:
+        module: maps images to logits, or to an object that holds them under `logits`.
+        batches: the same on every rank.
+        device: where the module is.
+    """
+    was_training = module.training
+    module.eval()
+    rank, world = _ranks()
+    mine = [
+        (number, getattr(output, "logits", output).float().cpu())
+        for number, (images, _) in enumerate(batches)
+        if number % world == rank
+        for output in (module(images.to(device)),)
+    ]
+    module.train(was_training)
+    if world > 1:
+        gathered: list[list[tuple[int, Tensor]] | None] = [None] * world
+        distributed.all_gather_object(gathered, mine)
+        mine = sorted((part for parts in gathered if parts for part in parts), key=lambda part: part[0])
+    return torch.cat([logits for _, logits in mine])
+
+
+def _ranks() -> tuple[int, int]:
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+@dataclass(frozen=True)
+class Score:
+    """Numbers of one model on one split: accuracy in [0, 1], mean cross-entropy in nats, and how many samples."""
+
+    accuracy: float
+    loss: float
+    count: int
+
+
+def score(logits: Tensor, labels: Tensor) -> Score:
+    """Score logits (N, classes) against labels (N,).
+
+    >>> score(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0])).accuracy
+    0.5
+    """
+    right = int((logits.argmax(dim=1) == labels).sum())
+    return Score(right / len(labels), float(functional.cross_entropy(logits.double(), labels)), len(labels))
+
+
+def ensemble(logits: Sequence[Tensor]) -> Tensor:
+    """Return the logit ensemble of several models: the mean of their logits, each (N, classes).
+
+    The reference of Model soups (arXiv:2203.05482, section 3): as many forward passes as members.
+    """
+    total = torch.zeros_like(logits[0], dtype=torch.float64)
+    for values in logits:
+        total += values
+    return (total / len(logits)).float()
+
+
+def ood_mean(accuracies: Mapping[str, float]) -> float:
+    """Return the mean accuracy over the out-of-distribution splits: every split but train, held-out and test.
+
+    >>> round(ood_mean({"test": 0.9, "blur": 0.5, "noise": 0.7}), 3)
+    0.6
+    """
+    values = [value for name, value in accuracies.items() if name not in ("train", "heldout", "test")]
+    return sum(values) / len(values) if values else float("nan")

@@ -1,0 +1,334 @@
+"""The ingredient pool: a folder, or any fsspec URL, of finished fine-tunes that soups are made from.
+
+Layout, one folder an ingredient, named by the fingerprint of what determines its weights::
+
+    pool/
+      ingredients/<fingerprint>/weights.safetensors, record.json
+      starts/<fingerprint>/…                    the shared (linear-probed) starting points
+      predictions/<weights hash>-<split hash>.safetensors   logits, computed once
+      failures/<fingerprint>.json               why a run failed; removed when it succeeds
+
+`record.json` is written last, and on local disks the whole folder is renamed into place, so an ingredient is there whole
+or not at all. Writers of one name write the same content; whoever comes second leaves the first one's.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from soups.errors import StorageError, WeightsError
+from soups.stores.files import replacing_folder, sha256_file, storage_errors, write_json
+from soups.stores.safetensors import read_safetensors, write_safetensors
+from soups.weights import Weights, check_finite, hash_architecture, hash_weights
+
+WEIGHTS, RECORD = "weights.safetensors", "record.json"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class Ingredient(BaseModel):
+    """What the pool knows of a fine-tuned model.
+
+    Attributes:
+        fingerprint: hash of `determinants`; the ingredient's name.
+        determinants: the settings, data and start that decide the weights.
+        config: the whole resolved configuration, also what does not decide the weights.
+        start: weights hash of the model that fine-tuning started from.
+        architecture: hash of names, dtypes and shapes.
+        split: hash of the train, held-out and test splits and the class names.
+        weights: hash of the weights; `file_sha256` and `file_bytes` are the file's.
+        metrics: by split, then by name ("accuracy" in [0, 1], "loss" in nats, "count").
+        durations: in seconds, by phase.
+        versions: of the libraries and of this code.
+        layout: what the run ran on: devices, strategy, threads, host.
+        created: UTC, ISO 8601.
+        notes: anything else worth keeping (the probe's penalty, the averages' names).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    fingerprint: str
+    determinants: dict[str, Any]
+    config: dict[str, Any] = Field(default_factory=dict)
+    start: str | None = None
+    architecture: str = ""
+    split: str = ""
+    weights: str = ""
+    file_sha256: str = ""
+    file_bytes: int = 0
+    metrics: dict[str, dict[str, float]] = Field(default_factory=dict)
+    durations: dict[str, float] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    layout: dict[str, Any] = Field(default_factory=dict)
+    created: str = Field(default_factory=_now)
+    notes: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def short(self) -> str:
+        """The first eight characters of the fingerprint, as shown to people."""
+        return self.fingerprint[:8]
+
+    def heldout(self, metric: str = "accuracy") -> float:
+        """Return a metric on the held-out split."""
+        return self.metrics["heldout"][metric]
+
+
+class Failure(BaseModel):
+    """Why a run failed."""
+
+    fingerprint: str
+    error: str
+    determinants: dict[str, Any]
+    created: str = Field(default_factory=_now)
+
+
+class Pool:
+    """Ingredients at a path or an fsspec URL (`s3://bucket/pool`, `memory://pool`).
+
+    Raises:
+        StorageError: the place cannot be reached.
+    """
+
+    def __init__(self, url: str | Path) -> None:
+        self.url = str(url)
+        try:
+            self._files, root = cast(tuple[Any, str], fsspec.url_to_fs(self.url))
+        except (ImportError, ValueError) as error:
+            raise StorageError(
+                f"Cannot open the pool {self.url}: {error}. Install what the protocol needs (for s3:// that is `pip "
+                f"install s3fs`), or use a local folder: pool.path=…"
+            ) from error
+        self.root = PurePosixPath(root)
+        self.local = isinstance(self._files, LocalFileSystem)
+
+    def __contains__(self, fingerprint: str) -> bool:
+        return self._exists("ingredients", fingerprint, RECORD)
+
+    def check_writable(self) -> None:
+        """Write and remove a small file, so that a full or read-only place shows before work is spent.
+
+        Raises:
+            StorageError: naming the place and the way out.
+        """
+        probe = self._path(f".writable-{uuid.uuid4().hex[:8]}")
+        with self._errors():
+            self._files.makedirs(str(self.root), exist_ok=True)
+            with self._files.open(probe, "wb") as file:
+                file.write(b"\0" * 4096)
+            self._files.rm(probe)
+
+    def ingredients(self) -> list[Ingredient]:
+        """Return the records of all finished ingredients, in the order of their fingerprints."""
+        return [self.ingredient(name) for name in self._names("ingredients")]
+
+    def ingredient(self, fingerprint: str) -> Ingredient:
+        """Return the record of an ingredient.
+
+        Raises:
+            StorageError: there is none, or its record cannot be read.
+        """
+        return self._record("ingredients", fingerprint)
+
+    def weights(self, fingerprint: str) -> dict[str, Tensor]:
+        """Read an ingredient's weights, checked against its record.
+
+        Raises:
+            StorageError: the file is absent, truncated or altered.
+            WeightsError: a tensor holds NaN or infinity, or names and shapes are not the recorded ones.
+        """
+        return self._weights("ingredients", self.ingredient(fingerprint))
+
+    def add(self, record: Ingredient, weights: Weights) -> Ingredient:
+        """Add a finished ingredient; the fields that describe the weights are filled in. One that is there stays.
+
+        Raises:
+            WeightsError: the weights hold NaN or infinity.
+            StorageError: the place is full, read-only or out of reach; nothing half-written is left behind.
+        """
+        added = self._add("ingredients", record, weights)
+        failure = self._path("failures", f"{record.fingerprint}.json")
+        with self._errors():
+            if self._files.exists(failure):
+                self._files.rm(failure)
+        return added
+
+    def start(self, fingerprint: str) -> tuple[Ingredient, dict[str, Tensor]] | None:
+        """Return a shared start by the fingerprint of what determines it, or None."""
+        if not self._exists("starts", fingerprint, RECORD):
+            return None
+        record = self._record("starts", fingerprint)
+        return record, self._weights("starts", record)
+
+    def add_start(self, record: Ingredient, weights: Weights) -> Ingredient:
+        """Add a shared start; see `add`."""
+        return self._add("starts", record, weights)
+
+    @contextmanager
+    def lock(self, name: str) -> Generator[None]:
+        """Hold a lock among the processes of one machine, so that shared work is done once.
+
+        On storage without locks (fsspec URLs) this does nothing: two may do the work, and one result is kept.
+        """
+        if not self.local:
+            yield
+            return
+        from filelock import FileLock
+
+        with self._errors():
+            folder = Path(self._path("locks"))
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / f"{name}.lock")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def fail(self, failure: Failure) -> None:
+        """Record why a run failed, for those who will look."""
+        with self._errors():
+            self._files.makedirs(self._path("failures"), exist_ok=True)
+            self._put_text(self._path("failures", f"{failure.fingerprint}.json"), failure.model_dump_json(indent=2))
+
+    def failure(self, fingerprint: str) -> Failure | None:
+        """Return why the last run of this ingredient failed, if it did."""
+        if fingerprint in self or not self._exists("failures", f"{fingerprint}.json"):
+            return None
+        return Failure.model_validate_json(self._files.cat_file(self._path("failures", f"{fingerprint}.json")))
+
+    def predictions(self, weights_hash: str, split_hash: str) -> Tensor | None:
+        """Return stored logits, float32 (N, classes), of some weights on a split, or None."""
+        path = self._path("predictions", f"{weights_hash[:24]}-{split_hash[:24]}.safetensors")
+        if not self._files.exists(path):
+            return None
+        with self._as_local(path) as local:
+            try:
+                return read_safetensors(local)["logits"]
+            except StorageError:  # cut off by a crash of the machine: worth a recomputation, not an error
+                return None
+
+    def add_predictions(self, weights_hash: str, split_hash: str, logits: Tensor) -> None:
+        """Store logits of some weights on a split."""
+        path = self._path("predictions", f"{weights_hash[:24]}-{split_hash[:24]}.safetensors")
+        with self._errors():
+            if self.local:
+                write_safetensors(path, {"logits": logits})
+                return
+            with tempfile.TemporaryDirectory() as scratch:
+                write_safetensors(Path(scratch) / "logits", {"logits": logits})
+                self._files.put_file(str(Path(scratch) / "logits"), path)
+
+    def _add(self, kind: str, record: Ingredient, weights: Weights) -> Ingredient:
+        where = f"ingredient {record.short}"
+        check_finite(weights, where=where)
+        record = record.model_copy(
+            update={"architecture": hash_architecture(weights), "weights": hash_weights(weights)}
+        )
+        if self._exists(kind, record.fingerprint, RECORD):
+            return self._record(kind, record.fingerprint)
+        target = self._path(kind, record.fingerprint)
+        with self._errors():
+            if self.local:
+                with replacing_folder(Path(target)) as folder:
+                    record = self._fill(folder, record, weights)
+            else:
+                with tempfile.TemporaryDirectory() as scratch:
+                    record = self._fill(Path(scratch), record, weights)
+                    for name in (WEIGHTS, RECORD):
+                        self._files.makedirs(target, exist_ok=True)
+                        self._files.put_file(str(Path(scratch) / name), f"{target}/{name}")
+        return self._record(kind, record.fingerprint)
+
+    @staticmethod
+    def _fill(folder: Path, record: Ingredient, weights: Weights) -> Ingredient:
+        path = folder / WEIGHTS
+        write_safetensors(path, weights, {"fingerprint": record.fingerprint})
+        record = record.model_copy(update={"file_sha256": sha256_file(path), "file_bytes": path.stat().st_size})
+        write_json(folder / RECORD, record.model_dump(mode="json"))
+        return record
+
+    def _record(self, kind: str, name: str) -> Ingredient:
+        path = self._path(kind, name, RECORD)
+        with self._errors("read"):
+            try:
+                return Ingredient.model_validate_json(self._files.cat_file(path))
+            except FileNotFoundError:
+                known = ", ".join(other[:8] for other in self._names(kind)[:8]) or "none"
+                raise StorageError(f"The pool {self.url} holds no ingredient {name[:8]}; it has: {known}.") from None
+            except ValidationError as error:
+                raise StorageError(
+                    f"{path} is not a whole ingredient record ({error.error_count()} faults, the first: "
+                    f"{error.errors()[0]['msg']}). Remove the folder {self._path(kind, name)} and run the sweep again: "
+                    f"only this ingredient is made anew."
+                ) from error
+
+    def _weights(self, kind: str, record: Ingredient) -> dict[str, Tensor]:
+        path = self._path(kind, record.fingerprint, WEIGHTS)
+        again = (
+            f"Remove the folder {self._path(kind, record.fingerprint)} and run the same command again: it is made anew."
+        )
+        with self._as_local(path) as local:
+            # The size tells a truncated file before it is mapped: a mapped file that is short kills the process.
+            size = local.stat().st_size if local.exists() else -1
+            if size != record.file_bytes:
+                found = "is absent" if size < 0 else f"has {size} bytes"
+                raise StorageError(f"{path} {found}; {record.file_bytes} were written. {again}")
+            try:
+                weights = {name: tensor.clone() for name, tensor in read_safetensors(local).items()}
+            except StorageError as error:
+                raise StorageError(f"{error} {again}") from error
+        check_finite(weights, where=path)
+        if hash_architecture(weights) != record.architecture:
+            raise WeightsError(f"{path} does not hold the tensors that its record names. {again}")
+        if hash_weights(weights) != record.weights:
+            raise StorageError(f"{path} was altered after it was written: its hash is not the recorded one. {again}")
+        return weights
+
+    @contextmanager
+    def _as_local(self, path: str) -> Generator[Path]:
+        if self.local:
+            yield Path(path)
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            target = Path(scratch) / "file.safetensors"
+            if self._files.exists(path):
+                self._files.get_file(path, str(target))
+            yield target
+
+    def _put_text(self, path: str, text: str) -> None:
+        if self.local:
+            write_json(Path(path), json.loads(text))
+        else:
+            self._files.pipe_file(path, text.encode())
+
+    def _names(self, kind: str) -> list[str]:
+        folder = self._path(kind)
+        with self._errors("read"):
+            if not self._files.exists(folder):
+                return []
+            self._files.invalidate_cache()
+            names = sorted(PurePosixPath(place).name for place in self._files.ls(folder, detail=False))
+            return [name for name in names if not name.startswith(".") and self._exists(kind, name, RECORD)]
+
+    def _exists(self, *parts: str) -> bool:
+        return bool(self._files.exists(self._path(*parts)))
+
+    def _path(self, *parts: str) -> str:
+        return str(self.root.joinpath(*parts))
+
+    def _errors(self, doing: str = "write"):
+        return storage_errors(f"the pool {self.url}", doing)

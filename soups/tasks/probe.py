@@ -1,0 +1,106 @@
+"""The linear probe: the best head on the frozen pretrained network, and the start that all ingredients share.
+
+Fine-tuning from a probed head (LP-FT, arXiv:2202.10054) keeps the members close to each other; with a fresh random head
+each, their average is no better than chance (arXiv:2203.05482, appendix).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from soups.errors import DataError
+from soups.tasks.models import Network
+
+# Inverse strengths of the L2 penalty; the held-out split chooses.
+STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the probe chose: the inverse L2 strength and its held-out accuracy in [0, 1]."""
+
+    strength: float
+    heldout_accuracy: float
+
+
+@torch.inference_mode()
+def head_inputs(
+    network: Network, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what enters the head, float64 (N, features), and the labels (N,), for the network in evaluation mode."""
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
+
+    def keep(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        features.append(inputs[0].flatten(1).double().cpu())
+
+    module = network.module.to(device).eval()
+    hook = network.linear().register_forward_pre_hook(keep)
+    try:
+        for images, targets in batches:
+            module(images.to(device))
+            labels.append(targets)
+    finally:
+        hook.remove()
+    return torch.cat(features).numpy(), torch.cat(labels).numpy()
+
+
+def linear_probe(
+    network: Network,
+    train: Iterable[tuple[Tensor, Tensor]],
+    heldout: Iterable[tuple[Tensor, Tensor]],
+    num_classes: int,
+    device: torch.device | None = None,
+) -> Probe:
+    """Fit the head by logistic regression on frozen features, in place.
+
+    The penalty is the one of `STRENGTHS` with the best held-out accuracy (the strongest of several equal ones).
+    Deterministic for given features.
+
+    Args:
+        network: its head is replaced; everything else is left as it is.
+        train, heldout: batches of images (B, 3, H, W) and labels (B,), not augmented.
+        num_classes: width of the head.
+        device: where to compute features.
+
+    Raises:
+        DataError: a class has no training image.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    device = device or torch.device("cpu")
+    inputs, labels = head_inputs(network, train, device)
+    if missing := sorted(set(range(num_classes)) - set(labels.tolist())):
+        raise DataError(f"The train split has no image of class number {missing[0]}; every class needs at least one.")
+    heldout_inputs, heldout_labels = head_inputs(network, heldout, device)
+    # Features of unit scale make the penalty mean the same for every network; the scale is folded back into the head.
+    centre, scale = inputs.mean(axis=0), inputs.std(axis=0).mean() + 1e-12
+    best: tuple[float, float, LogisticRegression] | None = None
+    for strength in STRENGTHS:
+        regression = LogisticRegression(C=strength, max_iter=1000)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            regression.fit((inputs - centre) / scale, labels)
+        accuracy = float(regression.score((heldout_inputs - centre) / scale, heldout_labels))
+        if best is None or accuracy > best[1]:
+            best = (strength, accuracy, regression)
+    assert best is not None
+    strength, accuracy, regression = best
+    weight, bias = np.asarray(regression.coef_), np.asarray(regression.intercept_)
+    if num_classes == 2:  # scikit-learn keeps one row for two classes: split it evenly
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    weight = weight / scale
+    bias = bias - weight @ centre
+    head = network.linear()
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(weight))
+        if "bias" in dict(head.named_parameters()):
+            head.bias.copy_(torch.from_numpy(bias))
+    return Probe(strength, accuracy)

