@@ -1,1 +1,1 @@
-"""Launch."""
+"""From configuration to runs: the only home of Hydra."""

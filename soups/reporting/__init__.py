@@ -1,1 +1,10 @@
-"""Reporting."""
+"""Tables and figures from records on disk alone, so that any report can be made again."""
+
+from soups.reporting.figures import draw_all as draw_all
+from soups.reporting.report import Decision as Decision
+from soups.reporting.report import Report as Report
+from soups.reporting.report import Row as Row
+from soups.reporting.table import plain_rows as plain_rows
+from soups.reporting.table import summary_sentence as summary_sentence
+from soups.reporting.table import table as table
+from soups.reporting.table import write_csv as write_csv

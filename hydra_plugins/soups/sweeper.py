@@ -1,0 +1,51 @@
+"""The soup sweeper: expands a search space into ingredients, runs those the pool lacks, and ends in a soup.
+
+Hydra finds sweepers in the namespace package `hydra_plugins`; everything this one does is in `soups.launch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+@dataclass
+class SoupSweeperConfig:
+    """Hydra's configuration of the sweeper; the search space is in the `sweep` group."""
+
+    _target_: str = "hydra_plugins.soups.sweeper.SoupSweeper"
+
+
+ConfigStore.instance().store(group="hydra/sweeper", name="soup", node=SoupSweeperConfig, provider="soups")
+
+
+class SoupSweeper(Sweeper):
+    """See `soups.launch.sweep`."""
+
+    def __init__(self) -> None:
+        self.config: DictConfig | None = None
+        self.hydra_context: HydraContext | None = None
+        self.launcher: Launcher | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Keep what Hydra hands over, and build the configured launcher."""
+        self.config = config
+        self.hydra_context = hydra_context
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Sequence[Any]:
+        """Run the sweep and cook the soup."""
+        from soups.launch.sweep import run_sweep
+
+        assert self.config and self.hydra_context and self.launcher, "Hydra calls setup first"
+        return run_sweep(self.config, self.hydra_context, self.launcher, arguments)

@@ -1,0 +1,119 @@
+"""What `train.py` runs: one fine-tune; and what the sweeper runs after its fine-tunes: the soup."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.panel import Panel
+
+from soups.errors import SoupError
+from soups.launch.cook import cook
+from soups.launch.fine_tune import fine_tune
+from soups.launch.quiet import quiet
+from soups.launch.settings import Settings, open_pool, resolve
+from soups.reporting import Report, plain_rows, summary_sentence, table
+from soups.tracking import group_name, log_soup
+
+
+class UserError(CompactHydraException):
+    """A `SoupError` as Hydra shows it: its message, without a traceback."""
+
+
+def run(config: DictConfig) -> float:
+    """Fine-tune one ingredient; return its held-out accuracy in [0, 1], which other sweepers can maximise.
+
+    Raises:
+        UserError: for every mistake that the user can put right.
+    """
+    quiet()
+    alone = HydraConfig.get().mode == RunMode.RUN
+    try:
+        settings = resolve(config)
+        found = _known(settings)
+        record = fine_tune(settings, show_progress=alone)
+    except SoupError as error:
+        raise UserError(f"\n{error}") from error
+    if alone:
+        verb = "was in the pool already" if record.fingerprint in found else "is finished"
+        Console().print(
+            f"Ingredient [bold]{record.short}[/] {verb}: held-out accuracy {record.heldout():.2%}, in "
+            f"{settings['pool']['path']}. Cook what the pool holds: python train.py +soup=greedy sweep.size=0",
+            highlight=False,
+        )
+    return record.heldout()
+
+
+def _known(settings: Settings) -> set[str]:
+    return {record.fingerprint for record in open_pool(settings).ingredients()}
+
+
+def finish(settings: Settings, failed: dict[str, str]) -> int:
+    """Cook the soup of a finished sweep, show and track it; return the exit code (3 when ingredients failed).
+
+    Raises:
+        SoupError: nothing to cook, or ingredients that do not fit.
+    """
+    console = Console()
+    before = {path.parent for path in Path(settings["paths"]["output"]).glob("soups/*/report.json")}
+    report, folder = cook(settings)
+    if folder not in before:
+        _track(settings, report, folder)
+    console.print()
+    console.print(table(report))
+    console.print(summary_sentence(report), highlight=False)
+    if len(report.members) == 1 and len(report.ingredients) > 1:
+        console.print(
+            "[yellow]Every ingredient but one was left out, so this soup is the best single model.[/] The members are "
+            "too far apart for averaging: try lower learning rates, fewer epochs or more data.",
+            highlight=False,
+        )
+    console.print(f"\n[bold]{folder}/[/]  {', '.join(sorted(path.name for path in folder.iterdir()))}", highlight=False)
+    console.print(_how_to_load(settings, folder), highlight=False)
+    if failed:
+        lines = "\n".join(f"{name[:8]}  {why}" for name, why in failed.items())
+        console.print(Panel(lines, title=f"{len(failed)} ingredients failed and are not in the soup", style="red"))
+        return 3
+    return 0
+
+
+def _how_to_load(settings: Settings, folder: Path) -> str:
+    model, path = settings["model"], folder / "soup.safetensors"
+    if str(model["_target_"]).endswith("timm_model"):
+        # timm takes the number of classes from its caller; the head in the file has it.
+        return f"Load it: timm.create_model({model['name']!r}, num_classes=…, checkpoint_path='{path}')"
+    return f"Load it: model.load_state_dict(safetensors.torch.load_file('{path}'))"
+
+
+def _track(settings: Settings, report: Report, folder: Path) -> None:
+    header, rows = plain_rows(report)
+    log_soup(
+        settings["tracking"],
+        Path(settings["paths"]["output"]),
+        f"{report.recipe}-soup-{report.fingerprint[:8]}",
+        group_name(settings["tracking"]["group"], settings["pool"]["path"]),
+        settings,
+        {
+            f"{row.name}/{split}": value
+            for row in report.rows
+            if row.kind != "ingredient"
+            for split, value in (*row.accuracy.items(), ("ood", row.ood))
+        },
+        header,
+        rows,
+        [step.model_dump() for step in report.steps],
+        {path.stem: path for path in sorted(folder.glob("*.png"))},
+        report.lineage,
+        folder / "soup.safetensors",
+    )
+
+
+def leave(code: int) -> None:
+    """End the program with an exit code, where Hydra would end it with 0."""
+    if code:
+        sys.exit(code)

@@ -1,0 +1,142 @@
+"""How far the runs of a sweep are, on any launcher: each run leaves a small file in the pool, one display reads them all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from soups.stores.pool import Pool
+
+
+def _file(pool: Pool, name: str) -> Path | None:
+    return Path(str(pool.root)) / "progress" / f"{name}.json" if pool.local else None
+
+
+class ReportProgress(lightning.Callback):
+    """Write the share of a fit that is done, at most twice a second, from rank 0. Pools without a local folder get none."""
+
+    def __init__(self, pool: Pool, name: str) -> None:
+        self._path = _file(pool, name)
+        self._last = 0.0
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write step and total."""
+        now = time.monotonic()
+        if self._path is None or not trainer.is_global_zero or now - self._last < 0.5:
+            return
+        self._last = now
+        total = trainer.estimated_stepping_batches
+        done = {"step": trainer.global_step, "total": int(total) if total != float("inf") else 0}
+        # A display of progress is no reason to lose a run: a full disk shows where the result is written.
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(exist_ok=True)
+            self._path.write_text(json.dumps(done))
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Remove the file."""
+        if self._path is not None and trainer.is_global_zero:
+            with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)
+
+
+class SweepProgress:
+    """A live display of a sweep: finished ingredients, those in progress, and the time left.
+
+    Args:
+        pool: where the runs leave their progress.
+        names: fingerprints that are to be made.
+        labels: what to call each.
+        found: how many were there before.
+    """
+
+    def __init__(self, pool: Pool, names: list[str], labels: dict[str, str], found: int) -> None:
+        self.pool, self.names, self.labels, self.found = pool, names, labels, found
+        self.console = Console(stderr=True)
+        self._stop = threading.Event()
+        self._done: set[str] = set()
+        self._bars: dict[str, TaskID] = {}
+        self._began = time.monotonic()
+
+    @contextlib.contextmanager
+    def running(self) -> Generator[None]:
+        """Show the display while the block runs."""
+        for name in self.names:  # what a killed run left behind
+            if path := _file(self.pool, name):
+                path.unlink(missing_ok=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
+        with Progress(*columns, console=self.console, refresh_per_second=4) as display:
+            total = len(self.names) + self.found
+            main = display.add_task("[bold]ingredients", total=total, completed=self.found, left="")
+            thread = threading.Thread(target=self._watch, args=(display, main), daemon=True)
+            thread.start()
+            try:
+                yield
+            finally:
+                self._stop.set()
+                thread.join()
+                self._update(display, main)
+                for bar in self._bars.values():
+                    display.remove_task(bar)
+
+    def _watch(self, display: Progress, main: TaskID) -> None:
+        while not self._stop.wait(0.5 if self.pool.local else 5):
+            self._update(display, main)
+
+    def _update(self, display: Progress, main: TaskID) -> None:
+        partial = 0.0
+        for name in self.names:
+            if name in self._done:
+                continue
+            if name in self.pool:
+                self._finish(display, name)
+                continue
+            state = self._read(name)
+            if state and state["total"]:
+                partial += state["step"] / state["total"]
+                if name not in self._bars:
+                    self._bars[name] = display.add_task(f"  {self.labels[name]}", total=state["total"], left="")
+                display.update(self._bars[name], completed=state["step"], total=state["total"])
+        elapsed = time.monotonic() - self._began
+        share = (len(self._done) + partial) / max(1, len(self.names))
+        left = f"about {_minutes(elapsed * (1 - share) / share)} left" if share > 0.02 else ""
+        display.update(main, completed=self.found + len(self._done), left=left if share < 1 else "")
+
+    def _finish(self, display: Progress, name: str) -> None:
+        self._done.add(name)
+        if name in self._bars:
+            display.remove_task(self._bars.pop(name))
+        record = self.pool.ingredient(name)
+        total = len(self.names) + self.found
+        display.console.print(
+            f"[{self.found + len(self._done)}/{total}] {record.short}  held-out {record.heldout():.2%}  "
+            f"{self.labels[name]}  {record.durations.get('total', 0):.0f} s",
+            highlight=False,
+        )
+
+    def _read(self, name: str) -> dict[str, int] | None:
+        path = _file(self.pool, name)
+        try:
+            return json.loads(path.read_text()) if path else None
+        except (FileNotFoundError, json.JSONDecodeError):  # not begun, or just being written
+            return None
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

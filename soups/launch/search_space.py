@@ -1,0 +1,115 @@
+"""From a search space, in Hydra's override grammar, to the overrides of each ingredient."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+from hydra.errors import OverrideParseException
+
+from soups.errors import ConfigError
+from soups.seeding import generator
+
+
+def parse_space(space: Mapping[str, Any]) -> dict[str, Override]:
+    """Parse a search space: keys to choice(…), range(…), interval(…), each optionally in tag(log, …), or a plain value.
+
+    Raises:
+        ConfigError: naming the key whose value is not in the grammar.
+    """
+    parser = OverridesParser.create()
+    parsed: dict[str, Override] = {}
+    for key, text in space.items():
+        try:
+            parsed[key] = parser.parse_override(f"{key}={text}")
+        except OverrideParseException as error:
+            raise ConfigError(
+                f"sweep.space.{key}={text} is not in Hydra's override grammar: {error}. Write choice(a, b), "
+                f"range(start, stop), interval(low, high) or tag(log, interval(low, high))."
+            ) from error
+    return parsed
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Override], set[str]]:
+    """Split command-line overrides into those that hold for every ingredient and those that sweep.
+
+    Returns:
+        The fixed overrides as given, the sweeping ones by key, and the keys of the fixed ones.
+    """
+    fixed: list[str] = []
+    sweeping: dict[str, Override] = {}
+    keys: set[str] = set()
+    parsed = OverridesParser.create().parse_overrides(list(arguments))
+    for text, override in zip(arguments, parsed, strict=True):
+        if override.is_sweep_override():
+            sweeping[override.get_key_element().lstrip("+~")] = override
+        else:
+            fixed.append(text)
+            keys.add(override.get_key_element().lstrip("+~"))
+    return fixed, sweeping, keys
+
+
+def expand(space: Mapping[str, Override], method: str, size: int, seed: int) -> list[list[str]]:
+    """Return one list of overrides for each ingredient.
+
+    Random draws are independent by key and number: enlarging the sweep keeps the first ingredients, and removing a key
+    keeps the draws of the others.
+
+    Args:
+        space: as `parse_space` returns it.
+        method: "random" draws `size` points; "grid" takes every combination of choices and ranges.
+        size: number of ingredients (random).
+        seed: of the draw.
+
+    Raises:
+        ConfigError: an unknown method, or a grid over an interval.
+    """
+    if method == "random":
+        return [
+            [f"{key}={_draw(key, override, seed, number)}" for key, override in space.items()] for number in range(size)
+        ]
+    if method != "grid":
+        raise ConfigError(f"sweep.method={method} must be random or grid.")
+    axes = [[f"{key}={value}" for value in _values(key, override)] for key, override in space.items()]
+    return [list(point) for point in itertools.product(*axes)]
+
+
+def _is_log(sweep: ChoiceSweep | RangeSweep | IntervalSweep) -> bool:
+    return "log" in sweep.tags
+
+
+def _values(key: str, override: Override) -> list[str]:
+    """Return all values of a choice or range, as override text."""
+    value: Any = override.value()
+    if isinstance(value, IntervalSweep):
+        raise ConfigError(
+            f"sweep.space.{key} is an interval, which has no finite grid: use choice(…) or range(…), or sweep.method=random."
+        )
+    if isinstance(value, (ChoiceSweep, RangeSweep)):
+        return list(override.sweep_string_iterator())
+    return [override.get_value_element_as_str()]
+
+
+def _draw(key: str, override: Override, seed: int, number: int) -> str:
+    source = generator(seed, "sweep", number, key)
+    value: Any = override.value()
+    if not isinstance(value, IntervalSweep):
+        values = _values(key, override)
+        return values[int(torch.randint(len(values), (), generator=source))]
+    low, high = float(value.start or 0), float(value.end or 0)
+    if not low < high or (_is_log(value) and low <= 0):
+        positive = ", both positive under tag(log, …)" if _is_log(value) else ""
+        raise ConfigError(f"sweep.space.{key}: interval({value.start}, {value.end}) needs low < high{positive}.")
+    uniform = float(torch.rand((), generator=source, dtype=torch.float64))
+    if _is_log(value):
+        point = math.exp(math.log(low) + uniform * (math.log(high) - math.log(low)))
+    else:
+        point = low + uniform * (high - low)
+    if isinstance(value.start, int) and isinstance(value.end, int):
+        return str(round(point))
+    return f"{point:.4g}"

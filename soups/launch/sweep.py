@@ -1,0 +1,161 @@
+"""The sweep behind `+soup=…`: which ingredients are wanted, which are there, and who makes the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from soups.errors import ConfigError, SoupError
+from soups.launch.app import UserError, finish, leave
+from soups.launch.progress import SweepProgress
+from soups.launch.quiet import quiet
+from soups.launch.search_space import expand, parse_space, split_arguments
+from soups.launch.settings import RunError, Settings, build_splits, check, determinants, name_of, open_pool, resolve
+from soups.launch.start import ensure_start
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An ingredient the sweep asks for: its fingerprint, the overrides that make it, and those that tell it apart."""
+
+    fingerprint: str
+    overrides: list[str]
+    label: str
+
+
+def run_sweep(
+    config: DictConfig, context: HydraContext, launcher: Launcher, arguments: Sequence[str]
+) -> Sequence[JobReturn]:
+    """Run a sweep that ends in a soup.
+
+    Raises:
+        UserError: a mistake in settings, data or pool; all ingredients failed.
+        SystemExit: 3, after the soup, when some ingredients failed.
+    """
+    quiet()
+    try:
+        fixed, points = plan(config, arguments)
+        settings, wanted = compose(config, context, fixed, points)
+        results, failed = run_missing(settings, wanted, launcher)
+        code = finish(settings, failed)
+    except SoupError as error:
+        raise UserError(f"\n{error}") from error
+    leave(code)
+    return results
+
+
+def plan(config: DictConfig, arguments: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Return the overrides that hold for all ingredients, and those of each.
+
+    What the command line says of a key wins over the search space: a value fixes it, a sweep replaces it.
+    """
+    sweep: Any = OmegaConf.to_container(config.sweep, resolve=True)
+    unknown = set(sweep) - {"method", "size", "seed", "space"}
+    if unknown:
+        raise ConfigError(f"sweep.{min(unknown)} is unknown; there are sweep.method, .size, .seed and .space.")
+    fixed, swept, given = split_arguments(arguments)
+    space = parse_space({key: text for key, text in (sweep["space"] or {}).items() if key not in given})
+    space.update(swept)
+    if not isinstance(sweep["size"], int) or sweep["size"] < 0:
+        raise ConfigError(f"sweep.size={sweep['size']} must be a whole number of at least 0.")
+    if sweep["size"] == 0:
+        return fixed, []
+    return fixed, expand(space, sweep["method"], sweep["size"], int(sweep["seed"]))
+
+
+def compose(
+    config: DictConfig, context: HydraContext, fixed: list[str], points: list[list[str]]
+) -> tuple[Settings, list[Wanted]]:
+    """Compose each ingredient's configuration, and from it the fingerprint.
+
+    Raises:
+        ConfigError: a key of the search space does not exist, or a value does not fit.
+    """
+
+    def compose_one(overrides: list[str]) -> Settings:
+        try:
+            return resolve(context.config_loader.load_sweep_config(config, overrides))
+        except HydraException as error:
+            reason = " ".join(str(part) for part in (error, error.__cause__) if part)
+            raise ConfigError(
+                f"A setting of the sweep does not exist: {reason} Check sweep.space and the command line for a misspelt "
+                f"key; `python train.py --cfg job` prints all there are."
+            ) from error
+
+    settings = compose_one(fixed)
+    check(settings)
+    splits = build_splits(settings)
+    start, _ = ensure_start(settings, splits)
+    wanted: dict[str, Wanted] = {}
+    for point in points:
+        own = compose_one([*fixed, *point])
+        check(own)
+        own_start, own_split = start.weights, splits.hash()
+        if any(own[key] != settings[key] for key in ("model", "data", "start", "loader")):
+            own_splits = build_splits(own)
+            own_split = own_splits.hash()
+            own_start = ensure_start(own, own_splits)[0].weights
+        name = name_of(determinants(own, own_start, own_split))
+        label = " ".join(
+            f"{key.rpartition('.')[2]}={value}" for key, _, value in (text.partition("=") for text in point)
+        )
+        wanted.setdefault(name, Wanted(name, [*fixed, *point], label))
+    return settings, list(wanted.values())
+
+
+def run_missing(
+    settings: Settings, wanted: list[Wanted], launcher: Launcher
+) -> tuple[Sequence[JobReturn], dict[str, str]]:
+    """Launch the ingredients that the pool lacks; return the launcher's results and why each failed one failed.
+
+    Raises:
+        RunError: all failed, or the launcher died.
+    """
+    console = Console(stderr=True)
+    pool = open_pool(settings)
+    missing = [item for item in wanted if item.fingerprint not in pool]
+    found = len(wanted) - len(missing)
+    console.print(
+        f"Pool [bold]{pool.url}[/]: {found} of {len(wanted)} ingredients found, {len(missing)} to fine-tune.",
+        highlight=False,
+    )
+    if not missing:
+        return [], {}
+    results: Sequence[JobReturn] = []
+    crash: Exception | None = None
+    labels = {item.fingerprint: item.label for item in missing}
+    with SweepProgress(pool, list(labels), labels, found).running():
+        try:
+            results = launcher.launch([item.overrides for item in missing], initial_job_idx=0)
+        except SoupError:
+            raise
+        except Exception as error:  # a launcher's own death (a killed worker, a lost cluster) keeps finished work
+            crash = error
+    errors = {
+        item.fingerprint: str(getattr(result, "_return_value", ""))
+        for item, result in zip(missing, results, strict=False)
+        if result.status == JobStatus.FAILED
+    }
+    failed: dict[str, str] = {}
+    for item in missing:
+        if item.fingerprint not in pool:
+            failure = pool.failure(item.fingerprint)
+            why = failure.error if failure else errors.get(item.fingerprint, str(crash or "it left no result"))
+            failed[item.fingerprint] = f"({item.label}) {why.strip()}"
+    if crash is not None:
+        raise RunError(
+            f"The launcher stopped: {type(crash).__name__}: {crash}. {len(missing) - len(failed)} of {len(missing)} "
+            f"ingredients are finished and kept; run the same command again for the rest."
+        ) from crash
+    if failed and len(failed) == len(wanted):
+        first = next(iter(failed.values()))
+        raise RunError(f"All {len(failed)} ingredients failed, so there is nothing to cook. The first one: {first}")
+    return results, failed

@@ -1,0 +1,94 @@
+"""One ingredient's fit, or one soup's search, as a program of its own: `python -m soups.launch.worker job.json`.
+
+Lightning starts the other processes of a distributed run by repeating the program's command line. Inside a sweep that
+would be the sweep; this program's command line is one job. It ends when the process that started it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from soups.errors import SoupError
+from soups.launch.settings import RunError, Settings
+
+Job = Literal["fit", "cook"]
+_USER_ERROR = 3
+
+
+def run_in_processes(job: Job, settings: Settings, show_progress: bool, **more: Any) -> None:
+    """Run a job in a process group of its own, as the trainer's settings say.
+
+    Raises:
+        RunError: the job failed; with its own message where the user can act on it.
+    """
+    with tempfile.TemporaryDirectory(prefix="soups-job-") as scratch:
+        path = Path(scratch) / "job.json"
+        path.write_text(json.dumps({"job": job, "settings": settings, "show_progress": show_progress, **more}))
+        environment = {key: value for key, value in os.environ.items() if key not in _OF_THE_PARENT}
+        environment["PYTHONPATH"] = os.pathsep.join(place for place in sys.path if place)
+        environment["SOUPS_PARENT"] = str(os.getpid())
+        command = [sys.executable, "-m", "soups.launch.worker", str(path)]
+        done = subprocess.run(command, env=environment, check=False)
+        error = path.with_suffix(".error")
+        if done.returncode:
+            message = (
+                error.read_text() if error.exists() else f"the processes of the run ended with code {done.returncode}"
+            )
+            raise RunError(message)
+
+
+# Variables that a distributed run sets for its own processes.
+_OF_THE_PARENT = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def _end_with(parent: int) -> None:
+    """End this process when `parent` is gone: a killed sweep must not leave fits running behind it."""
+
+    def watch() -> None:
+        while True:
+            time.sleep(1)
+            try:
+                os.kill(parent, 0)
+            except ProcessLookupError:
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(path: Path) -> int:
+    """Run the job in `path`; return the exit code."""
+    from soups.launch.quiet import quiet
+
+    quiet()
+    _end_with(int(os.environ["SOUPS_PARENT"]))
+    job = json.loads(path.read_text())
+    settings: Settings = job["settings"]
+    try:
+        if job["job"] == "fit":
+            from soups.launch.fine_tune import fit
+            from soups.launch.settings import build_splits
+            from soups.launch.start import ensure_start
+
+            splits = build_splits(settings)
+            fit(settings, splits, *ensure_start(settings, splits), show_progress=job["show_progress"])
+        else:
+            from soups.launch.cook import cook_in_ranks
+
+            cook_in_ranks(settings, job["members"], Path(job["folder"]))
+    except SoupError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            path.with_suffix(".error").write_text(str(error))
+        return _USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

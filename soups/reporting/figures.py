@@ -1,0 +1,117 @@
+"""Figures of a soup, drawn from its report alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from soups.reporting.report import Report, Row
+from soups.stores.files import replacing
+
+# Okabe–Ito colours: told apart by most colour-blind readers, and in print by their markers.
+_LOOK: dict[str, tuple[str, str, int]] = {
+    "linear probe": ("#7f7f7f", "s", 70),
+    "best single": ("#0072b2", "D", 80),
+    "uniform soup": ("#009e73", "^", 110),
+    "greedy soup": ("#d55e00", "*", 240),
+    "logit ensemble": ("#cc79a7", "P", 110),
+}
+
+
+def draw_all(report: Report, folder: Path) -> dict[str, Path]:
+    """Draw every figure the report has data for; return their files by name."""
+    drawn: dict[str, Path] = {}
+    makers: dict[str, Callable[[Report, Any], bool]] = {"scatter": _scatter, "greedy_path": _greedy_path}
+    for name, maker in makers.items():
+        # The object interface: a figure of our own, whatever backend or state the user's pyplot is in.
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        if maker(report, figure):
+            path = folder / f"{name}.png"
+            with replacing(path) as temporary:
+                figure.savefig(temporary, dpi=150, format="png")
+            drawn[name] = path
+    return drawn
+
+
+def _scatter(report: Report, figure: Any) -> bool:
+    """Held-out against mean OOD accuracy of ingredients and soups (arXiv:2203.05482, figure 1)."""
+    has_ood = len(report.splits) > 2
+    axes = figure.add_subplot()
+
+    def place(row: Row) -> tuple[float, float]:
+        return 100 * row.accuracy["heldout"], 100 * (row.ood if has_ood else row.accuracy["test"])
+
+    kept = set(report.members)
+    ingredients = [row for row in report.rows if row.kind == "ingredient"]
+    for chosen, label in ((True, "ingredient in the soup"), (False, "ingredient left out")):
+        points = [place(row) for row in ingredients if any(name.startswith(row.name) for name in kept) == chosen]
+        if points:
+            face = "#56b4e9" if chosen else "none"
+            axes.scatter(*zip(*points, strict=True), s=46, facecolors=face, edgecolors="#0072b2", label=label, zorder=2)
+    for name, (colour, marker, size) in _LOOK.items():
+        row = next((row for row in report.rows if row.name == name), None)
+        if row is None:
+            continue
+        hollow = name == "best single"
+        style = {"facecolors": "none", "edgecolors": colour, "linewidths": 1.8} if hollow else {"color": colour}
+        axes.scatter(*place(row), marker=marker, s=size, label=name, zorder=3, **style)
+    start = next((row for row in report.rows if row.kind == "start"), None)
+    if start is not None and ingredients:
+        # The start is often so far below that it would squeeze everything else into a corner.
+        lowest = min(place(row)[0] for row in ingredients)
+        highest = max(place(row)[0] for row in report.rows)
+        if lowest - place(start)[0] > 2 * (highest - lowest):
+            points = [place(row) for row in report.rows if row.kind != "start"]
+            _fit(axes, points)
+            x, y = place(start)
+            axes.text(
+                0.02, 0.02, f"linear probe outside, at ({x:.1f}, {y:.1f})", transform=axes.transAxes, fontsize=8,
+                color="#555555",
+            )  # fmt: skip
+    axes.set_xlabel("held-out accuracy, %")
+    axes.set_ylabel("mean accuracy over OOD splits, %" if has_ood else "test accuracy, %")
+    axes.set_title(f"{len(ingredients)} ingredients and their soups")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return True
+
+
+def _fit(axes: Any, points: list[tuple[float, float]]) -> None:
+    for values, limit in zip(zip(*points, strict=True), (axes.set_xlim, axes.set_ylim), strict=True):
+        margin = 0.1 * (max(values) - min(values)) + 0.05
+        limit(min(values) - margin, max(values) + margin)
+
+
+def _greedy_path(report: Report, figure: Any) -> bool:
+    """Held-out score of the soup as candidates are tried, best first."""
+    if not report.steps:
+        return False
+    axes = figure.add_subplot()
+    scale = 100 if report.metric == "accuracy" else 1
+    numbers = list(range(1, len(report.steps) + 1))
+    best: list[float] = []
+    for step in report.steps:
+        best.append(step.soup_score if step.kept else best[-1])
+    axes.plot(numbers, [scale * value for value in best], drawstyle="steps-post", color="#d55e00", label="greedy soup")
+    axes.plot(
+        numbers, [scale * step.own_score for step in report.steps], "o", mfc="none", color="#0072b2", ms=6,
+        label="candidate alone",
+    )  # fmt: skip
+    for kept, marker, label in ((True, "^", "soup with it: kept"), (False, "x", "soup with it: rejected")):
+        chosen = [
+            (n, scale * step.soup_score) for n, step in zip(numbers, report.steps, strict=True) if step.kept == kept
+        ]
+        if chosen:
+            axes.plot(*zip(*chosen, strict=True), marker, color="#d55e00" if kept else "#555555", ms=8, label=label)
+    axes.set_xticks(numbers, [step.name for step in report.steps], rotation=45, ha="right", fontsize=8)
+    axes.set_xlabel("candidates in the order of their held-out score")
+    axes.set_ylabel(f"held-out {report.metric}" + (", %" if report.metric == "accuracy" else ""))
+    axes.set_title(f"Greedy search: {len(report.members)} of {len(report.steps)} kept")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return True

@@ -1,0 +1,99 @@
+"""Weights & Biases: one run for each soup, with its table, figures and lineage, beside the runs of its ingredients."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from soups.errors import ConfigError, did_you_mean
+
+MODES = ("online", "offline", "off")
+
+
+def require_wandb(mode: str) -> bool:
+    """Tell whether runs are tracked.
+
+    Raises:
+        ConfigError: an unknown mode, or wandb is not installed.
+    """
+    mode = str(mode)
+    if mode not in MODES:
+        raise ConfigError(f"tracking.mode={mode}: {did_you_mean(mode, MODES)}")
+    if mode == "off":
+        return False
+    if find_spec("wandb") is None:
+        raise ConfigError("wandb is not installed: `pip install 'soups[train]'`, or run without it, tracking.mode=off.")
+    return True
+
+
+def quiet_wandb(mode: str) -> None:
+    """Keep wandb's own lines off the terminal when it is offline; online it prints the link to the run."""
+    if mode == "offline":
+        os.environ["WANDB_SILENT"] = "true"
+
+
+def group_name(group: str | None, pool: str) -> str:
+    """Return the group of a sweep's runs: the one that was asked for, or the pool's name."""
+    return group or Path(pool).name
+
+
+def log_soup(
+    tracking: Mapping[str, Any],
+    folder: Path,
+    name: str,
+    group: str,
+    config: Mapping[str, Any],
+    summary: Mapping[str, float],
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    steps: Sequence[Mapping[str, Any]],
+    figures: Mapping[str, Path],
+    lineage: Mapping[str, Any],
+    weights: Path,
+) -> None:
+    """Log a finished soup as a run of its own.
+
+    Args:
+        tracking: `mode`, `project`, `entity`.
+        folder: where wandb keeps its files.
+        name: of the run; also its id, so that the same soup is one run however often it is made.
+        group: shared with the ingredients' runs.
+        config: the soup's settings.
+        summary: final numbers.
+        columns, rows: the closing table.
+        steps: decisions of the search in order, as history.
+        figures: image files by name.
+        lineage: which ingredients went in, with their hashes.
+        weights: the soup's file; uploaded as an artifact when online.
+    """
+    mode = str(tracking["mode"])
+    if not require_wandb(mode):
+        return
+    import wandb
+
+    quiet_wandb(mode)
+    folder.mkdir(parents=True, exist_ok=True)
+    with wandb.init(
+        project=tracking["project"],
+        entity=tracking["entity"],
+        dir=str(folder),
+        mode="offline" if mode == "offline" else "online",
+        id=name,
+        name=name,
+        group=group,
+        job_type="soup",
+        resume="allow",
+        config={**config, "lineage": dict(lineage)},
+    ) as run:
+        for step in steps:
+            run.log({f"search/{key}": value for key, value in step.items()})
+        run.log({"results": wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+        run.log({f"figures/{key}": wandb.Image(str(path)) for key, path in figures.items()})
+        run.summary.update(dict(summary))
+        if mode == "online":
+            artifact = wandb.Artifact(name, type="soup", metadata=dict(lineage))
+            artifact.add_file(str(weights))
+            run.log_artifact(artifact)
