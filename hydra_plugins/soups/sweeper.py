@@ -6,7 +6,6 @@ Hydra finds sweepers in the namespace package `hydra_plugins`; everything this o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -16,15 +15,13 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-
-@dataclass
-class SoupSweeperConfig:
-    """Hydra's configuration of the sweeper; the search space is in the `sweep` group."""
-
-    _target_: str = "hydra_plugins.soups.sweeper.SoupSweeper"
-
-
-ConfigStore.instance().store(group="hydra/sweeper", name="soup", node=SoupSweeperConfig, provider="soups")
+# Hydra's configuration of the sweeper; the search space is in the `sweep` group.
+ConfigStore.instance().store(
+    group="hydra/sweeper",
+    name="soup",
+    node={"_target_": "hydra_plugins.soups.sweeper.SoupSweeper"},
+    provider="soups",
+)
 
 
 class SoupSweeper(Sweeper):

@@ -17,7 +17,7 @@ from soups.launch.cook import cook
 from soups.launch.fine_tune import fine_tune
 from soups.launch.quiet import quiet
 from soups.launch.settings import Settings, open_pool, resolve
-from soups.reporting import Report, plain_rows, summary_sentence, table
+from soups.reporting import Report, plain_rows, summary_sentence, tables
 from soups.tracking import group_name, log_soup
 
 
@@ -65,7 +65,8 @@ def finish(settings: Settings, failed: dict[str, str]) -> int:
     if folder not in before:
         _track(settings, report, folder)
     console.print()
-    console.print(table(report))
+    for table in tables(report, console.width):
+        console.print(table)
     console.print(summary_sentence(report), highlight=False)
     if len(report.members) == 1 and len(report.ingredients) > 1:
         console.print(

@@ -27,7 +27,7 @@ from soups.launch.settings import (
     open_pool,
     versions,
 )
-from soups.launch.start import device_for, ensure_start, evaluation_batches
+from soups.launch.start import device_for, ensure_probe, ensure_start, evaluation_batches
 from soups.recipes import Candidate, Soup, Step, greedy, uniform
 from soups.reporting import Decision, Report, Row, draw_all, write_csv
 from soups.stores import write_safetensors
@@ -165,8 +165,6 @@ class _Kitchen:
         self.network: Network = build_network(
             {**settings, "model": {**settings["model"], "pretrained": False}}, len(self.splits.classes)
         )
-        if settings["task"]["channels_last"]:
-            self.network.module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.network.module.to(device)
         self._batches: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._digests: dict[str, str] = {}
@@ -253,10 +251,12 @@ def _rows(
     """Evaluate everything on every split, after selection has ended."""
     pool = kitchen.pool
     splits = ["heldout", *kitchen.splits.reported()]
+    probe, probe_weights = ensure_probe(settings, kitchen.splits)
     start, start_weights = ensure_start(settings, kitchen.splits)
-    models: list[tuple[str, str, str, Callable[[], Weights]]] = [
-        ("linear probe" if settings["start"]["probe"] else "start", "start", start.weights, lambda: start_weights)
-    ]
+    first = "linear probe" if settings["start"]["probe"] else "pretrained, random head"
+    models: list[tuple[str, str, str, Callable[[], Weights]]] = [(first, "start", probe.weights, lambda: probe_weights)]
+    if start.weights != probe.weights:
+        models.append(("shared start", "start", start.weights, lambda: start_weights))
     models += [
         (record.short, "ingredient", record.weights, lambda name=record.fingerprint: pool.weights(name))
         for record in members
@@ -300,7 +300,7 @@ def _rows(
         if kind == "soup"
     ]
     return [
-        row(models[0][0], "start", logits[models[0][0]]),
+        *(row(name, kind, logits[name]) for name, kind, *_ in models if kind == "start"),
         *single,
         average,
         best,

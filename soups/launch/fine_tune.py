@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from typing import Any, cast
 
-import lightning.pytorch as lightning
-import torch
-from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from soups.errors import ConfigError, SoupError
+from soups.errors import SoupError
 from soups.evaluation import predict, score
 from soups.launch.progress import ReportProgress
 from soups.launch.settings import (
     Settings,
-    build_network,
     build_splits,
     check,
     determinants,
@@ -30,50 +23,9 @@ from soups.launch.settings import (
 )
 from soups.launch.start import ensure_start, evaluation_batches
 from soups.launch.tracking import close_logger, ingredient_logger
-from soups.stores.pool import Failure, Ingredient, Pool
-from soups.tasks.classification import Classification
-from soups.tasks.images import Augmentation, Batches, OrderedBatches, ShuffledBatches, Splits
-from soups.tasks.models import Network
-
-
-class ImageData(lightning.LightningDataModule):
-    """Loaders of a task for one rank: shuffled global batches for training, the held-out split for validation.
-
-    The test and out-of-distribution splits are not here: fine-tuning never sees them.
-    """
-
-    def __init__(self, splits: Splits, network: Network, settings: Settings) -> None:
-        super().__init__()
-        self.splits, self.network, self.settings = splits, network, settings
-
-    def _ranks(self) -> tuple[int, int]:
-        trainer = self.trainer
-        return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Return the train split, augmented."""
-        loader, seed = self.settings["loader"], int(self.settings["seed"])
-        augmentation = Augmentation(**self.settings["augment"])
-        dataset = Batches(
-            self.splits.train, int(loader["size"]), self.network.mean, self.network.std, augmentation, seed
-        )
-        sampler = ShuffledBatches(len(dataset), int(loader["batch_size"]), seed, *self._ranks())
-        return DataLoader(
-            dataset, sampler=sampler, batch_size=None, num_workers=int(loader["workers"]), pin_memory=_pin()
-        )
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Return the held-out split, every sample on exactly one rank."""
-        loader = self.settings["loader"]
-        dataset = Batches(self.splits.heldout, int(loader["size"]), self.network.mean, self.network.std)
-        sampler = OrderedBatches(len(dataset), int(loader["eval_batch_size"]), *self._ranks())
-        return DataLoader(
-            dataset, sampler=sampler, batch_size=None, num_workers=int(loader["workers"]), pin_memory=_pin()
-        )
-
-
-def _pin() -> bool:
-    return torch.cuda.is_available()
+from soups.launch.training import layout, train
+from soups.stores.pool import Failure, Ingredient
+from soups.tasks.images import Splits
 
 
 def fine_tune(settings: Settings, show_progress: bool = True) -> Ingredient:
@@ -126,19 +78,12 @@ def fit(
     pool = open_pool(settings)
     determined = determinants(settings, start.weights, splits.hash())
     name = name_of(determined)
-    lightning.seed_everything(int(settings["seed"]), workers=True, verbose=False)
-    network = build_network({**settings, "model": {**settings["model"], "pretrained": False}}, len(splits.classes))
-    network.module.load_state_dict(start_weights)
-    module = Classification(network, len(splits.classes), settings["optimizer"], **settings["task"])
     logger = ingredient_logger(settings, name, determined)
-    trainer = _trainer(settings, pool, name, logger, show_progress)
-    trainer.fit(module, datamodule=ImageData(splits, network, settings))
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    network, trainer = train(settings, splits, start_weights, [ReportProgress(pool, name)], logger, show_progress)
     fitted = time.perf_counter()
     device = trainer.strategy.root_device
     heldout = evaluation_batches(settings, splits.heldout, network)
-    logits = predict(module.to(device), heldout, device)
+    logits = predict(network.module.to(device), heldout, device)
     numbers = score(logits, splits.heldout.labels)
     weights = {key: tensor.detach().cpu().contiguous() for key, tensor in network.module.state_dict().items()}
     if trainer.is_global_zero:
@@ -151,7 +96,7 @@ def fit(
             metrics={"heldout": {"accuracy": numbers.accuracy, "loss": numbers.loss, "count": numbers.count}},
             durations={"fit": fitted - began, "total": time.perf_counter() - began},
             versions=versions(),
-            layout=_layout(trainer),
+            layout=layout(trainer),
             notes={"train_loss": float(cast(Any, trainer.callback_metrics.get("train/loss", float("nan"))))},
         )
         try:
@@ -160,38 +105,3 @@ def fit(
         finally:
             close_logger(logger, {"heldout/accuracy": numbers.accuracy, "heldout/loss": numbers.loss})
     trainer.strategy.barrier("ingredient")
-
-
-def _trainer(settings: Settings, pool: Pool, name: str, logger: Any, show_progress: bool) -> lightning.Trainer:
-    options = dict(settings["trainer"])
-    threads = options.pop("threads", None)
-    if threads:
-        torch.set_num_threads(int(threads))
-    callbacks: list[lightning.Callback] = [ReportProgress(pool, name)]
-    if show_progress:
-        callbacks.append(RichProgressBar())
-    try:
-        return lightning.Trainer(
-            **options,
-            callbacks=callbacks,
-            logger=logger or False,
-            enable_progress_bar=show_progress,
-            enable_checkpointing=False,  # the pool keeps the result; a fit is the unit that is redone
-            enable_model_summary=False,
-            use_distributed_sampler=False,  # ours give every sample to exactly one rank
-            num_sanity_val_steps=0,
-            log_every_n_steps=10,
-        )
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"Lightning's Trainer does not take these trainer.* settings: {error}") from error
-
-
-def _layout(trainer: lightning.Trainer) -> dict[str, Any]:
-    return {
-        "world_size": trainer.world_size,
-        "strategy": type(trainer.strategy).__name__,
-        "accelerator": type(trainer.accelerator).__name__,
-        "threads": torch.get_num_threads(),
-        "host": platform.node(),
-        "process": os.getpid(),
-    }

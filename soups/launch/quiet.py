@@ -11,7 +11,8 @@ def quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
-        ".*does not have many workers.*",  # images in memory need none
+        ".*does not have many workers.*",
+        ".*module.s. in eval mode at the start of training.*",  # the frozen BatchNorm layers  # images in memory need none
         ".*`isinstance\\(treespec, LeafSpec\\)`.*",
         ".*Trying to infer the `batch_size`.*",
         ".*number of training batches.*smaller than the logging interval.*",

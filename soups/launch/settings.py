@@ -105,17 +105,35 @@ def build_network(settings: Settings, num_classes: int) -> Network:
         network = build(settings["model"], "model", num_classes=num_classes)
     if not isinstance(network, Network):
         raise ConfigError(f"model._target_={settings['model'].get('_target_')} must return soups.tasks.models.Network.")
+    if settings["task"]["channels_last"]:
+        network.module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return network
 
 
-def start_determinants(settings: Settings, split: str) -> Settings:
-    """Return what decides the weights of the shared start."""
+def probe_determinants(settings: Settings, split: str) -> Settings:
+    """Return what decides the weights of the linear probe."""
     return {
         "training_version": TRAINING_VERSION,
         "split": split,
         "model": settings["model"],
-        "start": settings["start"],
+        "probe": settings["start"]["probe"],
+        "seed": settings["start"]["seed"],
         "size": settings["loader"]["size"],
+    }
+
+
+def shared_settings(settings: Settings) -> Settings:
+    """Return the settings of the shared first epochs: those of `start`, whatever the sweep changes."""
+    start = settings["start"]
+    trainer = {**settings["trainer"], "max_epochs": start["epochs"], "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    return {
+        **settings,
+        "seed": start["seed"],
+        "optimizer": start["optimizer"],
+        "augment": start["augment"],
+        "task": {**settings["task"], "label_smoothing": 0.0},
+        "trainer": {**trainer, "check_val_every_n_epoch": start["epochs"]},
+        "callbacks": None,
     }
 
 

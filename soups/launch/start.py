@@ -1,8 +1,10 @@
-"""The shared start: pretrained weights with a linear-probed head, made once for a pool."""
+"""The shared start: pretrained weights, a linear-probed head, the first epochs that all have in common; made once a pool."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,11 +16,14 @@ from soups.launch.settings import (
     Settings,
     build_network,
     build_splits,
+    determinants,
     name_of,
     open_pool,
-    start_determinants,
+    probe_determinants,
+    shared_settings,
     versions,
 )
+from soups.launch.training import train
 from soups.stores.pool import Ingredient
 from soups.tasks.images import Batches, Images, OrderedBatches, Splits
 from soups.tasks.models import Network
@@ -46,12 +51,54 @@ def device_for(settings: Settings) -> torch.device:
 def ensure_start(settings: Settings, splits: Splits | None = None) -> tuple[Ingredient, dict[str, Tensor]]:
     """Return the shared start of these settings from the pool, making it first if it is not there.
 
+    It is the linear probe (`ensure_probe`), fine-tuned for `start.epochs` epochs that all ingredients have in common:
+    runs that share their first steps end in one basin, where averaging works (arXiv:1912.05671). The shared epochs run
+    on one device, so that the start has the same bits on any number of them.
+
     Raises:
         soups.errors.SoupError: data or pretrained weights cannot be had, or the pool cannot be written.
     """
-    pool = open_pool(settings)
     splits = splits or build_splits(settings)
-    determined = start_determinants(settings, splits.hash())
+    probe, weights = ensure_probe(settings, splits)
+    if not settings["start"]["epochs"]:
+        return probe, weights
+    shared = shared_settings(settings)
+    determined = determinants(shared, probe.weights, probe.split)
+
+    def make() -> tuple[Ingredient, dict[str, Tensor]]:
+        began = time.perf_counter()
+        network, _ = train(shared, splits, weights, show_progress=False)
+        return _record(settings, splits, network, determined, began, {"linear_probe": probe.fingerprint})
+
+    epochs = settings["start"]["epochs"]
+    return _once(settings, determined, f"Fine-tuning the start for the {epochs} epochs that all share", make)
+
+
+def ensure_probe(settings: Settings, splits: Splits) -> tuple[Ingredient, dict[str, Tensor]]:
+    """Return the pretrained network with a linear-probed head, from the pool or made now.
+
+    With `start.probe=false` the head is random, by `start.seed`.
+    """
+    determined = probe_determinants(settings, splits.hash())
+
+    def make() -> tuple[Ingredient, dict[str, Tensor]]:
+        began = time.perf_counter()
+        network = build_network(settings, len(splits.classes))
+        notes: dict[str, float] = {}
+        if settings["start"]["probe"]:
+            batches = [evaluation_batches(settings, images, network) for images in (splits.train, splits.heldout)]
+            probe = linear_probe(network, batches[0], batches[1], len(splits.classes), device_for(settings))
+            notes = {"inverse_l2": probe.strength}
+        return _record(settings, splits, network, determined, began, notes)
+
+    return _once(settings, determined, "Fitting the linear probe that all ingredients start from", make)
+
+
+def _once(
+    settings: Settings, determined: Settings, doing: str, make: Callable[[], tuple[Ingredient, dict[str, Tensor]]]
+) -> tuple[Ingredient, dict[str, Tensor]]:
+    """Return a start by its determinants; let one process of this machine make it if there is none."""
+    pool = open_pool(settings)
     name = name_of(determined)
     if found := pool.start(name):
         return found
@@ -59,27 +106,19 @@ def ensure_start(settings: Settings, splits: Splits | None = None) -> tuple[Ingr
     with pool.lock(f"start-{name[:16]}"):
         if found := pool.start(name):
             return found
-        began = time.perf_counter()
-        with Console(stderr=True).status("Fitting the linear probe that all ingredients start from …"):
-            record = _make(settings, splits, determined, began)
-    added = pool.add_start(*record)
+        with Console(stderr=True).status(f"{doing} …"):
+            record, weights = make()
+        added = pool.add_start(record, weights)
     result = pool.start(added.fingerprint)
     assert result is not None
     return result
 
 
-def _make(
-    settings: Settings, splits: Splits, determined: Settings, began: float
+def _record(
+    settings: Settings, splits: Splits, network: Network, determined: Settings, began: float, notes: dict[str, Any]
 ) -> tuple[Ingredient, dict[str, Tensor]]:
-    network = build_network(settings, len(splits.classes))
     device = device_for(settings)
-    notes: dict[str, float] = {}
-    heldout = evaluation_batches(settings, splits.heldout, network)
-    if settings["start"]["probe"]:
-        train = evaluation_batches(settings, splits.train, network)
-        probe = linear_probe(network, train, heldout, len(splits.classes), device)
-        notes = {"probe_inverse_l2": probe.strength}
-    logits = predict(network.module.to(device), heldout, device)
+    logits = predict(network.module.to(device), evaluation_batches(settings, splits.heldout, network), device)
     numbers = score(logits, splits.heldout.labels)
     weights = {key: tensor.detach().cpu() for key, tensor in network.module.state_dict().items()}
     record = Ingredient(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from soups.launch.settings import Settings
-from soups.tracking import group_name, quiet_wandb, require_wandb
+from soups.tracking import group_name, require_wandb, start_run
 
 
 def ingredient_logger(settings: Settings, name: str, determined: Settings) -> Any | None:
@@ -20,22 +20,20 @@ def ingredient_logger(settings: Settings, name: str, determined: Settings) -> An
     if not require_wandb(tracking["mode"]):
         return None
     from lightning.pytorch.loggers import WandbLogger
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-    quiet_wandb(tracking["mode"])
-    folder = Path(settings["paths"]["output"])
-    folder.mkdir(parents=True, exist_ok=True)
-    return WandbLogger(
-        offline=tracking["mode"] == "offline",
-        project=tracking["project"],
-        entity=tracking["entity"],
-        group=group_name(tracking["group"], settings["pool"]["path"]),
-        name=f"ingredient-{name[:8]}",
-        id=f"{name[:16]}",
-        resume="allow",
-        job_type="ingredient",
-        save_dir=str(folder),
-        config={**settings, "determinants": determined},
-    )
+    run = None
+    if rank_zero_only.rank == 0:  # the other ranks of a distributed run get Lightning's silent logger
+        run = start_run(
+            tracking,
+            Path(settings["paths"]["output"]),
+            name=f"ingredient-{name[:8]}",
+            identity=name[:16],
+            group=group_name(tracking["group"], settings["pool"]["path"]),
+            job_type="ingredient",
+            config={**settings, "determinants": determined},
+        )
+    return WandbLogger(experiment=run, log_model=False)
 
 
 def close_logger(logger: Any | None, summary: Mapping[str, float]) -> None:
@@ -43,4 +41,4 @@ def close_logger(logger: Any | None, summary: Mapping[str, float]) -> None:
     if logger is None:
         return
     logger.experiment.summary.update(dict(summary))
-    logger.experiment.finish()
+    logger.experiment.finish(quiet=True)

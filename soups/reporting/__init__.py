@@ -6,5 +6,5 @@ from soups.reporting.report import Report as Report
 from soups.reporting.report import Row as Row
 from soups.reporting.table import plain_rows as plain_rows
 from soups.reporting.table import summary_sentence as summary_sentence
-from soups.reporting.table import table as table
+from soups.reporting.table import tables as tables
 from soups.reporting.table import write_csv as write_csv

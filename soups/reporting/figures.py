@@ -12,6 +12,7 @@ from soups.stores.files import replacing
 # Okabe–Ito colours: told apart by most colour-blind readers, and in print by their markers.
 _LOOK: dict[str, tuple[str, str, int]] = {
     "linear probe": ("#7f7f7f", "s", 70),
+    "shared start": ("#7f7f7f", "o", 70),
     "best single": ("#0072b2", "D", 80),
     "uniform soup": ("#009e73", "^", 110),
     "greedy soup": ("#d55e00", "*", 240),

@@ -19,18 +19,32 @@ def columns(report: Report) -> list[str]:
     return list(report.splits)
 
 
-def table(report: Report) -> Table:
-    """Return the closing table; the best figure of each column is marked, ensembles (more than one model) apart."""
+def tables(report: Report, width: int) -> list[Table]:
+    """Return the closing table; in a terminal too narrow for it, two: the summary, and the OOD splits one by one.
+
+    The best figure of each column is green, with the mean and the ensemble (several models at inference) not counted.
+    """
+    title = f"{report.recipe.capitalize()} soup of {len(report.ingredients)} ingredients: accuracy in %"
     splits = columns(report)
-    has_ood = len(splits) > 2
-    result = Table(title=f"{report.recipe.capitalize()} soup of {len(report.ingredients)} ingredients: accuracy in %")
+    if width >= 30 + 11 * (len(splits) + 1) + 30 or len(splits) <= 2:
+        return [_table(report, title, splits, notes=True)]
+    return [
+        _table(report, title, splits[:2], notes=True),
+        _table(report, "The same on each OOD split", splits[2:], notes=False),
+    ]
+
+
+def _table(report: Report, title: str, splits: list[str], notes: bool) -> Table:
+    result = Table(title=title, title_justify="left")
     result.add_column("model", no_wrap=True)
     for split in splits:
-        title = {"heldout": "held-out"}.get(split, split)
-        result.add_column(f"{title}\n[dim]n={report.splits[split]}", justify="right", no_wrap=True)
+        name = {"heldout": "held-out"}.get(split, split)
+        result.add_column(f"{name}\n[dim]n={report.splits[split]}", justify="right", no_wrap=True)
+    has_ood = notes and len(report.splits) > 2
     if has_ood:
-        result.add_column("OOD\nmean", justify="right", no_wrap=True)
-    result.add_column("", overflow="fold")
+        result.add_column("OOD\n[dim]mean", justify="right", no_wrap=True)
+    if notes:
+        result.add_column("", overflow="fold")
     single = [row for row in report.rows if row.kind not in ("ensemble", "mean")]
     best = {split: max(row.accuracy[split] for row in single) for split in splits}
     best_ood = max((row.ood for row in single), default=0.0)
@@ -42,7 +56,7 @@ def table(report: Report) -> Table:
         cells = [_cell(row.accuracy[split], row in single and row.accuracy[split] == best[split]) for split in splits]
         if has_ood:
             cells.append(_cell(row.ood, row in single and row.ood == best_ood))
-        result.add_row(row.name, *cells, row.note, style=_STYLE.get(row.kind, ""))
+        result.add_row(row.name, *cells, *([row.note] if notes else []), style=_STYLE.get(row.kind, ""))
     return result
 
 

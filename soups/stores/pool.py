@@ -143,14 +143,18 @@ class Pool:
         """
         return self._record("ingredients", fingerprint)
 
-    def weights(self, fingerprint: str) -> dict[str, Tensor]:
-        """Read an ingredient's weights, checked against its record.
+    def weights(self, fingerprint: str, verify: bool = False) -> dict[str, Tensor]:
+        """Read an ingredient's weights, checked against its record: size, names, shapes, dtypes and finiteness.
+
+        Args:
+            fingerprint: the ingredient.
+            verify: also compare the hash of all bytes, which takes longer than reading them.
 
         Raises:
-            StorageError: the file is absent, truncated or altered.
+            StorageError: the file is absent or truncated; with `verify`, altered.
             WeightsError: a tensor holds NaN or infinity, or names and shapes are not the recorded ones.
         """
-        return self._weights("ingredients", self.ingredient(fingerprint))
+        return self._weights("ingredients", self.ingredient(fingerprint), verify)
 
     def add(self, record: Ingredient, weights: Weights) -> Ingredient:
         """Add a finished ingredient; the fields that describe the weights are filled in. One that is there stays.
@@ -276,7 +280,7 @@ class Pool:
                     f"only this ingredient is made anew."
                 ) from error
 
-    def _weights(self, kind: str, record: Ingredient) -> dict[str, Tensor]:
+    def _weights(self, kind: str, record: Ingredient, verify: bool = False) -> dict[str, Tensor]:
         path = self._path(kind, record.fingerprint, WEIGHTS)
         again = (
             f"Remove the folder {self._path(kind, record.fingerprint)} and run the same command again: it is made anew."
@@ -288,13 +292,13 @@ class Pool:
                 found = "is absent" if size < 0 else f"has {size} bytes"
                 raise StorageError(f"{path} {found}; {record.file_bytes} were written. {again}")
             try:
-                weights = {name: tensor.clone() for name, tensor in read_safetensors(local).items()}
+                weights = read_safetensors(local)
             except StorageError as error:
                 raise StorageError(f"{error} {again}") from error
         check_finite(weights, where=path)
         if hash_architecture(weights) != record.architecture:
             raise WeightsError(f"{path} does not hold the tensors that its record names. {again}")
-        if hash_weights(weights) != record.weights:
+        if verify and hash_weights(weights) != record.weights:
             raise StorageError(f"{path} was altered after it was written: its hash is not the recorded one. {again}")
         return weights
 

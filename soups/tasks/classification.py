@@ -27,7 +27,7 @@ class Classification(lightning.LightningModule):
             ("cosine" to zero, or "constant").
         label_smoothing: in [0, 1).
         freeze_batchnorm: keep the running statistics of the pretrained model and normalise with them.
-        channels_last: memory format of convolutional networks; faster on most CPUs and GPUs, same result.
+        channels_last: give the network its images in this memory format; faster for convolutions on most CPUs and GPUs.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class Classification(lightning.LightningModule):
         self.train_loss = MeanMetric()
         self.heldout_loss = MeanMetric()
         self.heldout_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        if channels_last:
-            self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        # Lightning keeps the modes it finds, so the frozen layers must be in theirs before the fit.
+        self.train()
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, classes) for images (B, 3, H, W)."""

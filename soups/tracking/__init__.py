@@ -2,5 +2,5 @@
 
 from soups.tracking.weights_and_biases import group_name as group_name
 from soups.tracking.weights_and_biases import log_soup as log_soup
-from soups.tracking.weights_and_biases import quiet_wandb as quiet_wandb
 from soups.tracking.weights_and_biases import require_wandb as require_wandb
+from soups.tracking.weights_and_biases import start_run as start_run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,10 +28,43 @@ def require_wandb(mode: str) -> bool:
     return True
 
 
-def quiet_wandb(mode: str) -> None:
-    """Keep wandb's own lines off the terminal when it is offline; online it prints the link to the run."""
-    if mode == "offline":
-        os.environ["WANDB_SILENT"] = "true"
+def start_run(
+    tracking: Mapping[str, Any],
+    folder: Path,
+    name: str,
+    identity: str,
+    group: str,
+    job_type: str,
+    config: Mapping[str, Any],
+) -> Any:
+    """Start a wandb run and return it.
+
+    Args:
+        tracking: `mode` (online or offline), `project`, `entity`.
+        folder: where wandb keeps its files.
+        name: shown in the dashboard.
+        identity: id of the run; a run that is made again under one id continues it.
+        group, job_type: how the dashboard sorts runs.
+        config: the run's settings.
+    """
+    import wandb
+
+    offline = str(tracking["mode"]) == "offline"
+    folder.mkdir(parents=True, exist_ok=True)
+    return wandb.init(
+        project=tracking["project"],
+        entity=tracking["entity"],
+        dir=str(folder),
+        mode="offline" if offline else "online",
+        id=identity,
+        name=name,
+        group=group,
+        job_type=job_type,
+        resume=None if offline else "allow",
+        config=dict(config),
+        # Online, the link to the run is worth a line; offline, nothing is.
+        settings=wandb.Settings(silent=offline),
+    )
 
 
 def group_name(group: str | None, pool: str) -> str:
@@ -74,20 +106,8 @@ def log_soup(
         return
     import wandb
 
-    quiet_wandb(mode)
-    folder.mkdir(parents=True, exist_ok=True)
-    with wandb.init(
-        project=tracking["project"],
-        entity=tracking["entity"],
-        dir=str(folder),
-        mode="offline" if mode == "offline" else "online",
-        id=name,
-        name=name,
-        group=group,
-        job_type="soup",
-        resume="allow",
-        config={**config, "lineage": dict(lineage)},
-    ) as run:
+    settings = {**config, "lineage": dict(lineage)}
+    with start_run(tracking, folder, name, name, group, "soup", settings) as run:
         for step in steps:
             run.log({f"search/{key}": value for key, value in step.items()})
         run.log({"results": wandb.Table(columns=list(columns), data=[list(row) for row in rows])})

@@ -1,0 +1,120 @@
+"""Training a network on a task under Lightning, as the settings say; shared by the start and by every ingredient."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as lightning
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from soups.errors import ConfigError
+from soups.launch.settings import Settings, build_network
+from soups.tasks.classification import Classification
+from soups.tasks.images import Augmentation, Batches, OrderedBatches, ShuffledBatches, Splits
+from soups.tasks.models import Network
+
+
+class ImageData(lightning.LightningDataModule):
+    """Loaders of a task for one rank: shuffled global batches for training, the held-out split for validation.
+
+    The test and out-of-distribution splits are not here: fine-tuning never sees them.
+    """
+
+    def __init__(self, splits: Splits, network: Network, settings: Settings) -> None:
+        super().__init__()
+        self.splits, self.network, self.settings = splits, network, settings
+
+    def _ranks(self) -> tuple[int, int]:
+        trainer = self.trainer
+        return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the train split, augmented."""
+        loader, seed = self.settings["loader"], int(self.settings["seed"])
+        augmentation = Augmentation(**self.settings["augment"])
+        dataset = Batches(
+            self.splits.train, int(loader["size"]), self.network.mean, self.network.std, augmentation, seed
+        )
+        sampler = ShuffledBatches(len(dataset), int(loader["batch_size"]), seed, *self._ranks())
+        return DataLoader(
+            dataset, sampler=sampler, batch_size=None, num_workers=int(loader["workers"]), pin_memory=_pin()
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return the held-out split, every sample on exactly one rank."""
+        loader = self.settings["loader"]
+        dataset = Batches(self.splits.heldout, int(loader["size"]), self.network.mean, self.network.std)
+        sampler = OrderedBatches(len(dataset), int(loader["eval_batch_size"]), *self._ranks())
+        return DataLoader(
+            dataset, sampler=sampler, batch_size=None, num_workers=int(loader["workers"]), pin_memory=_pin()
+        )
+
+
+def _pin() -> bool:
+    return torch.cuda.is_available()
+
+
+def train(
+    settings: Settings,
+    splits: Splits,
+    start: dict[str, Tensor],
+    callbacks: Sequence[lightning.Callback] = (),
+    logger: Any | None = None,
+    show_progress: bool = False,
+) -> tuple[Network, lightning.Trainer]:
+    """Train a network from `start` and return it with the trainer that did it.
+
+    Raises:
+        ConfigError: the Trainer does not take these settings.
+        KeyboardInterrupt: the user stopped the fit; Lightning ended it in good order.
+    """
+    lightning.seed_everything(int(settings["seed"]), workers=True, verbose=False)
+    network = build_network({**settings, "model": {**settings["model"], "pretrained": False}}, len(splits.classes))
+    network.module.load_state_dict(start)
+    module = Classification(network, len(splits.classes), settings["optimizer"], **settings["task"])
+    trainer = _trainer(settings, callbacks, logger, show_progress)
+    trainer.fit(module, datamodule=ImageData(splits, network, settings))
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    return network, trainer
+
+
+def _trainer(
+    settings: Settings, callbacks: Sequence[lightning.Callback], logger: Any | None, show_progress: bool
+) -> lightning.Trainer:
+    options = dict(settings["trainer"])
+    threads = options.pop("threads", None)
+    if threads:
+        torch.set_num_threads(int(threads))
+    try:
+        return lightning.Trainer(
+            **options,
+            callbacks=[*callbacks, *([RichProgressBar()] if show_progress else [])],
+            logger=logger or False,
+            enable_progress_bar=show_progress,
+            enable_checkpointing=False,  # the pool keeps the result; a fit is the unit that is redone
+            enable_model_summary=False,
+            use_distributed_sampler=False,  # ours give every sample to exactly one rank
+            num_sanity_val_steps=0,
+            log_every_n_steps=10,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"Lightning's Trainer does not take these trainer.* settings: {error}") from error
+
+
+def layout(trainer: lightning.Trainer) -> dict[str, Any]:
+    """Return what a fit ran on, for the record."""
+    return {
+        "world_size": trainer.world_size,
+        "strategy": type(trainer.strategy).__name__,
+        "accelerator": type(trainer.accelerator).__name__,
+        "threads": torch.get_num_threads(),
+        "host": platform.node(),
+        "process": os.getpid(),
+    }
