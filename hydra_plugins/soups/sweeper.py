@@ -44,5 +44,6 @@ class SoupSweeper(Sweeper):
         """Run the sweep and cook the soup."""
         from soups.launch.sweep import run_sweep
 
-        assert self.config and self.hydra_context and self.launcher, "Hydra calls setup first"
+        if self.config is None or self.hydra_context is None or self.launcher is None:
+            raise RuntimeError("Hydra calls setup before sweep.")
         return run_sweep(self.config, self.hydra_context, self.launcher, arguments)

@@ -208,6 +208,12 @@ def launched_outside() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
 
 
+def is_first_process() -> bool:
+    """Tell whether this process is rank 0, also before Lightning has set anything up."""
+    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    return next((rank for rank in ranks if rank is not None), "0") == "0"
+
+
 def check(settings: Settings) -> None:
     """Check the values that would fail late or silently.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from soups.launch.settings import Settings
+from soups.launch.settings import Settings, is_first_process
 from soups.tracking import group_name, require_wandb, start_run
 
 
@@ -20,10 +20,9 @@ def ingredient_logger(settings: Settings, name: str, determined: Settings) -> An
     if not require_wandb(tracking["mode"]):
         return None
     from lightning.pytorch.loggers import WandbLogger
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
     run = None
-    if rank_zero_only.rank == 0:  # the other ranks of a distributed run get Lightning's silent logger
+    if is_first_process():  # the other ranks of a distributed run get Lightning's silent logger
         run = start_run(
             tracking,
             Path(settings["paths"]["output"]),

@@ -312,12 +312,13 @@ class OrderedBatches(Sampler[list[tuple[int, int]]]):
     """Evaluation batches of one rank: every sample on exactly one rank, and the same number of batches on each.
 
     No sample is repeated to pad, so sums over ranks count each once; equal counts keep collectives in step. When the
-    data are fewer than the ranks, the surplus ranks get no batches, and no collective may be called per batch.
+    data are fewer than the ranks, the surplus ranks get no batches, and no collective may be called per batch. A batch
+    holds at most `batch_size` samples (two, where a size of one does not divide evenly).
     """
 
     def __init__(self, length: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
         self.length, self.rank, self.world = length, rank, world
-        self.batches = -(-length // (batch_size * world))
+        self.batches = max(1, min(-(-length // (batch_size * world)), length // world))
 
     def __len__(self) -> int:
         return len(list(iter(self)))

@@ -92,7 +92,7 @@ def linear_probe(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             regression.fit((inputs - centre) / scale, labels)
-        previous = regression.coef_.copy(), regression.intercept_.copy()
+        previous = np.array(regression.coef_), np.array(regression.intercept_)
         accuracy = float(regression.score((heldout_inputs - centre) / scale, heldout_labels))
         if best is None or accuracy > best[1]:
             best = (strength, accuracy, regression)
