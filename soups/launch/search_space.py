@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException
 
 from soups.errors import ConfigError
 from soups.seeding import generator
@@ -27,10 +27,10 @@ def parse_space(space: Mapping[str, Any]) -> dict[str, Override]:
     for key, text in space.items():
         try:
             parsed[key] = parser.parse_override(f"{key}={text}")
-        except OverrideParseException as error:
+        except HydraException as error:
             raise ConfigError(
                 f"sweep.space.{key}={text} is not in Hydra's override grammar: {error}. Write choice(a, b), "
-                f"range(start, stop), interval(low, high) or tag(log, interval(low, high))."
+                f"range(start, stop), interval(low, high), int(interval(low, high)) or tag(log, interval(low, high))."
             ) from error
     return parsed
 

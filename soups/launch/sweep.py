@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
@@ -62,13 +62,22 @@ def plan(config: DictConfig, arguments: Sequence[str]) -> tuple[list[str], list[
     if unknown:
         raise ConfigError(f"sweep.{min(unknown)} is unknown; there are sweep.method, .size, .seed and .space.")
     fixed, swept, given = split_arguments(arguments)
-    space = parse_space({key: text for key, text in (sweep["space"] or {}).items() if key not in given})
+    space = parse_space({key: text for key, text in _leaves(sweep["space"] or {}) if key not in given})
     space.update(swept)
     if not isinstance(sweep["size"], int) or sweep["size"] < 0:
         raise ConfigError(f"sweep.size={sweep['size']} must be a whole number of at least 0.")
     if sweep["size"] == 0:
         return fixed, []
     return fixed, expand(space, sweep["method"], sweep["size"], int(sweep["seed"]))
+
+
+def _leaves(space: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield a nested search space as dotted keys and their texts; null takes a key out."""
+    for key, value in space.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(cast(Mapping[str, Any], value), f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key}", value
 
 
 def compose(

@@ -24,8 +24,8 @@ from soups.tasks.wheels import MNIST_5K, fetch
 def digits(
     train: int = 1500,
     heldout: int = 1500,
-    test: int = 2000,
-    corruptions: Sequence[str] = ("blur", "rotation", "contrast", "noise"),
+    test: int = 1500,
+    corruptions: Sequence[str] = ("blur", "rotation", "noise"),
     severity: int = 3,
     split_seed: int = 0,
 ) -> Splits:

@@ -19,7 +19,7 @@ def image_folder(
     root: str,
     heldout: float = 0.2,
     test: float = 0.2,
-    corruptions: Sequence[str] = ("blur", "rotation", "contrast", "noise"),
+    corruptions: Sequence[str] = ("blur", "rotation", "noise"),
     severity: int = 3,
     split_seed: int = 0,
 ) -> Splits:
