@@ -155,6 +155,9 @@ def run_missing(
     }
     failed: dict[str, str] = {}
     for item in missing:
+        if item.fingerprint in pool and item.fingerprint in errors:
+            # Its weights are safe; what failed came after them (tracking, most often) and must not pass in silence.
+            console.print(f"[yellow]Ingredient {item.fingerprint[:8]} is finished, but:[/] {errors[item.fingerprint]}")
         if item.fingerprint not in pool:
             failure = pool.failure(item.fingerprint)
             why = failure.error if failure else errors.get(item.fingerprint, str(crash or "it left no result"))

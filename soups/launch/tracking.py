@@ -40,4 +40,4 @@ def close_logger(logger: Any | None, summary: Mapping[str, float]) -> None:
     if logger is None:
         return
     logger.experiment.summary.update(dict(summary))
-    logger.experiment.finish(quiet=True)
+    logger.experiment.finish()

@@ -22,6 +22,7 @@ _WAY_OUT = {
     errno.EACCES: "permission was denied: choose another place, or change the folder's permissions",
     errno.EPERM: "permission was denied: choose another place, or change the folder's permissions",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another place",
+    errno.EEXIST: "a file stands where a folder is needed: choose another place",
 }
 
 

@@ -25,7 +25,9 @@ def digit_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for label in range(3):
         (root / str(label)).mkdir()
         for number, picture in enumerate(bunch.images[bunch.target == label][:40]):
-            Image.fromarray((picture * 15).astype(np.uint8)).resize((16, 16)).save(root / str(label) / f"{number:02}.png")
+            Image.fromarray((picture * 15).astype(np.uint8)).resize((16, 16)).save(
+                root / str(label) / f"{number:02}.png"
+            )
     return root
 
 
@@ -58,7 +60,9 @@ def train_py(overrides: list[str]) -> Callable[..., subprocess.CompletedProcess]
     """Run `python train.py` on the tiny task, as a user would; returns the finished process with its output."""
 
     def run(*arguments: str, **options) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / "train.py"), *overrides, *arguments]
+        flags = [argument for argument in arguments if argument.startswith("-")]  # argparse wants them first
+        rest = [argument for argument in arguments if not argument.startswith("-")]
+        command = [sys.executable, str(ROOT / "train.py"), *flags, *overrides, *rest]
         environment = {**os.environ, "COLUMNS": "140", "PYTHONPATH": str(ROOT), **options.pop("env", {})}
         return subprocess.run(
             command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,

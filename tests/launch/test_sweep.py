@@ -51,7 +51,14 @@ def finished_sweep(finished: Path, train_py: Run) -> Path:
 def test_the_job_ends_in_a_soup_that_loads(finished_sweep: Path) -> None:
     text = (finished_sweep / "log").read_text()
     folder = soup_folder(finished_sweep)
-    for expected in ("linear probe", "shared start", "mean of ingredients", "best single", "uniform soup", "greedy soup"):
+    for expected in (
+        "linear probe",
+        "shared start",
+        "mean of ingredients",
+        "best single",
+        "uniform soup",
+        "greedy soup",
+    ):
         assert expected in text
     assert "logit ensemble" in text and "[4/4]" in text and str(folder) in text
     names = {"soup.safetensors", "report.json", "results.csv", "config.json", "scatter.png", "greedy_path.png"}
@@ -187,7 +194,9 @@ def no_traceback(done: subprocess.CompletedProcess, *expected: str, code: int = 
 def test_mistakes_are_told_without_a_traceback(train_py: Run, tmp_path: Path) -> None:
     no_traceback(train_py("optimzer.lr=1e-4"), "optimzer")
     no_traceback(train_py("+soup=greedy", "optimizer.lrr=1e-4"), "lrr")
-    no_traceback(train_py("+soup=greedy", "+sweep.space.optimizer.lrr='interval(0.1,0.2)'"), "optimizer.lrr", "misspelt")
+    no_traceback(
+        train_py("+soup=greedy", "+sweep.space.optimizer.lrr='interval(0.1,0.2)'"), "optimizer.lrr", "misspelt"
+    )
     no_traceback(train_py("+soup=greedy", "sweep.space.seed='range(0'"), "override")
     no_traceback(train_py("+soup=greedy", "data.root=/nowhere"), "data.root=/nowhere is not a folder")
     no_traceback(train_py("optimizer.lr=-1"), "optimizer.lr=-1 must be a positive number")
@@ -240,19 +249,37 @@ def test_an_unreadable_image_is_named_and_nothing_is_lost(train_py: Run, tmp_pat
     no_traceback(train_py(f"data.root={root}"), f"Cannot read the image {broken}")
 
 
-def test_a_full_disk_names_the_pool(train_py: Run, tmp_path: Path) -> None:
-    """A file-size limit stands in for a full disk: writes fail in the middle, as they do there."""
-    limited = f"ulimit -f 64; exec {sys.executable} {ROOT}/train.py \"$@\""
-    done = subprocess.run(["bash", "-c", "true"], check=False)
-    assert done.returncode == 0
-    del limited
-    (tmp_path / "pool").write_text("a file where the pool should be")
-    no_traceback(train_py(), "Cannot", "the pool", "choose another place")
+def test_a_disk_that_fills_up_names_the_pool_and_loses_nothing(train_py: Run, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a full disk: it, too, fails a write in the middle."""
+    code = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    done = train_py()
+    assert done.returncode == 0, done.stdout
+    pool = Pool(tmp_path / "pool")
+    kept = pool.ingredients()
+    command = [sys.executable, "-c", code, str(ROOT / "train.py"), *done.args[2:], "seed=5"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    full = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=False)
+    assert full.returncode == 1 and "Traceback" not in full.stderr, full.stderr
+    assert "Cannot write" in full.stderr and str(tmp_path / "pool") in full.stderr, full.stderr
+    assert pool.ingredients() == kept
+    assert not [path for path in (tmp_path / "pool" / "ingredients").iterdir() if path.name.startswith(".")]
+
+
+def test_a_file_where_the_pool_should_be(train_py: Run, tmp_path: Path) -> None:
+    (tmp_path / "pool").write_text("mine")
+    no_traceback(train_py(), "Cannot write the pool", "a file stands where a folder is needed: choose another place")
+    assert (tmp_path / "pool").read_text() == "mine"
 
 
 def test_wandb_keeps_a_run_for_each_ingredient_and_one_for_the_soup(train_py: Run, tmp_path: Path) -> None:
     done = train_py(*SWEEP, "sweep.size=2", "tracking=wandb")
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0 and "is finished, but" not in done.stdout, done.stdout
     runs = sorted((tmp_path / "outputs" / "wandb").glob("offline-run-*"))
     assert len(runs) == 3
     found = {}
@@ -260,7 +287,11 @@ def test_wandb_keeps_a_run_for_each_ingredient_and_one_for_the_soup(train_py: Ru
         command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--summary", "--json", str(run)]
         read = subprocess.run(command, text=True, capture_output=True, check=True, stdin=subprocess.DEVNULL)
         found[run.name.rpartition("-")[2]] = json.loads(read.stdout)
-    soup = next(value for name, value in found.items() if name not in {r.fingerprint[:16] for r in Pool(tmp_path / "pool").ingredients()})
+    soup = next(
+        value
+        for name, value in found.items()
+        if name not in {r.fingerprint[:16] for r in Pool(tmp_path / "pool").ingredients()}
+    )
     text = json.dumps(soup)
     assert "greedy soup/test" in text and "lineage" in text
     pictures = list((tmp_path / "outputs" / "wandb").rglob("media/images/**/*.png"))

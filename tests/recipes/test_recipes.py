@@ -18,7 +18,9 @@ def candidates(points: list[list[float]], target: torch.Tensor, reads: Counter |
         return {"w": torch.tensor(points[number], dtype=torch.float64)}
 
     return [
-        Candidate(f"m{number}", -float((torch.tensor(point, dtype=torch.float64) - target).norm()), lambda n=number: load(n))
+        Candidate(
+            f"m{number}", -float((torch.tensor(point, dtype=torch.float64) - target).norm()), lambda n=number: load(n)
+        )
         for number, point in enumerate(points)
     ]
 
@@ -72,7 +74,10 @@ def test_tie_rules_differ_where_the_score_is_equal() -> None:
 
 
 def test_steps_tell_what_happened() -> None:
-    pool = [Candidate("a", 0.8, lambda: {"w": torch.tensor([1.0])}), Candidate("b", 0.9, lambda: {"w": torch.tensor([0.0])})]
+    pool = [
+        Candidate("a", 0.8, lambda: {"w": torch.tensor([1.0])}),
+        Candidate("b", 0.9, lambda: {"w": torch.tensor([0.0])}),
+    ]
     seen = []
     soup = greedy(pool, lambda weights: 0.9 - weights["w"].item(), on_step=seen.append)
     assert [(step.name, step.kept) for step in soup.steps] == [("b", True), ("a", False)]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -66,12 +67,15 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_an_error_in_the_block_is_not_hidden_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), replacing(tmp_path / "file") as temporary:
-        temporary.write_text("half")
-        raise KeyError("user's own")
-    with pytest.raises(KeyError), replacing_folder(tmp_path / "folder") as temporary:
-        (temporary / "part").write_text("half")
-        raise KeyError("user's own")
+    def write_half(context: AbstractContextManager[Path], name: str) -> None:
+        with context as temporary:
+            (temporary / name if name else temporary).write_text("half")
+            raise KeyError("user's own")
+
+    with pytest.raises(KeyError):
+        write_half(replacing(tmp_path / "file"), "")
+    with pytest.raises(KeyError):
+        write_half(replacing_folder(tmp_path / "folder"), "part")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -178,7 +182,9 @@ def test_damage_names_the_folder_and_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="altered after it was written"):
         pool.weights("a" * 64, verify=True)  # … but is found on request
 
-    path.write_bytes(whole[: len(whole) - 24] + torch.tensor([float("nan")]).numpy().tobytes() + whole[len(whole) - 20 :])
+    path.write_bytes(
+        whole[: len(whole) - 24] + torch.tensor([float("nan")]).numpy().tobytes() + whole[len(whole) - 20 :]
+    )
     with pytest.raises(WeightsError, match=r"weights\.safetensors: tensor 'layer.weight' holds 1 non-finite"):
         pool.weights("a" * 64)
 
@@ -192,7 +198,10 @@ def test_other_tensors_than_recorded(tmp_path: Path, change: str) -> None:
     pool = Pool(tmp_path)
     added = pool.add(record(), WEIGHTS)
     path = tmp_path / "ingredients" / ("a" * 64) / "weights.safetensors"
-    other = {"renamed.weight" if change == "rename" else "layer.weight": torch.zeros(3, 2), "layer.count": torch.tensor(3)}
+    other = {
+        "renamed.weight" if change == "rename" else "layer.weight": torch.zeros(3, 2),
+        "layer.count": torch.tensor(3),
+    }
     write_safetensors(path, other)
     found = json.loads((path.parent / "record.json").read_text()) | {"file_bytes": path.stat().st_size}
     (path.parent / "record.json").write_text(json.dumps(found))
