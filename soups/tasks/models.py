@@ -181,7 +181,7 @@ def _from_hub(name: str, build: Callable[[], nn.Module]) -> nn.Module:
         names = [kind.__name__ for kind in type(error).__mro__]
         if any(name.startswith(network) or name in ("ConnectError", "HTTPError", "OSError") for name in names):
             raise DataError(
-                f"Cannot get {name}: {error}. Offline? Fetch it on a machine with a network and give its path "
+                f"Cannot get {name}: {' '.join(str(error).split())} Offline? Fetch it on a machine with a network and give its path "
                 f"(`model.pretrained=/path/to/weights.safetensors`, or a folder for Hugging Face models), or start from "
                 f"random weights (`model.pretrained=false`)."
             ) from error

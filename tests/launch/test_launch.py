@@ -1,0 +1,177 @@
+"""The pieces of the main job in this process: fingerprints, the shared start, what may be averaged, progress."""
+
+import io
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from soups.errors import ConfigError, WeightsError
+from soups.launch.cook import choose_members, cook
+from soups.launch.fine_tune import fine_tune
+from soups.launch.progress import SweepProgress
+from soups.launch.settings import (
+    Settings,
+    build,
+    check,
+    determinants,
+    device_count,
+    name_of,
+    open_pool,
+)
+from soups.launch.start import ensure_probe, ensure_start
+from soups.stores.pool import Ingredient, Pool
+from tests.launch.conftest import compose_settings
+
+
+def changed(settings: Settings, key: str, value: object) -> Settings:
+    copy = json.loads(json.dumps(settings))
+    section = copy
+    *path, leaf = key.split(".")
+    for part in path:
+        section = section[part]
+    section[leaf] = value
+    return copy
+
+
+def fingerprint(settings: Settings) -> str:
+    return name_of(determinants(settings, "start", "split"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optimizer.lr", 1e-3), ("optimizer.weight_decay", 0.5), ("seed", 1), ("task.label_smoothing", 0.2),
+        ("augment.magnitude", 3), ("trainer.max_epochs", 7), ("trainer.precision", "bf16-mixed"),
+        ("loader.batch_size", 16), ("loader.size", 48), ("model.name", "test_vit"),
+    ],
+)  # fmt: skip
+def test_what_decides_the_weights_is_in_the_fingerprint(settings: Settings, key: str, value: object) -> None:
+    assert fingerprint(changed(settings, key, value)) != fingerprint(settings)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("trainer.devices", 2), ("trainer.strategy", "ddp"), ("trainer.accelerator", "gpu"), ("loader.workers", 4),
+        ("tracking.mode", "online"), ("pool.path", "elsewhere"), ("paths.output", "elsewhere"),
+        ("loader.eval_batch_size", 7), ("trainer.threads", 3), ("soup.ties", "official"),
+    ],
+)  # fmt: skip
+def test_where_it_runs_is_not(settings: Settings, key: str, value: object) -> None:
+    assert fingerprint(changed(settings, key, value)) == fingerprint(settings)
+
+
+def test_the_start_is_made_once_and_shared(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, weights = ensure_start(settings)
+    probe, _ = ensure_probe(settings, __import__("soups.launch.settings", fromlist=["x"]).build_splits(settings))
+    assert start.notes["linear_probe"] == probe.fingerprint and start.weights != probe.weights
+    monkeypatch.setattr("soups.launch.start.train", lambda *a, **k: pytest.fail("trained twice"))
+    monkeypatch.setattr("soups.launch.start.linear_probe", lambda *a, **k: pytest.fail("probed twice"))
+    for key, value in (("optimizer.lr", 1e-3), ("seed", 9), ("task.label_smoothing", 0.3), ("trainer.devices", 2)):
+        again, same = ensure_start(changed(settings, key, value))
+        assert again == start
+        assert all(torch.equal(same[name], weights[name]) for name in weights)
+
+
+def test_fine_tuning_starts_at_the_start_and_freezes_batchnorm(settings: Settings) -> None:
+    _, start = ensure_start(settings)
+    still = fine_tune(changed(settings, "optimizer.lr", 1e-20), show_progress=False)
+    pool = open_pool(settings)
+    weights = pool.weights(still.fingerprint)
+    assert all(torch.allclose(weights[name].float(), start[name].float(), rtol=0, atol=1e-6) for name in start)
+    moved = fine_tune(settings, show_progress=False)
+    weights = pool.weights(moved.fingerprint)
+    running = [name for name in start if "running" in name]
+    assert running and all(torch.equal(weights[name], start[name]) for name in running)
+    assert any(not torch.equal(weights[name], start[name]) for name in start if name not in running)
+    assert fine_tune(settings, show_progress=False) == moved
+
+
+def test_foreign_ingredients_are_refused_by_name_or_skipped(settings: Settings) -> None:
+    pool = open_pool(settings)
+    mine = fine_tune(settings, show_progress=False)
+    weights = pool.weights(mine.fingerprint)
+    other = mine.model_copy(update={"fingerprint": "b" * 64, "start": "elsewhere"})
+    pool.add(other, weights)
+    bigger = mine.model_copy(update={"fingerprint": "c" * 64})
+    pool.add(bigger, {**weights, "extra.weight": torch.zeros(3)})
+    split = mine.model_copy(
+        update={"fingerprint": "d" * 64, "split": "other", "config": changed(mine.config, "data.split_seed", 5)}
+    )
+    pool.add(split, weights)
+    with pytest.raises(WeightsError) as caught:
+        choose_members(settings, pool)
+    text = str(caught.value)
+    assert text.startswith("3 of the 4 ingredients")
+    assert "bbbbbbbb: another start" in text
+    assert "cccccccc: another architecture (1 unexpected ('extra.weight'))" in text
+    assert "dddddddd: another split (data.split_seed: 5 there, 0 here)" in text
+    skipping = changed(settings, "soup.foreign", "skip")
+    assert [record.fingerprint for record in choose_members(skipping, pool)] == [mine.fingerprint]
+    excluding = changed(settings, "soup.exclude", ["bbbb", "c" * 64, "dddddddd"])
+    assert [record.fingerprint for record in choose_members(excluding, pool)] == [mine.fingerprint]
+    report, folder = cook(skipping)
+    assert report.members == [mine.fingerprint] and (folder / "soup.safetensors").is_file()
+
+
+def test_cooking_mistakes(settings: Settings) -> None:
+    with pytest.raises(ConfigError, match=r"soup\.recipe=gredy: did you mean 'greedy'"):
+        cook(changed(settings, "soup.recipe", "gredy"))
+    with pytest.raises(ConfigError, match="holds no ingredients to cook"):
+        cook(settings)
+
+
+def test_settings_mistakes(settings: Settings, overrides: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.name=adam must be adamw or sgd"):
+        check(changed(settings, "optimizer.name", "adam"))
+    with pytest.raises(ConfigError, match=r"loader\.size=many must be a positive whole number"):
+        check(changed(settings, "loader.size", "many"))
+    with pytest.raises(ConfigError, match=r"data\.rot is no setting of .*did you mean 'root'"):
+        build({**settings["data"], "rot": 1}, "data")
+    with pytest.raises(ConfigError, match="cannot be imported"):
+        build({"_target_": "soups.nowhere.f"}, "data")
+    with pytest.raises(ConfigError, match=r"trainer\.devices=some must be"):
+        device_count(changed(settings, "trainer.devices", "some"))
+    with pytest.raises(ConfigError, match=r"data\.root has no value: give it on the command line"):
+        compose_settings([*[text for text in overrides if not text.startswith("data.root")]])
+
+
+def test_every_configuration_composes() -> None:
+    conf = Path(__file__).parents[2] / "conf"
+    groups = {"model": ["model.name=x"], "data": ["data.root=x"], "optimizer": [], "tracking": [], "trainer": []}
+    for group, fill in groups.items():
+        for path in (conf / group).glob("*.yaml"):
+            fitting = [text for text in fill if text.split("=")[0].split(".")[1] + ": ???" in path.read_text()]
+            assert compose_settings([f"{group}={path.stem}", *fitting])
+    for path in (conf / "soup").glob("*.yaml"):
+        assert compose_settings([f"+soup={path.stem}"])["soup"]["recipe"] == path.stem
+
+
+def test_progress_is_read_from_the_pool(tmp_path: Path) -> None:
+    """Any launcher: the display learns of runs only through files in the pool."""
+    pool = Pool(tmp_path / "pool")
+    pool.check_writable()
+    names = ["a" * 64, "b" * 64]
+    display = SweepProgress(pool, names, {names[0]: "lr=1", names[1]: "lr=2"}, found=3)
+    display.console = Console(file=io.StringIO(), force_terminal=True, width=120)
+
+    def work() -> None:
+        folder = tmp_path / "pool" / "progress"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{names[0]}.json").write_text('{"step": 5, "total": 10}')
+        time.sleep(1.2)
+        record = Ingredient(fingerprint=names[0], determinants={}, metrics={"heldout": {"accuracy": 0.75}})
+        pool.add(record, {"w": torch.zeros(2)})
+
+    with display.running():
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        time.sleep(0.8)
+    text = display.console.file.getvalue()  # type: ignore[attr-defined]
+    assert "aaaaaaaa  held-out 75.00%  lr=1" in text and "[4/5]" in text and "4/5" in text and "left" in text
