@@ -1,11 +1,16 @@
 """Fine-tune one model, many, or many that end in a soup; `conf/train.yaml` says how.
 
-python train.py                                   one fine-tune, kept as an ingredient
-python train.py -m optimizer.lr=1e-4,3e-4         an ordinary Hydra multirun into the same pool
-python train.py +soup=greedy                      a sweep that ends in a greedy soup
+    python train.py                                   one fine-tune, kept as an ingredient
+    python train.py -m optimizer.lr=1e-4,3e-4         an ordinary Hydra multirun into the same pool
+    python train.py +soup=greedy                      a sweep that ends in a greedy soup
 """
 
-import hydra
+try:
+    import hydra
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"{error}. The base install has no training libraries: run `pip install -e '.[train]'` in this folder."
+    ) from error
 from omegaconf import DictConfig
 
 
