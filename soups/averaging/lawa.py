@@ -14,11 +14,12 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from soups.averaging.mean import DTYPES, Mean, storage_dtype
+from soups.averaging.mean import DTYPES, SMALL, Mean, storage_dtype
 from soups.errors import ConfigError
 from soups.weights import Weights, mean
 
@@ -92,7 +93,7 @@ class LAWA(Mean):
         return self.device if plane == "mean" or self.snapshots == "device" else torch.device("cpu")
 
     def _like(self, tensor: Tensor, plane: str) -> Tensor:
-        if not self._on_disk(plane) or tensor.numel() == 0:
+        if not self._on_disk(plane, tensor):
             return super()._like(tensor, plane)
         if self.folder is None:
             self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="lawa-")
@@ -113,31 +114,49 @@ class LAWA(Mean):
     def _misplaced(self, old: Tensor, tensor: Tensor, plane: str) -> bool:
         # A restored ring is in memory; nothing but a file of its own has this name.
         return super()._misplaced(old, tensor, plane) or (
-            self._on_disk(plane) and old.untyped_storage().filename is None
+            self._on_disk(plane, old) and old.untyped_storage().filename is None
         )
 
-    def _on_disk(self, plane: str) -> bool:
-        return plane != "mean" and self.snapshots == "disk"
+    def _on_disk(self, plane: str, tensor: Tensor) -> bool:
+        return plane != "mean" and self.snapshots == "disk" and tensor.numel() > SMALL
 
     def _apply(self, index: int, views: dict[str, list[Tensor]], theta: list[Tensor]) -> None:
-        average, slot = views["mean"], views[f"ring{self._slot}"]
-        full = self.count >= self.k
-        step = 1 / self.k if full else 1 / (self.count + 1)
-        refresh = full and index % self.k == self._slot
-        if full and not refresh:
-            torch._foreach_add_(average, _as(slot, average), alpha=-step)
-        torch._foreach_copy_(slot, theta)
-        if not full:
-            torch._foreach_lerp_(average, _as(slot, average), step) if self.count else torch._foreach_copy_(
-                average, slot
-            )
-        elif not refresh:
-            torch._foreach_add_(average, _as(slot, average), alpha=step)
-        else:
-            torch._foreach_copy_(average, views["ring0"])
+        ring, average = views[f"ring{self._slot}"], views["mean"]
+        if self.count < self.k:
+            torch._foreach_copy_(ring, theta)
+            if self.count:
+                torch._foreach_lerp_(average, _as(ring, average), 1 / (self.count + 1))
+            else:
+                torch._foreach_copy_(average, ring)
+            return
+        fresh = self._fresh(index)
+        kept = [number for number, is_fresh in enumerate(fresh) if not is_fresh]
+        if kept:
+            part, old = [average[n] for n in kept], [ring[n] for n in kept]
+            torch._foreach_add_(part, _as(old, average), alpha=-1 / self.k)
+            torch._foreach_copy_(old, [theta[n] for n in kept])
+            torch._foreach_add_(part, _as(old, average), alpha=1 / self.k)
+        if len(kept) < len(average):
+            again = [number for number, is_fresh in enumerate(fresh) if is_fresh]
+            part = [average[n] for n in again]
+            torch._foreach_copy_([ring[n] for n in again], [theta[n] for n in again])
+            torch._foreach_copy_(part, [views["ring0"][n] for n in again])
             for other in range(1, self.k):
-                torch._foreach_add_(average, _as(views[f"ring{other}"], average))
-            torch._foreach_mul_(average, step)
+                torch._foreach_add_(part, _as([views[f"ring{other}"][n] for n in again], average))
+            torch._foreach_mul_(part, 1 / self.k)
+
+    def _fresh(self, index: int) -> list[bool]:
+        """Say which of a group's tensors are recomputed from the ring at this update: each once in k updates.
+
+        The turn depends on the tensor alone, so that the same bits come out however tensors are grouped.
+        """
+        assert self._pass is not None
+        if self._pass.stages[index] is not None:
+            return [self._slot == 0]
+        return [
+            (0 if numel <= SMALL else crc32(f"{name}:{part and part.start}".encode()) % self.k) == self._slot
+            for (name, part), numel in zip(self._pass.members[index], self._pass.sizes[index], strict=True)
+        ]
 
     def _scalars(self) -> dict[str, Any]:
         return {"k": self.k}
@@ -157,10 +176,10 @@ def _as(source: list[Tensor], like: list[Tensor]) -> list[Tensor]:
     return [tensor.to(device=like[0].device, dtype=like[0].dtype) for tensor in source]
 
 
-def lawa(points: Sequence[Weights]) -> dict[str, Tensor]:
+def latest_mean(points: Sequence[Weights]) -> dict[str, Tensor]:
     """Return the equal mean of saved points: the plain function behind `LAWA`.
 
-    >>> lawa([{"w": torch.tensor([1.0])}, {"w": torch.tensor([3.0])}])["w"]
+    >>> latest_mean([{"w": torch.tensor([1.0])}, {"w": torch.tensor([3.0])}])["w"]
     tensor([2.])
     """
     return mean(points)

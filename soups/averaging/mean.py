@@ -24,6 +24,8 @@ from soups.weights import Weights, is_averaged, tied_names
 
 # Elements in a group: 512 KiB of float32 weights beside one average's, well inside a core's second-level cache.
 GROUP = 1 << 17
+# Tensors up to this many elements are first copied side by side, so that a group of them costs one operation an average.
+SMALL = 1 << 13
 
 DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
@@ -234,6 +236,9 @@ class Pass:
             mean._prepare({name: tensor for name, tensor in kept.items() if mean.covers(name)})
         self.theta: list[list[Tensor]] = []
         self.members: list[list[tuple[str, slice | None]]] = []
+        # For groups of small tensors: the buffer into which they are copied side by side.
+        self.stages: list[Tensor | None] = []
+        self.sizes: list[list[int]] = []
         # For each group, the means that cover it, sorted by what they want to be given.
         self.plan: list[list[tuple[tuple[torch.dtype, torch.device], list[Mean]]]] = []
         self._build(kept)
@@ -241,31 +246,42 @@ class Pass:
     def _build(self, kept: dict[str, Tensor]) -> None:
         for mean in self.means:
             mean._views = []
-        open_groups: dict[object, list[tuple[str, slice | None]]] = {}
-        sizes: dict[object, int] = {}
+        open_groups: dict[tuple[object, ...], list[tuple[str, slice | None]]] = {}
+        filled: dict[tuple[object, ...], int] = {}
 
-        def close(signature: object) -> None:
-            members = open_groups.pop(signature)
-            sizes.pop(signature)
-            self._add_group(kept, members)
+        def close(signature: tuple[object, ...]) -> None:
+            filled.pop(signature)
+            self._add_group(kept, open_groups.pop(signature), bool(signature[-1]))
 
+        # Stochastic rounding draws by tensor, so there small tensors stay apart.
+        staged = all(mean.dtype != torch.bfloat16 for mean in self.means)
         for name, tensor in kept.items():
-            signature = (tensor.dtype, tensor.device, tuple(mean.covers(name) for mean in self.means))
+            small = staged and tensor.numel() <= SMALL and tensor.is_contiguous()
+            signature = (tensor.dtype, tensor.device, tuple(mean.covers(name) for mean in self.means), small)
             for part in _parts(tensor):
                 open_groups.setdefault(signature, []).append((name, part))
                 size = tensor.numel() if part is None else part.stop - part.start
-                sizes[signature] = sizes.get(signature, 0) + size
-                if sizes[signature] >= GROUP:
+                filled[signature] = filled.get(signature, 0) + size
+                if filled[signature] >= GROUP:
                     close(signature)
         for signature in list(open_groups):
             close(signature)
 
-    def _add_group(self, kept: dict[str, Tensor], members: list[tuple[str, slice | None]]) -> None:
-        def views(tensors: Mapping[str, Tensor]) -> list[Tensor]:
-            return [_view(tensors[name], kept[name], part) for name, part in members]
+    def _add_group(self, kept: dict[str, Tensor], members: list[tuple[str, slice | None]], small: bool) -> None:
+        def views(tensors: dict[str, Tensor]) -> list[Tensor]:
+            if not small:
+                return [_view(tensors[name], kept[name], part) for name, part in members]
+            # The average's small tensors become parts of one buffer.
+            flat = torch.cat([tensors[name].reshape(-1) for name, _ in members])
+            parts = flat.split([kept[name].numel() for name, _ in members])
+            for (name, _), part in zip(members, parts, strict=True):
+                tensors[name] = part.view(kept[name].shape)
+            return [flat]
 
-        self.theta.append(views(kept))
+        self.theta.append([_view(kept[name], kept[name], slice(None) if small else part) for name, part in members])
+        self.stages.append(torch.cat(self.theta[-1]) if small else None)
         self.members.append(members)
+        self.sizes.append([kept[name].numel() for name, _ in members])
         wanted: dict[tuple[torch.dtype, torch.device], list[Mean]] = {}
         for mean in self.means:
             if not mean.covers(members[0][0]):
@@ -283,7 +299,10 @@ class Pass:
         """Update all averages of this pass."""
         for mean in self.means:
             mean._begin()
-        for index, (theta, plan) in enumerate(zip(self.theta, self.plan, strict=True)):
+        for index, (theta, stage, plan) in enumerate(zip(self.theta, self.stages, self.plan, strict=True)):
+            if stage is not None:
+                torch.cat(theta, out=stage)
+                theta = [stage]
             for (dtype, device), means in plan:
                 given = theta
                 if theta[0].dtype != dtype or theta[0].device != device:
