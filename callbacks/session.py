@@ -270,11 +270,12 @@ class Session:
         return {**tracked.mean.value(), **tracked.statistics}
 
     def state_dict(self, name: str) -> dict[str, Tensor]:
-        """Return an average as a full state dict of the module."""
+        """Return an average as a full state dict of the module, in memory of its own."""
         with torch.no_grad():
             raw = {key: tensor.detach().clone() for key, tensor in self.module.state_dict().items()}
             whole = slots(self.module)
-            value = {key: like(t, whole[key]) if key in whole else t for key, t in self.value(name).items()}
+            held = {key: tensor.detach().clone() for key, tensor in self.value(name).items()}
+            value = {key: like(t, whole[key]) if key in whole else t for key, t in held.items()}
             return overlay(raw, value, self.tied())
 
     def tied(self) -> dict[str, str]:

@@ -98,7 +98,7 @@ def trainer(tmp_path: Any, *callbacks: Any, **options: Any) -> pl.Trainer:
 
 def evaluate(module: Toy, weights: dict[str, Tensor]) -> float:
     """Return the validation loss of a module of the same class with these weights, computed by hand."""
-    copy = type(module)(norm=any(isinstance(layer, nn.BatchNorm1d) for layer in module.modules()))
+    copy = Toy(norm=any(isinstance(layer, nn.BatchNorm1d) for layer in module.modules()))
     copy.load_state_dict(weights)
     copy.eval()
     with torch.no_grad():
