@@ -169,6 +169,11 @@ def restore(session: Session, content: dict[str, Any]) -> None:
         entry = whole_entry(entry, name, session)
         state = _state(session, name, entry)
         tracked.mean.load_state_dict(state)
+        # What the checkpoint did not average (it was frozen, or `buffers` was another) joins with its present value.
+        held = state["planes"]["mean"]
+        for key, tensor in session.weights().items():
+            if key not in held:
+                tracked.mean.admit(key, tensor)
         tracked.last_point = int(entry.get("last_point", -1))
         tracked.measured_at = int(entry.get("measured_at", 0))
         tracked.statistics = {key: tensor.clone() for key, tensor in entry.get("buffers", {}).items()}
