@@ -108,13 +108,14 @@ class Averaging(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find the other averaging callbacks and make one session for all."""
-        everyone = [callback for callback in trainer.callbacks if isinstance(callback, Averaging)]
+        owner: Any = trainer  # Lightning sets `callbacks` where type checkers do not see it
+        everyone = [callback for callback in owner.callbacks if isinstance(callback, Averaging)]
         self._leads = everyone[0] is self
         if not self._leads:
             self._session = everyone[0]._session
             return
-        others = [callback for callback in trainer.callbacks if not isinstance(callback, Averaging)]
-        trainer.callbacks = [*everyone, *others]
+        others = [callback for callback in owner.callbacks if not isinstance(callback, Averaging)]
+        owner.callbacks = [*everyone, *others]
         members = [member for callback in everyone for member in callback.members()]
         fresh = stage == "fit" or self._session is None or self._session.module is not pl_module
         if fresh:

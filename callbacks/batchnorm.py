@@ -90,7 +90,7 @@ def _copies(loaders: Any) -> Any:
 
 def _batches(trainer: pl.Trainer) -> Iterator[Any]:
     combined = trainer.fit_loop._combined_loader
-    mode = "max_size_cycle" if combined is None else combined._mode
+    mode: Any = "max_size_cycle" if combined is None else combined._mode
     for batch, _, _ in CombinedLoader(_copies(trainer.train_dataloader), mode):
         yield batch
 

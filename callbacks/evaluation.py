@@ -13,9 +13,9 @@ import contextlib
 from collections.abc import Generator
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop  # pyright: ignore[reportPrivateUsage]
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from .quiet import SpareMetrics, logging_as, replaced
 

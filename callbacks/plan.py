@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import lightning.pytorch as pl
 
@@ -29,3 +30,8 @@ def plan_of(trainer: pl.Trainer) -> Plan:
             reached = math.ceil(steps / per_epoch)
             epochs = reached if epochs is None else min(epochs, reached)
     return Plan(steps_per_epoch=per_epoch, steps=steps, epochs=epochs)
+
+
+def rehearsal(trainer: Any) -> bool:
+    """Tell whether this is a `fast_dev_run`, in which nothing is written to disk."""
+    return bool(trainer.fast_dev_run)

@@ -40,7 +40,7 @@ class SpareMetrics:
         """Within the block the metrics count into the spare states, which are kept from block to block."""
         from torchmetrics import Metric
 
-        metrics = [layer for layer in module.modules() if isinstance(layer, Metric)]
+        metrics: list[Any] = [layer for layer in module.modules() if isinstance(layer, Metric)]
         own = [_take(metric) for metric in metrics]
         for metric in metrics:
             metric.__dict__.update(self._spare.get(id(metric)) or _fresh(metric))

@@ -13,6 +13,7 @@ from soups.averaging.snapshots import Snapshots
 from soups.averaging.units import Plan, Schedule
 
 from .base import Averaging
+from .plan import rehearsal
 from .settings import Common, settings_of
 from .sharding import is_sharded
 
@@ -56,13 +57,13 @@ class Trajectory(Averaging):
         """Open the folder, and remove what a run that is resumed wrote after the checkpoint."""
         folder = self.folder or Path(trainer.default_root_dir) / "snapshots" / self.settings.name
         self._snapshots = Snapshots(folder, dtype=self.snapshot_dtype)
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.is_global_zero and not rehearsal(trainer):
             self._snapshots.drop_after(session.steps, ["raw"])
 
     def after_step(self, session: Session, trainer: pl.Trainer, *, epoch_end: bool) -> None:
         """Write the snapshot that is due."""
         schedule, snapshots = self._schedule, self._snapshots
-        if schedule is None or snapshots is None or trainer.fast_dev_run or not session.steps:
+        if schedule is None or snapshots is None or rehearsal(trainer) or not session.steps:
             return
         if schedule.due(session.steps, session.epochs, epoch_end=epoch_end):
             weights = {

@@ -81,7 +81,9 @@ def test_resume_is_bit_identical_at_any_step(tmp_path, toy, crash):
         assert (other.mean.count, other.last_point) == (tracked.mean.count, tracked.last_point)
     files = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "parts").iterdir())
-    assert all(toy.same(read_safetensors(tmp_path / "whole" / f), read_safetensors(tmp_path / "parts" / f)) for f in files)
+    assert all(
+        toy.same(read_safetensors(tmp_path / "whole" / f), read_safetensors(tmp_path / "parts" / f)) for f in files
+    )
 
 
 def test_state_dict_is_raw_and_the_average_loads_strictly(tmp_path, toy):
@@ -143,7 +145,9 @@ def test_test_and_predict_in_a_new_process(tmp_path, toy):
     chosen = EMA(test="both", predict="average")
     tester = toy.trainer(tmp_path, chosen)
     tester.test(fresh, ckpt_path=tmp_path / "a.ckpt", verbose=False)
-    assert float(tester.callback_metrics["test/loss"]) == pytest.approx(toy.evaluate(module, module.points[-1]), rel=1e-5)
+    assert float(tester.callback_metrics["test/loss"]) == pytest.approx(
+        toy.evaluate(module, module.points[-1]), rel=1e-5
+    )
     assert float(tester.callback_metrics["test/loss_ema"]) == pytest.approx(toy.evaluate(module, average), rel=1e-5)
     predictions = tester.predict(fresh, ckpt_path=tmp_path / "a.ckpt")
     wanted = toy.Toy().eval()

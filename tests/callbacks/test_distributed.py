@@ -201,7 +201,9 @@ def test_sharded_models_are_averaged_shard_by_shard(tmp_path, distributed):
     assert [process.exitcode for process in children] == [0, 0]
 
 
-@pytest.mark.parametrize(("strategy", "message"), [(FSDPStrategy, "fully_shard"), (DeepSpeedStrategy, "DeepSpeed keeps")])
+@pytest.mark.parametrize(
+    ("strategy", "message"), [(FSDPStrategy, "fully_shard"), (DeepSpeedStrategy, "DeepSpeed keeps")]
+)
 def test_opaque_strategies_are_refused(strategy, message):
     trainer = type("Trainer", (), {"strategy": strategy.__new__(strategy)})()
     with pytest.raises(ConfigError, match=message):

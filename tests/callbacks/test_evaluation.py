@@ -41,7 +41,11 @@ def test_one_validation_logs_raw_and_every_average_side_by_side(tmp_path, toy):
     for row, held in zip(record.rows, values, strict=True):
         for suffix, weights in held.items():
             for metric in ("val/loss", "val/metric"):
-                assert row[f"{metric}{suffix}"] == pytest.approx(toy.evaluate(module, weights), rel=1e-5), (metric, suffix, row)
+                assert row[f"{metric}{suffix}"] == pytest.approx(toy.evaluate(module, weights), rel=1e-5), (
+                    metric,
+                    suffix,
+                    row,
+                )
     assert len({row["val/loss"] for row in record.rows} | {row["val/loss_ema"] for row in record.rows}) == 6
 
 
@@ -182,9 +186,14 @@ def test_applied_and_apply(tmp_path, toy):
     module, ema = toy.Toy(), EMA(decay=0.9)
     toy.trainer(tmp_path, ema).fit(module)
     average = ema.average()
-    with pytest.raises(KeyError), ema.applied() as held:
-        assert toy.same(toy.snapshot(held), average)
-        raise KeyError
+
+    def fail_inside():
+        with ema.applied() as held:
+            assert toy.same(toy.snapshot(held), average)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
     assert toy.same(toy.snapshot(module), module.points[-1])
     ema.apply()
     assert toy.same(toy.snapshot(module), average)
@@ -253,7 +262,9 @@ def test_live_and_averaged_buffers(tmp_path, toy):
     toy.trainer(tmp_path, live, average).fit(module)
     key = "net.1.running_mean"
     assert torch.equal(live.average("live")[key], module.points[-1][key])
-    torch.testing.assert_close(live.average("ema")[key].double(), toy.ema_of(module.points, 0.9)[key], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        live.average("ema")[key].double(), toy.ema_of(module.points, 0.9)[key], rtol=1e-6, atol=1e-6
+    )
 
 
 def test_reestimation_under_manual_optimization_asks_for_a_forward(tmp_path, toy):

@@ -196,7 +196,9 @@ def test_lightnings_swa_misses_the_last_epoch_and_trains_one_more(tmp_path, toy)
             return super().training_step(batch, batch_idx)
 
     module = Counting()
-    schedule = toy.trainer(tmp_path, StochasticWeightAveraging(0.05, swa_epoch_start=5, annealing_epochs=1), max_epochs=8)
+    schedule = toy.trainer(
+        tmp_path, StochasticWeightAveraging(0.05, swa_epoch_start=5, annealing_epochs=1), max_epochs=8
+    )
     schedule.fit(module)
     assert module.steps == 54, "repaired in Lightning"
     final = toy.mean_of([module.points[6 * e - 1] for e in (5, 6, 7, 8)])
@@ -252,7 +254,11 @@ def test_torch_averages_stand_still_in_bfloat16(toy):
     weights = dict(model.named_parameters())
     full.update(weights)
     rounded.update(weights)
-    jump(model, lambda: (average.update_parameters(model), averaging.update([full], weights), rounded.update(weights)), 2000)
+    jump(
+        model,
+        lambda: (average.update_parameters(model), averaging.update([full], weights), rounded.update(weights)),
+        2000,
+    )
     exact = 1 - 0.9995**2000
     assert float(average.module.weight.float().mean()) < 0.2, "repaired in torch"
     assert float(full.value()["weight"].mean()) == pytest.approx(exact, abs=1e-3)
@@ -292,7 +298,11 @@ def test_ema_pytorchs_posthoc_profile_ignores_its_interval(tmp_path):
     ema_pytorch = pytest.importorskip("ema_pytorch")
     model = nn.Linear(1, 1, bias=False)
     theirs = ema_pytorch.PostHocEMA(
-        model, sigma_rels=(0.05, 0.1), update_every=100, checkpoint_every_num_steps=10**9, checkpoint_folder=str(tmp_path)
+        model,
+        sigma_rels=(0.05, 0.1),
+        update_every=100,
+        checkpoint_every_num_steps=10**9,
+        checkpoint_folder=str(tmp_path),
     )
     ours = averaging.PowerEMA(0.05, interval=100)
     for step in range(1, 5001):

@@ -36,7 +36,9 @@ def test_swa_takes_the_points_its_schedule_names(tmp_path, toy, start, every, ep
     toy.close(swa.average(), toy.mean_of([module.points[step - 1] for step in steps]))
 
 
-@pytest.mark.parametrize(("k", "every", "steps"), [(2, "1ep", [12, 18]), (4, "3st", [9, 12, 15, 18]), (5, "1st", [14, 15, 16, 17, 18])])
+@pytest.mark.parametrize(
+    ("k", "every", "steps"), [(2, "1ep", [12, 18]), (4, "3st", [9, 12, 15, 18]), (5, "1st", [14, 15, 16, 17, 18])]
+)
 def test_lawa_is_the_mean_of_the_last_k(tmp_path, toy, k, every, steps):
     module, lawa = toy.Toy(), LAWA(k=k, every=every)
     toy.trainer(tmp_path, lawa).fit(module)
