@@ -23,12 +23,15 @@ from soups.averaging.mean import DTYPES, SMALL, Mean, storage_dtype
 from soups.errors import ConfigError
 from soups.weights import Weights, mean
 
+# Windows after which every part of the running mean has been computed anew, which bounds its rounding error.
+REFRESH = 8
+
 
 class LAWA(Mean):
     """Equal mean of the last k points: a ring of snapshots and their running mean.
 
     An update reads the new point and the oldest snapshot, whatever k is. Rounding cannot pile up in the running mean:
-    every update also recomputes a k-th of it from the ring, so all of it is fresh after k updates.
+    every update also recomputes a part of it from the ring, so that all of it is fresh after 8 k updates.
 
     Args:
         k: points in the window.
@@ -146,15 +149,16 @@ class LAWA(Mean):
             torch._foreach_mul_(part, 1 / self.k)
 
     def _fresh(self, index: int) -> list[bool]:
-        """Say which of a group's tensors are recomputed from the ring at this update: each once in k updates.
+        """Say which of a group's tensors are recomputed from the ring at this update: each once in 8 k updates.
 
         The turn depends on the tensor alone, so that the same bits come out however tensors are grouped.
         """
         assert self._pass is not None
+        now = self.count % (REFRESH * self.k)
         if self._pass.stages[index] is not None:
-            return [self._slot == 0]
+            return [now == 0]
         return [
-            (0 if numel <= SMALL else crc32(f"{name}:{part and part.start}".encode()) % self.k) == self._slot
+            (0 if numel <= SMALL else crc32(f"{name}:{part and part.start}".encode()) % (REFRESH * self.k)) == now
             for (name, part), numel in zip(self._pass.members[index], self._pass.sizes[index], strict=True)
         ]
 

@@ -123,7 +123,7 @@ def test_lawa_does_not_drift():
     for point in points:
         average.update(point)
     exact = torch.stack([point["w"].double() for point in points[-5:]]).mean(0)
-    assert float((average.value()["w"].double() - exact).abs().max()) < 3e-7
+    assert float((average.value()["w"].double() - exact).abs().max()) < 8e-7  # 2e-6 and growing without the refresh
 
 
 @pytest.mark.parametrize("snapshots", ["device", "cpu", "disk"])
