@@ -75,9 +75,10 @@ def add(session: Session, checkpoint: dict[str, Any]) -> None:
             name = tied.get(name, name)
             if name in raw:
                 checkpoint["state_dict"][key] = raw[name].detach()
-    if not session.begun:
-        # Something (a learning-rate finder) saves before training has begun: what was loaded is not lost.
-        if session.loaded is not None:
+    if not session.begun or session.loaded is not None:
+        # Something (a learning-rate finder) saves before training has begun, or the weights are those of a checkpoint that
+        # was loaded to be tested: its averages belong to them.
+        if session.loaded is not None and session.loaded["averages"]:
             checkpoint[KEY] = session.loaded
         return
     full = "optimizer_states" in checkpoint

@@ -260,11 +260,12 @@ class Session:
             originals = slots(self.module)
             merged = {**entry["weights"], **entry.get("buffers", {})}
             return {key: shard_of(t, originals[key]) if key in originals else t for key, t in merged.items()}
-        if name not in self.tracked:
-            known = did_you_mean(name, [*self.tracked, *held])
+        # A checkpoint that was loaded and lacks the average must not be tested on one that happens to be in memory.
+        if name not in self.tracked or (self._evaluating and self.loaded is not None):
+            known = did_you_mean(name, held if self.loaded is not None else self.tracked)
             raise ConfigError(
-                f"There is no average called {name!r}: neither did this process train one, nor does the checkpoint that "
-                f"was loaded hold it. {known[:1].upper()}{known[1:]}"
+                f"There is no average called {name!r}: neither does the checkpoint that was loaded hold it, nor, without a "
+                f"checkpoint, did this process train one. {known[:1].upper()}{known[1:]}"
             )
         tracked = self.tracked[name]
         return {**tracked.mean.value(), **tracked.statistics}

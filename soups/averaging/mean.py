@@ -26,6 +26,8 @@ from soups.weights import Weights, is_averaged, tied_names
 GROUP = 1 << 17
 # Tensors up to this many elements are first copied side by side, so that a group of them costs one operation an average.
 SMALL = 1 << 13
+# Elsewhere (CUDA) one foreach call is one kernel, and a group only bounds the temporary of a conversion: 64 MiB.
+GROUP_ELSEWHERE = 1 << 24
 
 DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
@@ -256,13 +258,14 @@ class Pass:
         # Stochastic rounding draws by tensor, so there small tensors stay apart.
         staged = all(mean.dtype != torch.bfloat16 for mean in self.means)
         for name, tensor in kept.items():
-            small = staged and tensor.numel() <= SMALL and tensor.is_contiguous()
+            on_cpu = tensor.device.type == "cpu"
+            small = on_cpu and staged and tensor.numel() <= SMALL and tensor.is_contiguous()
             signature = (tensor.dtype, tensor.device, tuple(mean.covers(name) for mean in self.means), small)
             for part in _parts(tensor):
                 open_groups.setdefault(signature, []).append((name, part))
                 size = tensor.numel() if part is None else part.stop - part.start
                 filled[signature] = filled.get(signature, 0) + size
-                if filled[signature] >= GROUP:
+                if filled[signature] >= (GROUP if on_cpu else GROUP_ELSEWHERE):
                     close(signature)
         for signature in list(open_groups):
             close(signature)
@@ -332,7 +335,7 @@ def _flat(tensor: Tensor) -> Tensor | None:
 
 def _parts(tensor: Tensor) -> list[slice | None]:
     """Cut a large dense tensor into pieces of `GROUP` elements; leave any other whole."""
-    if tensor.numel() <= GROUP or _flat(tensor) is None:
+    if tensor.device.type != "cpu" or tensor.numel() <= GROUP or _flat(tensor) is None:
         return [None]
     return [slice(at, min(at + GROUP, tensor.numel())) for at in range(0, tensor.numel(), GROUP)]
 

@@ -159,6 +159,21 @@ def test_test_and_predict_in_a_new_process(tmp_path, toy):
         toy.trainer(tmp_path, EMA(test="average")).test(toy.Toy(), verbose=False)
 
 
+def test_a_checkpoint_without_the_average_is_not_tested_on_another(tmp_path, toy):
+    plain = toy.trainer(tmp_path)
+    plain.fit(toy.Toy())
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    module, ema = toy.Toy(), EMA(test="average")
+    trainer = toy.trainer(tmp_path, ema)
+    trainer.fit(module)
+    trainer.save_checkpoint(tmp_path / "ema.ckpt")
+    with pytest.raises(ConfigError, match="checkpoint that was loaded"):
+        trainer.test(module, ckpt_path=tmp_path / "plain.ckpt", verbose=False)
+    trainer.test(module, ckpt_path=tmp_path / "ema.ckpt", verbose=False)
+    trainer.save_checkpoint(tmp_path / "again.ckpt")
+    assert toy.same(load_averaged(tmp_path / "again.ckpt"), load_averaged(tmp_path / "ema.ckpt"))
+
+
 def test_saving_while_an_average_is_in_place_saves_raw_weights(tmp_path, toy):
     class Save(pl.Callback):
         def on_validation_batch_end(self, trainer, *_):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -216,6 +219,56 @@ def test_distance_is_logged(tmp_path, toy):
     average, raw = ema.average(), module.points[-1]
     wanted = sum(float((average[n] - raw[n]).square().sum()) for n, _ in module.named_parameters()) ** 0.5
     assert float(trainer.callback_metrics["distance/ema"]) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_loggers_get_the_curves_of_raw_weights_and_averages(tmp_path, toy):
+    logger = pl.loggers.CSVLogger(tmp_path)
+    trainer = toy.trainer(tmp_path, EMA(decay=0.9, validate="both", log_distance=True), logger=logger)
+    trainer.fit(toy.Toy())
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for name in ("val/loss", "val/loss_ema", "distance/ema"):
+        assert [row["step"] for row in rows if row[name]] == ["5", "11", "17"], name
+
+
+def test_several_loaders_keep_their_names(tmp_path, toy):
+    class Several(toy.Toy):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            super().validation_step(batch, batch_idx)
+
+        def val_dataloader(self):
+            return [super(Several, self).val_dataloader() for _ in range(2)]
+
+    module, ema = Several(), EMA(decay=0.9, validate="both")
+    trainer = toy.trainer(tmp_path, ema)
+    trainer.fit(module)
+    for number in range(2):
+        found = float(trainer.callback_metrics[f"val/loss_ema/dataloader_idx_{number}"])
+        assert found == pytest.approx(toy.evaluate(module, ema.average()), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_workers_that_stay_alive_are_left_alone(tmp_path, toy):
+    class Workers(toy.Toy):
+        def loader(self, seed, batches):
+            data = toy.data(seed, batches)
+            return torch.utils.data.DataLoader(data, batch_size=4, num_workers=1, persistent_workers=True)
+
+        def train_dataloader(self):
+            return self.loader(0, 6)
+
+        def val_dataloader(self):
+            return self.loader(1, 2)
+
+    plain, module = toy.Toy(), Workers()
+    toy.trainer(tmp_path, val_check_interval=3).fit(plain)
+    swa = SWA(start="0st", every="2st", buffers="reestimate", validate="both", batches=2)
+    trainer = toy.trainer(tmp_path, swa, val_check_interval=3)
+    trainer.fit(module)
+    assert toy.same(toy.snapshot(module), toy.snapshot(plain))
+    assert float(trainer.callback_metrics["val/loss_swa"]) == pytest.approx(
+        toy.evaluate(module, swa.average()), rel=1e-5
+    )
 
 
 # BatchNorm -----------------------------------------------------------------------------------------------------------
