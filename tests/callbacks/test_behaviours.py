@@ -93,6 +93,21 @@ def test_crash_and_resume(tmp_path, toy, crash, devices):
         )
 
 
+def test_resume_of_a_stream_remembers_where_counting_began(tmp_path, toy):
+    # the length of an epoch is not known beforehand: `origin` is found while training, and saved
+    def keep():
+        return SWA(start="1ep", every="3st")
+
+    whole, module = keep(), crashing(toy, stream=True)
+    fit(toy, tmp_path / "whole", module, whole)
+    toy.close(whole.average(), toy.mean_of([module.points[2 * step - 1] for step in range(4, 32, 3)]))
+    with pytest.raises(RuntimeError, match="CRASH"):
+        fit(toy, tmp_path / "part", crashing(toy, 2, stream=True), keep())
+    rest = keep()
+    fit(toy, tmp_path / "rest", crashing(toy, stream=True), rest, ckpt_path=tmp_path / "part/last.ckpt")
+    assert toy.same(rest.average(), whole.average())
+
+
 @pytest.mark.parametrize("crash", [1, 5])
 @pytest.mark.parametrize("interval", ["epoch", "step"])
 def test_resume_with_a_scheduler_of_ones_own(tmp_path, toy, crash, interval):
