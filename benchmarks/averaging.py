@@ -1,0 +1,214 @@
+"""What does averaging cost? Time of an update over the floor, beside other libraries, for three vision transformers.
+
+    python -m benchmarks.averaging                      (about 5 minutes; prints a table)
+    python -m benchmarks.averaging --models vit_tiny_patch16_224 --rounds 5
+    python -m benchmarks.averaging --step               (whole training steps of a small ViT, with and without)
+    python -m benchmarks.averaging --memory             (peak memory beside the weights)
+
+The floor is the least an in-place average can cost: 12 bytes a parameter (read the average and the weight, write the average)
+at the bandwidth of a `lerp_` over a hundred million elements, measured in the same rounds. All contestants are timed in turn,
+round by round, with the caches emptied before each; a row gives the median of the per-round ratios to the floor, and the ratio
+of the minima, which a busy machine disturbs less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from soups.averaging import EMA, LAWA, SWA, PowerEMA, averaged, update
+
+MODELS = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224")
+FLOOR_ELEMENTS = 100_000_000
+
+
+def contestants(model: nn.Module) -> dict[str, Callable[[], Any]]:
+    """Return one call for each way of updating an average of `model`'s parameters."""
+    weights = dict(model.named_parameters())
+    calls: dict[str, Callable[[], Any]] = {}
+
+    def ours(name: str, averages: list[Any], warm: int = 2) -> None:
+        for _ in range(warm):
+            update(averages, weights)
+        calls[name] = lambda: update(averages, weights)
+
+    ours("soups EMA", [EMA(0.999)])
+    ours("soups 2 EMAs", [EMA(0.999), EMA(0.9999)])
+    ours("soups 4 averages", [EMA(0.999), SWA(), PowerEMA(0.05), PowerEMA(0.1)])
+    for k in (10, 3):
+        ours(f"soups LAWA(k={k})", [LAWA(k)], warm=k + 1)
+    value = EMA(0.999)
+    value.update(weights)
+    held = value.value()
+
+    def swap() -> None:
+        with averaged(model, held):
+            pass
+
+    calls["soups swap in and out"] = swap
+    return calls
+
+
+def peers(model: nn.Module) -> dict[str, Callable[[], Any]]:
+    """Return the same for other libraries; those that are not installed are left out."""
+    from lightning.pytorch import LightningModule
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+    from timm.utils import ModelEmaV3
+    from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
+
+    calls: dict[str, Callable[[], Any]] = {}
+    multi = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    calls["torch AveragedModel, multi_avg_fn"] = lambda: multi.update_parameters(model)
+    single = AveragedModel(model, avg_fn=get_ema_avg_fn(0.999))
+    calls["torch AveragedModel, avg_fn"] = lambda: single.update_parameters(model)
+    v3 = ModelEmaV3(model, decay=0.999)
+    calls["timm ModelEmaV3"] = lambda: v3.update(model)
+    try:
+        from ema_pytorch import EMA as Theirs
+
+        lucid = Theirs(model, beta=0.999, update_every=1, update_after_step=0)
+        lucid.update()
+        calls["ema-pytorch"] = lucid.update
+    except ImportError:
+        print("ema-pytorch is not installed (pip install 'soups[peers]'): left out", file=sys.stderr)
+    module = LightningModule()
+    module.model = model
+    callback = EMAWeightAveraging(decay=0.999)
+
+    class Trainer:
+        global_step = 0
+
+    callback.setup(Trainer(), module, "fit")  # type: ignore[arg-type]
+
+    def lightning() -> None:
+        Trainer.global_step += 1
+        callback.on_train_batch_end(Trainer(), module, None, None, 0)  # type: ignore[arg-type]
+
+    calls["Lightning EMAWeightAveraging"] = lightning
+
+    def swap() -> None:
+        callback.on_validation_epoch_start(Trainer(), module)  # type: ignore[arg-type]
+        callback.on_validation_epoch_end(Trainer(), module)  # type: ignore[arg-type]
+
+    calls["Lightning swap in and out"] = swap
+    for call in calls.values():
+        call()
+    return calls
+
+
+def measure(model_name: str, rounds: int) -> None:
+    model = timm.create_model(model_name)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    long = torch.zeros(FLOOR_ELEMENTS), torch.ones(FLOOR_ELEMENTS)
+    calls = {"floor": lambda: long[0].lerp_(long[1], 0.1), **contestants(model), **peers(model)}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            long[0].add_(1)  # empties the caches of what is measured
+            gc.collect()
+            begin = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - begin)
+    share = parameters / FLOOR_ELEMENTS
+    floor = [t * share for t in times.pop("floor")]
+    print(f"\n{model_name}: {parameters / 1e6:.1f} M parameters, floor {1e3 * statistics.median(floor):.2f} ms")
+    print(f"  {'':36}{'median':>8}{'minima':>8}{'  x one EMA':>12}")
+    one = statistics.median(times["soups EMA"])
+    for name, taken in times.items():
+        ratio = statistics.median(t / f for t, f in zip(taken, floor, strict=True))
+        print(f"  {name:36}{ratio:8.2f}{min(taken) / min(floor):8.2f}{statistics.median(taken) / one:12.2f}")
+
+
+def training_step(rounds: int) -> None:
+    """Time whole training steps of a small ViT with nothing, with our averages, with Lightning's and timm's."""
+    from timm.utils import ModelEmaV3
+    from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
+    images, labels = torch.randn(16, 3, 64, 64), torch.randint(10, (16,))
+    weights = dict(model.named_parameters())
+    ema, four = [EMA(0.999)], [EMA(0.999), SWA(), PowerEMA(0.05), PowerEMA(0.1)]
+    theirs, timms = AveragedModel(model, avg_fn=get_ema_avg_fn(0.999)), ModelEmaV3(model, decay=0.999)
+    after: dict[str, Callable[[], Any]] = {
+        "without averaging": lambda: None,
+        "soups EMA": lambda: update(ema, weights),
+        "soups 4 averages": lambda: update(four, weights),
+        "timm ModelEmaV3": lambda: timms.update(model),
+        "Lightning's (AveragedModel, avg_fn)": lambda: theirs.update_parameters(model),
+    }
+
+    def step(extra: Callable[[], Any]) -> float:
+        begin = time.perf_counter()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        extra()
+        return time.perf_counter() - begin
+
+    times: dict[str, list[float]] = {name: [] for name in after}
+    for _ in range(rounds + 2):
+        for name, extra in after.items():
+            times[name].append(step(extra))
+    print("\ntraining step: vit_tiny_patch16_224 at 64 px (5.4 M parameters), 16 images, AdamW(foreach)")
+    base = times["without averaging"][2:]
+    for name, taken in times.items():
+        ratio = statistics.median(t / b for t, b in zip(taken[2:], base, strict=True))
+        print(f"  {name:36}{1e3 * statistics.median(taken[2:]):8.1f} ms   x{ratio:.3f}")
+
+
+def memory() -> None:
+    """Report peak memory of averages over that of the weights, each in a process of its own."""
+    print("\npeak memory of updates beside the weights, in copies of them (40 M parameters, float32)")
+    for name, made in (
+        ("nothing", "[]"),
+        ("one EMA", "[EMA(0.9)]"),
+        ("3 averages", "[EMA(0.9), SWA(), PowerEMA(0.1)]"),
+        ("LAWA(k=3): mean and 3 snapshots", "[LAWA(3)]"),
+    ):
+        program = (
+            "import resource, torch; from soups.averaging import *;"
+            "w = {str(i): torch.ones(10_000_000) for i in range(4)};"
+            f"a = {made};"
+            "[update(a, w) for _ in range(6)];"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
+        peak = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+        if name == "nothing":
+            base = peak
+        else:
+            print(f"  {name:36}{(peak - base) * 1024 / 160e6:8.2f}")
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--models", nargs="*", default=list(MODELS))
+    arguments.add_argument("--rounds", type=int, default=15)
+    arguments.add_argument("--threads", type=int, default=1)
+    arguments.add_argument("--step", action="store_true")
+    arguments.add_argument("--memory", action="store_true")
+    options = arguments.parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"torch {torch.__version__}, {options.threads} thread(s), {options.rounds} rounds")
+    if options.step or options.memory:
+        if options.step:
+            training_step(options.rounds)
+        if options.memory:
+            memory()
+        return
+    for name in options.models:
+        measure(name, options.rounds)
+
+
+if __name__ == "__main__":
+    main()

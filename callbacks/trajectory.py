@@ -1,0 +1,74 @@
+"""Snapshots of the raw weights while training: a run becomes ingredients for any recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
+
+import lightning.pytorch as pl
+
+from soups.averaging.mean import Mean
+from soups.averaging.snapshots import Snapshots
+from soups.averaging.units import Plan, Schedule
+
+from .base import Averaging
+from .plan import rehearsal
+from .settings import Common, settings_of
+from .sharding import is_sharded
+
+if TYPE_CHECKING:
+    from .session import Session
+
+
+class Trajectory(Averaging):
+    """Write full snapshots of the weights at regular points, integer buffers and tied names included.
+
+    Args:
+        every: spacing of the snapshots. The last step of the planned run is always one.
+        start: where the first one lies.
+        folder: where they go; `<default_root_dir>/snapshots/<name>` when None.
+        snapshot_dtype: dtype on disk; the weights' own when None.
+        **options: see `Settings`. `name` is "trajectory" unless given.
+    """
+
+    def __init__(
+        self,
+        every: str = "1ep",
+        start: str = "0st",
+        *,
+        folder: str | Path | None = None,
+        snapshot_dtype: str | None = None,
+        **options: Unpack[Common],
+    ) -> None:
+        super().__init__(settings_of(options, name="trajectory", every=every, start=start))
+        self.folder = folder
+        self.snapshot_dtype = snapshot_dtype
+        self._schedule: Schedule | None = None
+        self._snapshots: Snapshots | None = None
+        Snapshots("", dtype=snapshot_dtype)
+
+    def make(self, plan: Plan, covers: Callable[[str], bool] | None) -> dict[str, Mean]:
+        """Return no averages; only the schedule is made."""
+        self._schedule = Schedule(self.settings.start, self.settings.every, plan, last=True)
+        return {}
+
+    def on_begin(self, session: Session, trainer: pl.Trainer) -> None:
+        """Open the folder, and remove what a run that is resumed wrote after the checkpoint."""
+        folder = self.folder or Path(trainer.default_root_dir) / "snapshots" / self.settings.name
+        self._snapshots = Snapshots(folder, dtype=self.snapshot_dtype)
+        if trainer.is_global_zero and not rehearsal(trainer):
+            self._snapshots.drop_after(session.steps, ["raw"])
+
+    def after_step(self, session: Session, trainer: pl.Trainer, *, epoch_end: bool) -> None:
+        """Write the snapshot that is due."""
+        schedule, snapshots = self._schedule, self._snapshots
+        if schedule is None or snapshots is None or rehearsal(trainer) or not session.steps:
+            return
+        if schedule.due(session.steps, session.epochs, epoch_end=epoch_end):
+            weights = {
+                key: tensor.full_tensor() if is_sharded(tensor) else tensor
+                for key, tensor in session.module.state_dict().items()
+            }
+            if trainer.is_global_zero:
+                snapshots.save("raw", session.steps, weights)

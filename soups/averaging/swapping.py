@@ -1,0 +1,96 @@
+"""Put other weights into a module for a while, by exchanging pointers, and bring its own back whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+
+import torch
+from torch import Tensor, nn
+
+from soups.averaging.checkpoint import plain_name
+from soups.weights import Weights
+
+
+def slots(module: nn.Module) -> dict[str, Tensor]:
+    """Return the module's parameters and persistent buffers by plain name, tied ones once."""
+    seen: set[int] = set()
+    found: dict[str, Tensor] = {}
+    for prefix, layer in module.named_modules():
+        absent = layer._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+        named = [*layer._parameters.items(), *((n, b) for n, b in layer._buffers.items() if n not in absent)]  # pyright: ignore[reportPrivateUsage]
+        for name, tensor in named:
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                found[plain_name(f"{prefix}.{name}" if prefix else name)] = tensor
+    return found
+
+
+class Swap:
+    """Other weights in place of a module's own, from `enter` to `exit`.
+
+    Where dtype and device agree nothing is copied: the tensors' memory is exchanged. Sharded tensors (DTensor) are copied,
+    since their shards are views of one buffer.
+
+    Args:
+        tensors: the module's tensors by name, as `slots` returns them.
+    """
+
+    def __init__(self, tensors: Weights) -> None:
+        self._tensors = tensors
+        self._own: dict[str, Tensor] = {}
+        self._copied: dict[str, Tensor] = {}
+
+    @property
+    def active(self) -> bool:
+        """Whether the module holds other weights now."""
+        return bool(self._own or self._copied)
+
+    def enter(self, weights: Weights) -> None:
+        """Put `weights` in place. Names that the module does not have are left out; it must not be active already."""
+        assert not self.active
+        # Copies are made outside inference mode, so that they are ordinary tensors.
+        with torch.inference_mode(False), torch.no_grad():
+            for name, tensor in self._tensors.items():
+                if name not in weights:
+                    continue
+                new = weights[name].detach()
+                local = getattr(tensor, "to_local", None)
+                if local is not None:
+                    own = local()
+                    self._copied[name] = own.clone()
+                    own.copy_(new)
+                else:
+                    self._own[name] = tensor.data
+                    tensor.data = new.to(tensor.device, tensor.dtype)
+
+    def exit(self) -> None:
+        """Bring the module's own weights back. Does nothing when they are in place."""
+        with torch.inference_mode(False), torch.no_grad():
+            for name, own in self._own.items():
+                self._tensors[name].data = own
+            for name, own in self._copied.items():
+                self._tensors[name].to_local().copy_(own)  # type: ignore[attr-defined]
+        self._own, self._copied = {}, {}
+
+    def raw(self) -> dict[str, Tensor]:
+        """Return the module's own tensors that are out of place now, by name."""
+        return {**self._own, **self._copied}
+
+
+@contextlib.contextmanager
+def averaged(module: nn.Module, weights: Weights) -> Generator[nn.Module]:
+    """Within the block the module holds `weights` (an average's `value()`, or a state dict); afterwards its own again.
+
+    >>> layer = nn.Linear(1, 1, bias=False)
+    >>> with averaged(layer, {"weight": torch.full((1, 1), 3.0)}):
+    ...     inside = layer.weight.item()
+    >>> inside, layer.weight.item() == 3.0
+    (3.0, False)
+    """
+    swap = Swap(slots(module))
+    swap.enter({plain_name(name): tensor for name, tensor in weights.items()})
+    try:
+        yield module
+    finally:
+        swap.exit()

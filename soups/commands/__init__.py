@@ -1,0 +1,1 @@
+"""Commands of the `soups` program that are no business of merging."""
