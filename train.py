@@ -1,8 +1,8 @@
 """Fine-tune one model, many, or many that end in a soup; `conf/train.yaml` says how.
 
-    python train.py                                   one fine-tune, kept as an ingredient
-    python train.py -m optimizer.lr=1e-4,3e-4         an ordinary Hydra multirun into the same pool
-    python train.py +soup=greedy                      a sweep that ends in a greedy soup
+python train.py                                   one fine-tune, kept as an ingredient
+python train.py -m optimizer.lr=1e-4,3e-4         an ordinary Hydra multirun into the same pool
+python train.py +soup=greedy                      a sweep that ends in a greedy soup
 """
 
 try:

@@ -133,7 +133,8 @@ def shared_settings(settings: Settings) -> Settings:
         "augment": start["augment"],
         "task": {**settings["task"], "label_smoothing": 0.0},
         "trainer": {**trainer, "check_val_every_n_epoch": start["epochs"]},
-        "callbacks": None,
+        "callbacks": {},
+        "ingredient": {"weights": "raw"},
     }
 
 
@@ -160,6 +161,7 @@ def determinants(settings: Settings, start: str, split: str) -> Settings:
         "batch_size": settings["loader"]["batch_size"],
         "trainer": trainer,
         "callbacks": settings.get("callbacks") or {},
+        "weights": settings["ingredient"]["weights"],
     }
 
 

@@ -13,8 +13,9 @@ from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from soups.errors import ConfigError
-from soups.launch.settings import Settings, build_network
+from soups.callbacks import Averaging
+from soups.errors import ConfigError, did_you_mean
+from soups.launch.settings import Settings, build, build_network
 from soups.tasks.classification import Classification
 from soups.tasks.images import Augmentation, Batches, OrderedBatches, ShuffledBatches, Splits
 from soups.tasks.models import Network
@@ -70,6 +71,9 @@ def train(
 ) -> tuple[Network, lightning.Trainer]:
     """Train a network from `start` and return it with the trainer that did it.
 
+    Besides `callbacks`, the trainer gets those of the settings. The network comes back with its own weights, or with the
+    average that `ingredient.weights` names.
+
     Raises:
         ConfigError: the Trainer does not take these settings.
         KeyboardInterrupt: the user stopped the fit; Lightning ended it in good order.
@@ -78,11 +82,37 @@ def train(
     network = build_network({**settings, "model": {**settings["model"], "pretrained": False}}, len(splits.classes))
     network.module.load_state_dict(start)
     module = Classification(network, len(splits.classes), settings["optimizer"], **settings["task"])
-    trainer = _trainer(settings, callbacks, logger, show_progress)
+    chosen = [build(section, f"callbacks.{name}") for name, section in (settings.get("callbacks") or {}).items()]
+    average = _averaging(settings["ingredient"]["weights"], chosen)
+    trainer = _trainer(settings, [*callbacks, *chosen], logger, show_progress)
     trainer.fit(module, datamodule=ImageData(splits, network, settings))
     if trainer.interrupted:
         raise KeyboardInterrupt
+    if average is not None:
+        average.apply(settings["ingredient"]["weights"])
     return network, trainer
+
+
+def _averaging(name: str, callbacks: Sequence[Any]) -> Averaging | None:
+    """Return the callback that keeps the average called `name`, or None for the raw weights.
+
+    Raises:
+        ConfigError: no callback keeps such an average.
+    """
+    if name == "raw":
+        return None
+    kept = {
+        member.settings.name: callback
+        for callback in callbacks
+        if isinstance(callback, Averaging)
+        for member in callback.members()
+    }
+    if name not in kept:
+        raise ConfigError(
+            f"ingredient.weights={name}, but no callback keeps an average of that name. "
+            f"{did_you_mean(name, ['raw', *kept])} Add one: callbacks=[{name}]."
+        )
+    return kept[name]
 
 
 def _trainer(
@@ -97,6 +127,7 @@ def _trainer(
             **options,
             callbacks=[*callbacks, *([RichProgressBar()] if show_progress else [])],
             logger=logger or False,
+            default_root_dir=settings["paths"]["output"],
             enable_progress_bar=show_progress,
             enable_checkpointing=False,  # the pool keeps the result; a fit is the unit that is redone
             enable_model_summary=False,

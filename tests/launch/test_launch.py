@@ -175,3 +175,21 @@ def test_progress_is_read_from_the_pool(tmp_path: Path) -> None:
         time.sleep(0.8)
     text = display.console.file.getvalue()  # type: ignore[attr-defined]
     assert "aaaaaaaa  held-out 75.00%  lr=1" in text and "[4/5]" in text and "4/5" in text and "left" in text
+
+
+def test_an_ingredient_can_be_an_average_of_its_run(settings: Settings, overrides: list[str]) -> None:
+    longer = [*overrides, "+soup=greedy", "trainer.max_epochs=2", "callbacks=[ema,lawa]", "callbacks.ema.half_life=5st"]
+    raw = fine_tune(compose_settings(longer), show_progress=False)
+    ema = fine_tune(compose_settings([*longer, "ingredient.weights=ema"]), show_progress=False)
+    pool = open_pool(settings)
+    assert raw.fingerprint != ema.fingerprint
+    first, second = pool.weights(raw.fingerprint), pool.weights(ema.fingerprint)
+    _, start = ensure_start(settings)
+    name = next(name for name, tensor in first.items() if name.endswith("conv_stem.weight"))
+    # The average lies between the start and the end of the same run, and is not its end.
+    assert not torch.equal(first[name], second[name])
+    assert (second[name] - start[name]).norm() < (first[name] - start[name]).norm()
+    plain = fine_tune(compose_settings([*overrides, "trainer.max_epochs=2"]), show_progress=False)
+    assert plain.weights == raw.weights, "watching a run does not change it"
+    with pytest.raises(ConfigError, match=r"ingredient\.weights=emma, .* did you mean 'ema'"):
+        fine_tune(compose_settings([*longer, "ingredient.weights=emma"]), show_progress=False)
