@@ -19,11 +19,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.train: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar=on -e '.[train]'
+	@echo "Installing into $(VENV)/; the first time this takes some minutes, most of it torch."
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[train]'
 	@touch $@
 
 $(VENV)/.all: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar=on -e '.[all]'
+	@echo "Installing into $(VENV)/; the first time this takes some minutes, most of it torch."
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[all]'
 	@touch $@ $(VENV)/.train
 
 soup: $(VENV)/.train

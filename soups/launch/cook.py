@@ -56,9 +56,7 @@ def cook(settings: Settings) -> tuple[Report, Path]:
         WeightsError: ingredients that do not belong together.
     """
     options = settings["soup"]
-    for key, allowed in (("recipe", RECIPES), ("metric", METRICS), ("foreign", ("refuse", "skip"))):
-        if options[key] not in allowed:
-            raise ConfigError(f"soup.{key}={options[key]}: {did_you_mean(str(options[key]), allowed)}")
+    check_options(settings)
     pool = open_pool(settings)
     members = choose_members(settings, pool)
     determined = {
@@ -81,6 +79,19 @@ def cook(settings: Settings) -> tuple[Report, Path]:
     return Report.load(folder), folder
 
 
+def check_options(settings: Settings) -> None:
+    """Check the soup's settings.
+
+    Raises:
+        ConfigError: an unknown recipe, metric, tie rule, or way with foreign ingredients.
+    """
+    options = settings["soup"]
+    allowed = {"recipe": RECIPES, "metric": METRICS, "foreign": ("refuse", "skip"), "ties": ("paper", "official")}
+    for key, names in allowed.items():
+        if options[key] not in names:
+            raise ConfigError(f"soup.{key}={options[key]}: {did_you_mean(str(options[key]), names)}")
+
+
 def choose_members(settings: Settings, pool: Pool) -> list[Ingredient]:
     """Return the ingredients that belong to the settings' task and start, in the order of their fingerprints.
 
@@ -88,13 +99,32 @@ def choose_members(settings: Settings, pool: Pool) -> list[Ingredient]:
         ConfigError: there are none.
         WeightsError: some differ in start, architecture or split, and `soup.foreign` is "refuse".
     """
-    excluded = tuple(str(name) for name in settings["soup"]["exclude"])
-    found = [record for record in pool.ingredients() if not (excluded and record.fingerprint.startswith(excluded))]
-    if not found:
+    members, count = _sort_out(settings, pool)
+    if not count:
         raise ConfigError(
             f"The pool {pool.url} holds no ingredients to cook. Fine-tune some: sweep.size=8, or "
             f"`python train.py -m optimizer.lr=1e-4,3e-4`."
         )
+    if not members:
+        raise ConfigError(f"None of the {count} ingredients in {pool.url} has this start, architecture and split.")
+    return members
+
+
+def refuse_foreign(settings: Settings) -> None:
+    """Check, before anything is trained, that what the pool holds could be averaged with what is to come.
+
+    Raises:
+        WeightsError: some ingredients differ in start, architecture or split, and `soup.foreign` is "refuse".
+    """
+    _sort_out(settings, open_pool(settings))
+
+
+def _sort_out(settings: Settings, pool: Pool) -> tuple[list[Ingredient], int]:
+    """Return the ingredients that fit, and how many were looked at."""
+    excluded = tuple(str(name) for name in settings["soup"]["exclude"])
+    found = [record for record in pool.ingredients() if not (excluded and record.fingerprint.startswith(excluded))]
+    if not found:
+        return [], 0
     splits = build_splits(settings)
     start, weights = ensure_start(settings, splits)
     expected = {"start": start.weights, "architecture": start.architecture, "split": splits.hash()}
@@ -113,10 +143,7 @@ def choose_members(settings: Settings, pool: Pool) -> list[Ingredient]:
             f"(soup.exclude=[{','.join(name[:8] for name in list(problems)[:3])}], or soup.foreign=skip), or give the "
             f"settings they were made with."
         )
-    members = [record for record in found if record.fingerprint not in problems]
-    if not members:
-        raise ConfigError(f"None of the {len(found)} ingredients in {pool.url} has this start, architecture and split.")
-    return members
+    return [record for record in found if record.fingerprint not in problems], len(found)
 
 
 def _how(key: str, record: Ingredient, start: Ingredient, weights: Weights, pool: Pool) -> str:

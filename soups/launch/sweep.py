@@ -15,6 +15,7 @@ from rich.console import Console
 
 from soups.errors import ConfigError, SoupError
 from soups.launch.app import UserError, finish, leave
+from soups.launch.cook import check_options, refuse_foreign
 from soups.launch.progress import SweepProgress
 from soups.launch.quiet import quiet
 from soups.launch.search_space import expand, parse_space, split_arguments
@@ -44,6 +45,8 @@ def run_sweep(
     try:
         fixed, points = plan(config, arguments)
         settings, wanted = compose(config, context, fixed, points)
+        check_options(settings)
+        refuse_foreign(settings)
         results, failed = run_missing(settings, wanted, launcher)
         code = finish(settings, failed)
     except SoupError as error:

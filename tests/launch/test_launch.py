@@ -17,6 +17,7 @@ from soups.launch.progress import SweepProgress
 from soups.launch.settings import (
     Settings,
     build,
+    build_splits,
     check,
     determinants,
     device_count,
@@ -68,7 +69,7 @@ def test_where_it_runs_is_not(settings: Settings, key: str, value: object) -> No
 
 def test_the_start_is_made_once_and_shared(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     start, weights = ensure_start(settings)
-    probe, _ = ensure_probe(settings, __import__("soups.launch.settings", fromlist=["x"]).build_splits(settings))
+    probe, _ = ensure_probe(settings, build_splits(settings))
     assert start.notes["linear_probe"] == probe.fingerprint and start.weights != probe.weights
     monkeypatch.setattr("soups.launch.start.train", lambda *a, **k: pytest.fail("trained twice"))
     monkeypatch.setattr("soups.launch.start.linear_probe", lambda *a, **k: pytest.fail("probed twice"))
