@@ -45,6 +45,7 @@ def contestants(model: nn.Module) -> dict[str, Callable[[], Any]]:
     ours("soups EMA", [EMA(0.999)])
     ours("soups 2 EMAs", [EMA(0.999), EMA(0.9999)])
     ours("soups 4 averages", [EMA(0.999), SWA(), PowerEMA(0.05), PowerEMA(0.1)])
+    calls["bound of 4: a cached chunk into 4"] = bound(sum(tensor.numel() for tensor in weights.values()), 4)
     for k in (10, 3):
         ours(f"soups LAWA(k={k})", [LAWA(k)], warm=k + 1)
     value = EMA(0.999)
@@ -57,6 +58,22 @@ def contestants(model: nn.Module) -> dict[str, Callable[[], Any]]:
 
     calls["soups swap in and out"] = swap
     return calls
+
+
+def bound(parameters: int, count: int) -> Callable[[], Any]:
+    """Return the least that `count` averages can cost with `lerp_`: one comes with the weights, the rest find them cached."""
+    size = 1 << 17
+    chunk = torch.ones(size)
+    averages = [torch.zeros(parameters // size * size).split(size) for _ in range(count)]
+    weights = torch.ones(parameters // size * size).split(size)
+
+    def call() -> None:
+        for number, weight in enumerate(weights):
+            averages[0][number].lerp_(weight, 0.1)
+            for average in averages[1:]:
+                average[number].lerp_(chunk, 0.1)
+
+    return call
 
 
 def peers(model: nn.Module) -> dict[str, Callable[[], Any]]:
