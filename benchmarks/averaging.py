@@ -26,7 +26,8 @@ import timm
 import torch
 from torch import nn
 
-from soups.averaging import EMA, LAWA, SWA, PowerEMA, averaged, update
+from soups.averaging import EMA, LAWA, SWA, PowerEMA, update
+from soups.averaging.swapping import Swap
 
 MODELS = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224")
 FLOOR_ELEMENTS = 100_000_000
@@ -53,9 +54,11 @@ def contestants(model: nn.Module) -> dict[str, Callable[[], Any]]:
     value.update(weights)
     held = value.value()
 
+    exchange = Swap(dict(weights))
+
     def swap() -> None:
-        with averaged(model, held):
-            pass
+        exchange.enter(held)
+        exchange.exit()
 
     calls["soups swap in and out"] = swap
     return calls
