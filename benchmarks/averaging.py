@@ -26,7 +26,8 @@ import timm
 import torch
 from torch import nn
 
-from soups.averaging import EMA, LAWA, SWA, PowerEMA, averaged, update
+from soups.averaging import EMA, LAWA, SWA, PowerEMA, update
+from soups.averaging.swapping import Swap
 
 MODELS = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224")
 FLOOR_ELEMENTS = 100_000_000
@@ -35,6 +36,7 @@ FLOOR_ELEMENTS = 100_000_000
 def contestants(model: nn.Module) -> dict[str, Callable[[], Any]]:
     """Return one call for each way of updating an average of `model`'s parameters."""
     weights = dict(model.named_parameters())
+    parameters = sum(tensor.numel() for tensor in weights.values())
     calls: dict[str, Callable[[], Any]] = {}
 
     def ours(name: str, averages: list[Any], warm: int = 2) -> None:
@@ -45,18 +47,37 @@ def contestants(model: nn.Module) -> dict[str, Callable[[], Any]]:
     ours("soups EMA", [EMA(0.999)])
     ours("soups 2 EMAs", [EMA(0.999), EMA(0.9999)])
     ours("soups 4 averages", [EMA(0.999), SWA(), PowerEMA(0.05), PowerEMA(0.1)])
-    for k in (10, 3):
+    calls["bound of 4: a cached chunk into 4"] = bound(parameters, 4)
+    for k in (10, 3) if parameters < 50e6 else (10,):  # to spare the memory
         ours(f"soups LAWA(k={k})", [LAWA(k)], warm=k + 1)
     value = EMA(0.999)
     value.update(weights)
     held = value.value()
 
+    exchange = Swap(dict(weights))
+
     def swap() -> None:
-        with averaged(model, held):
-            pass
+        exchange.enter(held)
+        exchange.exit()
 
     calls["soups swap in and out"] = swap
     return calls
+
+
+def bound(parameters: int, count: int) -> Callable[[], Any]:
+    """Return the least that `count` averages can cost with `lerp_`: one comes with the weights, the rest find them cached."""
+    size = 1 << 17
+    chunk = torch.ones(size)
+    averages = [torch.zeros(parameters // size * size).split(size) for _ in range(count)]
+    weights = torch.ones(parameters // size * size).split(size)
+
+    def call() -> None:
+        for number, weight in enumerate(weights):
+            averages[0][number].lerp_(weight, 0.1)
+            for average in averages[1:]:
+                average[number].lerp_(chunk, 0.1)
+
+    return call
 
 
 def peers(model: nn.Module) -> dict[str, Callable[[], Any]]:

@@ -320,7 +320,8 @@ class Session:
         """Put an average into the module."""
         value = self.value(name)
         reshard(self.module)
-        self._swap = Swap(slots(self.module))
+        known = self.originals()
+        self._swap = Swap(known if self.begun and value.keys() <= known.keys() else slots(self.module))
         self._swap.enter(value)
 
     def swap_out(self) -> None:

@@ -1,7 +1,7 @@
 """The one interface of all averages, and the single pass over the weights that updates several of them.
 
 The pass is cut into groups of about 2¹⁷ elements: a group's weights are read from memory once and stay in the cache
-while every average takes them in, so K averages cost (1 + 2K)/3 of one. Lists of views are built once and kept for as
+while every average takes them in, so that K averages move (1 + 2K)/3 of the bytes of one. Lists of views are built once and kept for as
 long as the weights stay where they are. No temporary is ever larger than a group.
 """
 
@@ -24,6 +24,8 @@ from soups.weights import Weights, is_averaged, tied_names
 
 # Elements in a group: 512 KiB of float32 weights beside one average's, well inside a core's second-level cache.
 GROUP = 1 << 17
+# One average that reads each weight once gains nothing from the cache; larger groups save calls.
+GROUP_ALONE = 1 << 23
 # Tensors up to this many elements are first copied side by side, so that a group of them costs one operation an average.
 SMALL = 1 << 13
 # Elsewhere (CUDA) one foreach call is one kernel, and a group only bounds the temporary of a conversion: 64 MiB.
@@ -59,6 +61,8 @@ class Mean(ABC):
     """
 
     kind: str = "mean"
+    # Whether an update goes over a group more than once, so that it had better stay in the cache.
+    revisits: bool = True
 
     def __init__(
         self,
@@ -243,6 +247,11 @@ class Pass:
         self.sizes: list[list[int]] = []
         # For each group, the means that cover it, sorted by what they want to be given.
         self.plan: list[list[tuple[tuple[torch.dtype, torch.device], list[Mean]]]] = []
+        alone = len(means) == 1 and not means[0].revisits
+        plain = all(
+            storage_dtype(tensor.dtype, mean.dtype) == tensor.dtype for tensor in kept.values() for mean in means
+        )
+        self.group = GROUP_ALONE if alone and plain else GROUP
         self._build(kept)
 
     def _build(self, kept: dict[str, Tensor]) -> None:
@@ -261,11 +270,11 @@ class Pass:
             on_cpu = tensor.device.type == "cpu"
             small = on_cpu and staged and tensor.numel() <= SMALL and tensor.is_contiguous()
             signature = (tensor.dtype, tensor.device, tuple(mean.covers(name) for mean in self.means), small)
-            for part in _parts(tensor):
+            for part in _parts(tensor, self.group):
                 open_groups.setdefault(signature, []).append((name, part))
                 size = tensor.numel() if part is None else part.stop - part.start
                 filled[signature] = filled.get(signature, 0) + size
-                if filled[signature] >= (GROUP if on_cpu else GROUP_ELSEWHERE):
+                if filled[signature] >= (self.group if on_cpu else GROUP_ELSEWHERE):
                     close(signature)
         for signature in list(open_groups):
             close(signature)
@@ -333,11 +342,11 @@ def _flat(tensor: Tensor) -> Tensor | None:
     return None
 
 
-def _parts(tensor: Tensor) -> list[slice | None]:
-    """Cut a large dense tensor into pieces of `GROUP` elements; leave any other whole."""
-    if tensor.device.type != "cpu" or tensor.numel() <= GROUP or _flat(tensor) is None:
+def _parts(tensor: Tensor, group: int) -> list[slice | None]:
+    """Cut a large dense tensor into pieces of `group` elements; leave any other whole."""
+    if tensor.device.type != "cpu" or tensor.numel() <= group or _flat(tensor) is None:
         return [None]
-    return [slice(at, min(at + GROUP, tensor.numel())) for at in range(0, tensor.numel(), GROUP)]
+    return [slice(at, min(at + group, tensor.numel())) for at in range(0, tensor.numel(), group)]
 
 
 def _view(tensor: Tensor, weight: Tensor, part: slice | None) -> Tensor:
@@ -352,7 +361,7 @@ def _view(tensor: Tensor, weight: Tensor, part: slice | None) -> Tensor:
 def update(means: Sequence[Mean], weights: Weights) -> None:
     """Update several averages in one pass over the weights.
 
-    Equal, to the last bit, to calling `update` on each. Time: (1 + 2K)/3 of one average's for K exponential averages.
+    Equal, to the last bit, to calling `update` on each. The weights are read once, however many averages there are.
 
     Args:
         means: the averages.
@@ -378,6 +387,8 @@ def update(means: Sequence[Mean], weights: Weights) -> None:
 
 class Lerp(Mean):
     """An average whose update is a ← a + w (θ - a), with w a number: running mean, exponential, power function."""
+
+    revisits = False
 
     def __init__(
         self,

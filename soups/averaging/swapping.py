@@ -52,17 +52,18 @@ class Swap:
         # Copies are made outside inference mode, so that they are ordinary tensors.
         with torch.inference_mode(False), torch.no_grad():
             for name, tensor in self._tensors.items():
-                if name not in weights:
+                new = weights.get(name)
+                if new is None:
                     continue
-                new = weights[name].detach()
-                local = getattr(tensor, "to_local", None)
-                if local is not None:
-                    own = local()
+                if hasattr(tensor, "to_local"):
+                    own = tensor.to_local()  # type: ignore[attr-defined]
                     self._copied[name] = own.clone()
                     own.copy_(new)
-                else:
-                    self._own[name] = tensor.data
-                    tensor.data = new.to(tensor.device, tensor.dtype)
+                    continue
+                own = tensor.data
+                self._own[name] = own
+                same = new.dtype == own.dtype and new.device == own.device
+                tensor.data = new.data if same else new.data.to(own.device, own.dtype)
 
     def exit(self) -> None:
         """Bring the module's own weights back. Does nothing when they are in place."""
