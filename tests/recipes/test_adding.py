@@ -1,5 +1,7 @@
 """A recipe is one module, a line in `__init__`, a configuration and a row in the README: these four agree."""
 
+import re
+from importlib import import_module
 from pathlib import Path
 
 import soups.recipes
@@ -26,7 +28,6 @@ def test_what_the_readme_names_is_there() -> None:
             key, _, value = word.lstrip("+").partition("=")
             if (ROOT / "conf" / key).is_dir():
                 assert (ROOT / "conf" / key / f"{value}.yaml").is_file(), word
-    for word in readme.replace("`", " ").split():
-        if word.startswith("soups.") and word.count(".") == 2 and "=" not in word:
-            module, _, name = word.rstrip(".,").rpartition(".")
-            assert (ROOT / module.replace(".", "/")).exists() and name
+    for dotted in set(re.findall(r"`(soups\.[a-z_.]+)`", readme)):
+        module, _, name = dotted.rpartition(".")
+        assert hasattr(import_module(module), name), dotted
