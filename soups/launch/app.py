@@ -75,7 +75,7 @@ def finish(settings: Settings, failed: dict[str, str]) -> int:
             highlight=False,
         )
     console.print(f"\n[bold]{folder}/[/]  {', '.join(sorted(path.name for path in folder.iterdir()))}", highlight=False)
-    console.print(_how_to_load(settings, folder), highlight=False)
+    console.print(_how_to_load(settings, report, folder), highlight=False)
     if failed:
         lines = "\n".join(f"{name[:8]}  {why}" for name, why in failed.items())
         console.print(Panel(lines, title=f"{len(failed)} ingredients failed and are not in the soup", style="red"))
@@ -83,11 +83,11 @@ def finish(settings: Settings, failed: dict[str, str]) -> int:
     return 0
 
 
-def _how_to_load(settings: Settings, folder: Path) -> str:
+def _how_to_load(settings: Settings, report: Report, folder: Path) -> str:
     model, path = settings["model"], folder / "soup.safetensors"
     if str(model["_target_"]).endswith("timm_model"):
-        # timm takes the number of classes from its caller; the head in the file has it.
-        return f"Load it: timm.create_model({model['name']!r}, num_classes=…, checkpoint_path='{path}')"
+        classes = len(report.lineage["classes"])
+        return f"Load it: timm.create_model({model['name']!r}, num_classes={classes}, checkpoint_path='{path}')"
     return f"Load it: model.load_state_dict(safetensors.torch.load_file('{path}'))"
 
 

@@ -400,6 +400,7 @@ def _write(
         ],
         "heldout": sign * soup.score,
         "model": settings["model"],
+        "classes": list(kitchen.splits.classes),
         "versions": versions(),
         "pool": kitchen.pool.url,
     }
