@@ -19,7 +19,9 @@ def adapter(path, tensors=None, **config):
     return path
 
 
-@pytest.mark.parametrize(("config", "scale"), [({}, 4), ({"use_rslora": True}, 8 / 2**0.5), ({"alpha_pattern": {"q": 2}}, 1)])
+@pytest.mark.parametrize(
+    ("config", "scale"), [({}, 4), ({"use_rslora": True}, 8 / 2**0.5), ({"alpha_pattern": {"q": 2}}, 1)]
+)
 def test_the_product_is_added_to_the_base(tmp_path, config, scale):
     with open_store(BASE, adapter=adapter(tmp_path / "a", **config)) as store:
         expected = BASE["layer.q.weight"] + scale * B @ A
