@@ -53,7 +53,7 @@ class FolderStore(ExtentStore):
                         extents[key] = store.extent(key)
                 tied |= store.tied()
             if index is not None:
-                self._check_index(index, owner)
+                self._check_index(index, {key: name for key, name in owner.items() if key in extents})
             self.metadata = dict(self._stores[0].metadata) if self._stores else {}
         except BaseException:
             self.close()

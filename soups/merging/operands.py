@@ -1,0 +1,164 @@
+"""What a merge method sees of one tensor: the same stretch of every model, again and again if it likes.
+
+A tensor is visited in chunks. Their borders are multiples of `BLOCK` elements (or of rows, for methods that need whole
+rows), and whoever sums over a tensor sums block by block in order; this is why no result depends on the chunk size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from soups.errors import WeightsError
+from soups.stores.store import Store
+
+BLOCK = 16_384
+"""Elements between two possible chunk borders, and in one partial sum."""
+
+Unit = Literal["element", "row", "tensor"]
+
+
+class Source(NamedTuple):
+    """One tensor of one model."""
+
+    store: Store
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One stretch of a tensor, from every model.
+
+    Attributes:
+        key: the name of the tensor that is being made.
+        start: the first element's place in the whole tensor, row-major.
+        shape: the whole tensor's shape.
+        models: one flat tensor a model, in the compute dtype; they are the method's to keep or overwrite.
+        base: the base model's, or `None`.
+    """
+
+    key: str
+    start: int
+    shape: tuple[int, ...]
+    models: list[Tensor]
+    base: Tensor | None
+
+    @property
+    def width(self) -> int:
+        """Elements in a row: the last axis of the tensor; a tensor of one axis or none is one row."""
+        return self.shape[-1] if len(self.shape) > 1 else max(1, math.prod(self.shape))
+
+    def deltas(self) -> list[Tensor]:
+        """Return the task vectors θ_i − θ_0 of this stretch, flat."""
+        if self.base is None:
+            raise WeightsError(f"{self.key!r}: task vectors need a base model.")
+        return [model - self.base for model in self.models]
+
+    def directions(self) -> list[Tensor]:
+        """Return the task vectors when there is a base model, else the models."""
+        return self.models if self.base is None else self.deltas()
+
+
+class Operands:
+    """One tensor of every model, visited chunk by chunk; iterating again reads again.
+
+    Args:
+        key: the name of the tensor that is being made.
+        shape: its shape, and every source's.
+        models: where each model's tensor is.
+        base: where the base's is, or `None`.
+        unit: what a chunk must not cut: nothing, a row, or the tensor.
+        chunk: most elements of one model in a chunk; rounded down to a multiple of `BLOCK` (or of the row), at least one.
+        dtype: the dtype to compute in.
+        device: where to compute.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        shape: tuple[int, ...],
+        models: Sequence[Source],
+        base: Source | None,
+        *,
+        unit: Unit = "element",
+        chunk: int = 1 << 18,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.key = key
+        self.shape = shape
+        self.models = tuple(models)
+        self.base = base
+        self.unit: Unit = unit
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.numel = math.prod(shape)
+        width = shape[-1] if len(shape) > 1 else max(1, self.numel)
+        if unit == "tensor":
+            self.step = max(1, self.numel)
+        elif unit == "row":
+            self.step = max(1, width) * max(1, chunk // max(1, width))
+        else:
+            self.step = BLOCK * max(1, chunk // BLOCK)
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Return where the chunks begin and end."""
+        return [(start, min(start + self.step, self.numel)) for start in range(0, self.numel, self.step)]
+
+    def at(self, start: int, stop: int) -> Chunk:
+        """Read one chunk."""
+        models = [self._read(source, start, stop) for source in self.models]
+        base = None if self.base is None else self._read(self.base, start, stop)
+        return Chunk(self.key, start, self.shape, models, base)
+
+    def only(self, model: int) -> Operands:
+        """Return the same tensor with one of the models alone."""
+        return self.of((self.models[model],))
+
+    def of(self, models: Sequence[Source]) -> Operands:
+        """Return the same tensor with other models, visited the same way."""
+        other = copy(self)
+        other.models = tuple(models)
+        return other
+
+    def _read(self, source: Source, start: int, stop: int) -> Tensor:
+        raw = source.store.read_flat(source.key, start, stop)
+        if stop < self.numel:
+            source.store.will_need(source.key, stop, min(stop + self.step, self.numel))
+        # A copy even where the dtype fits: weights in memory are never touched.
+        return raw.to(self.device, self.dtype, copy=True)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        for start, stop in self.spans():
+            yield self.at(start, stop)
+
+
+class BlockSum:
+    """A sum over a tensor that comes out the same bits however the tensor is cut at multiples of `BLOCK`.
+
+    Each block is summed in float64 by itself; the partial sums are added without rounding error (`math.fsum`).
+
+    >>> total = BlockSum(); total.add(torch.ones(BLOCK)); total.add(torch.ones(3)); total.value()
+    16387.0
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[float] = []
+
+    def add(self, values: Tensor) -> None:
+        """Add a chunk's values; all chunks but the last have a multiple of `BLOCK` elements."""
+        self._parts.extend(float(part) for part in [block.double().sum() for block in values.split(BLOCK)])
+
+    def add_rows(self, values: Tensor, width: int) -> None:
+        """Add a chunk of whole rows."""
+        self._parts.extend(float(row.double().sum()) for row in values.split(max(1, width)))
+
+    def value(self) -> float:
+        """Return the sum of everything that was added."""
+        return math.fsum(self._parts)
