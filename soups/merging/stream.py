@@ -74,9 +74,9 @@ class Job:
     base: Source | None = None
 
     def compute_dtype(self) -> torch.dtype:
-        """Return float64 if any source has it, else float32."""
+        """Return float64 if any source or the output has it, else float32."""
         sources = [*self.models, *([self.base] if self.base else [])]
-        dtypes = {source.store.meta(source.key).dtype for source in sources}
+        dtypes = {self.meta.dtype, *(source.store.meta(source.key).dtype for source in sources)}
         return torch.float64 if torch.float64 in dtypes else torch.float32
 
     def nbytes(self) -> int:

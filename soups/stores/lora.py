@@ -41,7 +41,7 @@ class LoRAStore(Store):
 
     def __init__(self, base: Store, adapter: str | os.PathLike[str]) -> None:
         folder = Path(adapter)
-        self._base = base
+        self.base = base
         self._adapter = _open_adapter(folder)
         self.location = f"{base.location}+{adapter}"
         self.metadata = base.metadata
@@ -57,7 +57,7 @@ class LoRAStore(Store):
             raise
 
     def _match(self, base_keys: set[str]) -> None:
-        tied = self._base.tied()
+        tied = self.base.tied()
         for key in self._adapter:
             name = key.removeprefix(_PREFIX)
             if match := re.fullmatch(r"(.+)\.lora_(A|embedding_A)(?:\.default)?(\.weight)?", name):
@@ -86,7 +86,7 @@ class LoRAStore(Store):
             if candidate in base_keys:
                 return candidate
         raise WeightsError(
-            f"{self._adapter.location} changes {name!r}, which {self._base.location} does not have. The adapter was trained "
+            f"{self._adapter.location} changes {name!r}, which {self.base.location} does not have. The adapter was trained "
             f"on another model; name that one as the base."
         )
 
@@ -96,11 +96,11 @@ class LoRAStore(Store):
         if self._product_shape(first, second) not in (self._shape(target), self._shape(target)[::-1]):
             raise WeightsError(
                 f"{self._adapter.location}: {first!r} times {second!r} has shape {self._product_shape(first, second)}, but "
-                f"{target!r} of {self._base.location} has {self._shape(target)}. The adapter belongs to another model."
+                f"{target!r} of {self.base.location} has {self._shape(target)}. The adapter belongs to another model."
             )
 
     def _shape(self, target: str) -> tuple[int, ...]:
-        return self._base.meta(target).shape
+        return self.base.meta(target).shape
 
     def _product_shape(self, first: str, second: str) -> tuple[int, ...]:
         a, b = self._adapter.meta(first).shape, self._adapter.meta(second).shape
@@ -108,15 +108,15 @@ class LoRAStore(Store):
 
     def keys(self) -> list[str]:
         """Return the base's names."""
-        return self._base.keys()
+        return self.base.keys()
 
     def meta(self, key: str) -> TensorMeta:
         """Return shape and dtype of the base's tensor."""
-        return self._base.meta(key)
+        return self.base.meta(key)
 
     def tied(self) -> dict[str, str]:
         """Map each tied name to the name it repeats."""
-        return self._base.tied()
+        return self.base.tied()
 
     def changed(self) -> list[str]:
         """Return the names of the tensors that the adapter changes."""
@@ -124,11 +124,11 @@ class LoRAStore(Store):
 
     def read_flat(self, key: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
         """Return elements `start:stop` of the adapted tensor."""
-        key = self._base.tied().get(key, key)
+        key = self.base.tied().get(key, key)
         if key in self._replaced:
             return self._adapter.read_flat(self._replaced[key], start, stop, out).to(self.meta(key).dtype)
         if key not in self._pairs:
-            return self._base.read_flat(key, start, stop, out)
+            return self.base.read_flat(key, start, stop, out)
         with self._lock:
             if self._kept is None or self._kept[0] != key:
                 self._kept = None
@@ -136,7 +136,7 @@ class LoRAStore(Store):
             return self._kept[1].reshape(-1)[start:stop]
 
     def _adapted(self, key: str) -> Tensor:
-        weight = self._base.read(key)
+        weight = self.base.read(key)
         first, second = self._pairs[key]
         a, b = self._adapter.read(first).float(), self._adapter.read(second).float()
         rank = a.shape[1] if "embedding" in first and self._config.get("fan_in_fan_out") else a.shape[0]
@@ -157,7 +157,7 @@ class LoRAStore(Store):
 
     def close(self) -> None:
         """Close both."""
-        self._base.close()
+        self.base.close()
         self._adapter.close()
 
 

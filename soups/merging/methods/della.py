@@ -52,7 +52,7 @@ class MagnitudeDrop(Transform):
     """
 
     density: Several
-    epsilon: float = 0.15
+    epsilon: Several = 0.15
     rescale: bool = True
     seed: int = 0
 
@@ -64,19 +64,20 @@ class MagnitudeDrop(Transform):
     def apply(self, delta: Tensor, seen: Any, chunk: Chunk, model: int) -> Tensor:
         """Drop."""
         density = self.density if isinstance(self.density, int | float) else self.density[model]
+        epsilon = self.epsilon if isinstance(self.epsilon, int | float) else self.epsilon[model]
         if density >= 1:
             return delta
         if density <= 0:
             return delta.zero_()
-        if not 0 < density - self.epsilon <= density + self.epsilon < 1:
+        if not 0 < density - epsilon <= density + epsilon < 1:
             raise ConfigError(
-                f"density={density} and epsilon={self.epsilon} give probabilities outside 0 … 1; epsilon must be smaller "
+                f"density={density} and epsilon={epsilon} give probabilities outside 0 … 1; epsilon must be smaller "
                 f"than {min(density, 1 - density):.3g}."
             )
         width = max(1, chunk.width)
         ranks = row_ranks(delta.view(-1, width)).to(delta.dtype)
         share = ranks.div_(width - 1) if width > 1 else ranks.add_(0.5)
-        probability = share.mul_(2 * self.epsilon).add_(density - self.epsilon).view(-1)
+        probability = share.mul_(2 * epsilon).add_(density - epsilon).view(-1)
         draw = uniform(self.seed, chunk.key, model, chunk.start, delta.numel(), like=delta)
         delta.mul_((draw < probability).to(delta.dtype))
         return delta.div_(probability) if self.rescale else delta
@@ -85,7 +86,7 @@ class MagnitudeDrop(Transform):
 def della(
     *,
     density: Several = 0.5,
-    epsilon: float = 0.15,
+    epsilon: Several = 0.15,
     weight: Several = 1.0,
     scale: float = 1.0,
     seed: int = 0,
@@ -102,7 +103,7 @@ def della(
     return TaskVectors(MagnitudeDrop(density, epsilon, seed=seed), weight, Elect(), "mean", scale)
 
 
-def _mergekit(density: Several, epsilon: float, rescale: bool, seed: int) -> Transform:
+def _mergekit(density: Several, epsilon: Several, rescale: bool, seed: int) -> Transform:
     drop = MagnitudeDrop(density, epsilon, rescale=False, seed=seed)
     return KeepNorm(drop) if rescale else drop
 
@@ -110,7 +111,7 @@ def _mergekit(density: Several, epsilon: float, rescale: bool, seed: int) -> Tra
 def della_mergekit(
     *,
     density: Several = 1.0,
-    epsilon: float = 0.15,
+    epsilon: Several = 0.15,
     weight: Several = 1.0,
     scale: float = 1.0,
     normalize: bool = True,
@@ -126,7 +127,7 @@ def della_mergekit(
 def della_linear_mergekit(
     *,
     density: Several = 1.0,
-    epsilon: float = 0.15,
+    epsilon: Several = 0.15,
     weight: Several = 1.0,
     scale: float = 1.0,
     normalize: bool = False,

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from soups.errors import ConfigError
 from soups.merging.gram import GramMethod, Matrix, Vector, norms_and_units
-from soups.merging.method import per_model
-from soups.merging.operands import Chunk
+from soups.merging.method import Scope, per_model
+from soups.merging.operands import Chunk, Operands, Unit
 
 
 def slerp_coefficients(cosine: float, t: float) -> tuple[float, float]:
@@ -70,22 +71,59 @@ class Slerp(GramMethod):
 
 @dataclass(frozen=True)
 class NuSlerp(GramMethod):
-    """SLERP between two models, or their task vectors when there is a base, by weights (mergekit's `nuslerp`, flattened).
+    """SLERP between two models, or their task vectors when there is a base, by weights (mergekit's `nuslerp`).
 
     Attributes:
         weight: of each model; t is the second one's share. Two weights that cancel mean one half.
+        flatten: one angle for the tensor; otherwise one for each row.
+        row_wise: without `flatten`, one angle for each column instead (mergekit's name for it).
     """
 
     least: ClassVar[int] = 2
     most: ClassVar[int | None] = 2
     weight: float | Sequence[float] = 1.0
+    flatten: bool = True
+    row_wise: bool = False
+
+    @property
+    def unit(self) -> Unit:
+        """What shares an angle must be whole."""
+        return "element" if self.flatten else "tensor" if self.row_wise else "row"
+
+    @property
+    def scope(self) -> Scope:
+        """What shares an angle."""
+        return "row" if self.unit == "row" else "tensor"
+
+    @property
+    def t(self) -> float:
+        """The second model's share."""
+        first, second = per_model(self.weight, 2)
+        total = first + second
+        return 0.5 if abs(total) < 1e-6 else second / total
 
     def coefficients(self, gram: Matrix) -> Vector:
         """Return the two shares."""
-        first, second = per_model(self.weight, 2)
-        total = first + second
-        t = 0.5 if abs(total) < 1e-6 else second / total
-        return np.array(slerp_coefficients(float(norms_and_units(gram, 1e-7)[1][0, 1]), t))
+        return np.array(slerp_coefficients(float(norms_and_units(gram, 1e-7)[1][0, 1]), self.t))
+
+    def observe(self, operands: Operands) -> Any:
+        """Find the tensor's coefficients; rows and columns need nothing beforehand."""
+        return super().observe(operands) if self.flatten else None
+
+    def combine(self, chunk: Chunk, seen: Any) -> Tensor:
+        """Return the merged chunk."""
+        if self.flatten:
+            return super().combine(chunk, seen)
+        columns = self.row_wise and len(chunk.shape) > 1
+        axis = 0 if columns else 1
+        shape = (chunk.shape[0] if columns else -1, -1 if columns else max(1, chunk.width))
+        one, two = (vector.view(shape) for vector in self.vectors(chunk))
+        units = [v / v.norm(dim=axis, keepdim=True).clamp_(min=1e-7) for v in (one, two)]
+        angle = torch.acos((units[0] * units[1]).sum(dim=axis, keepdim=True).clamp_(-1, 1))
+        sine, straight = torch.sin(angle), torch.sin(angle).abs() < 1e-8
+        shares = [torch.where(straight, s, torch.sin(s * angle) / sine) for s in (1 - self.t, self.t)]
+        merged = (one.mul_(shares[0])).add_(two.mul_(shares[1])).reshape(-1)
+        return merged if chunk.base is None else merged.add_(chunk.base)
 
 
 @dataclass(frozen=True)
