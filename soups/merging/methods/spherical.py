@@ -6,6 +6,7 @@ All are linear combinations of their inputs, tensor by tensor, with coefficients
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -116,7 +117,7 @@ class NuSlerp(GramMethod):
             return super().combine(chunk, seen)
         columns = self.row_wise and len(chunk.shape) > 1
         axis = 0 if columns else 1
-        shape = (chunk.shape[0] if columns else -1, -1 if columns else max(1, chunk.width))
+        shape = (math.prod(chunk.shape[:1]) if columns else -1, -1 if columns else max(1, chunk.width))
         one, two = (vector.view(shape) for vector in self.vectors(chunk))
         units = [v / v.norm(dim=axis, keepdim=True).clamp_(min=1e-7) for v in (one, two)]
         angle = torch.acos((units[0] * units[1]).sum(dim=axis, keepdim=True).clamp_(-1, 1))
