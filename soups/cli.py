@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Annotated
 
 import typer
@@ -39,12 +40,20 @@ def options(
     """Weight averaging: merge checkpoints, look into them, compare them."""
 
 
-# Commands on averages inside training checkpoints live beside the callbacks that write them.
-try:
-    app.add_typer(importlib.import_module("soups.commands.averages").app, name="averages")
-except ModuleNotFoundError as error:
-    if error.name != "soups.commands.averages":
-        raise
+def _forward(command: str, summary: str) -> None:
+    """Add a command of `soups.commands.averages`, which is imported (with torch) when the command runs, not for `--help`."""
+
+    def run(context: typer.Context) -> None:
+        module = importlib.import_module("soups.commands.averages")
+        module.app(args=[command, *context.args], prog_name="soups")
+
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": list[str]()}
+    app.command(command, help=summary, context_settings=settings)(run)
+
+
+if importlib.util.find_spec("soups.commands.averages"):
+    _forward("averages", "List the averages that a checkpoint holds.")
+    _forward("export", "Write one average of a checkpoint to a file of its own.")
 
 
 def main() -> None:

@@ -76,9 +76,13 @@ class TorchStore(ExtentStore):
         return self._named(state, f"state {state!r}")
 
     def _average(self, name: str) -> Mapping[str, TensorRecord]:
-        ours = {path: records for path, records in self._maps.items() if path.split(".")[0] == AVERAGES}
+        ours = {path: records for path, records in self._maps.items() if path.startswith(f"{AVERAGES}.")}
+        # Beside an average's weights lies what its callback needs to go on.
+        ours = {path: records for path, records in ours.items() if path.endswith(".weights")} or ours
         if name:
-            ours = {path: records for path, records in ours.items() if name in path.split(".")[1:]}
+            homes = (AVERAGES, f"{AVERAGES}.averages")
+            wanted = {f"{home}.{name}{ending}" for home in homes for ending in ("", ".weights")}
+            ours = {path: records for path, records in ours.items() if path in wanted}
         elif not ours and LIVE in self._maps:
             return self._maps["state_dict"]
         if not ours and not name and "state_dict_ema" in self._maps:
@@ -90,7 +94,11 @@ class TorchStore(ExtentStore):
             )
         (average,) = ours.values()
         whole = self._maps.get("state_dict", {})
-        return {**whole, **average} if set(average) <= set(whole) else average
+        if not set(average) <= set(whole):
+            return average
+        # A tied name that the average leaves out is the average's tensor, not the live one.
+        heirs = {whole[name]: record for name, record in average.items()}
+        return {name: average.get(name, heirs.get(record, record)) for name, record in whole.items()}
 
     def _named(self, path: str | None, what: str) -> Mapping[str, TensorRecord]:
         if path is None or path not in self._maps:

@@ -70,6 +70,23 @@ def test_a_lightning_checkpoint_with_averages(tmp_path):
         open_store(tmp_path / "a.ckpt", state="stat_dict")
 
 
+def test_our_callbacks_layout(tmp_path):
+    embed = torch.zeros(2, 2)
+    live = {"embed": embed, "head": embed, "steps": torch.tensor(3)}
+    averages = {
+        "ema0.9": {"kind": "EMA", "weights": {"embed": embed + 1}, "state": {"sum": torch.zeros(4)}},
+        "swa": {"kind": "SWA", "weights": {"embed": embed + 2}, "state": {}},
+    }
+    kept = {"version": 1, "tied": {"head": "embed"}, "averages": averages}
+    torch.save({"state_dict": live, "weight_averages": kept}, tmp_path / "a.ckpt")
+    for name, value in (("ema0.9", 1), ("swa", 2)):
+        with open_store(tmp_path / "a.ckpt", state=f"average:{name}") as store:
+            assert store.tied() == {"head": "embed"} and store.read("steps") == 3
+            assert store.read("head").unique().tolist() == [value]
+    with pytest.raises(StorageError, match="several averages"):
+        open_store(tmp_path / "a.ckpt", state="average")
+
+
 def test_lightnings_own_weight_averaging(tmp_path):
     average, live = {"w": torch.ones(2)}, {"w": torch.zeros(2)}
     torch.save({"state_dict": average, "current_model_state": live}, tmp_path / "a.ckpt")
