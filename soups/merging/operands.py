@@ -1,7 +1,7 @@
 """What a merge method sees of one tensor: the same stretch of every model, again and again if it likes.
 
-A tensor is visited in chunks. Their borders are multiples of `BLOCK` elements (or of rows, for methods that need whole
-rows), and whoever sums over a tensor sums block by block in order; this is why no result depends on the chunk size.
+A tensor is visited in chunks. Their borders are multiples of a block: `BLOCK` elements, or as many whole rows, for methods
+that need those. Whoever sums over a tensor sums block by block in order; this is why no result depends on the chunk size.
 """
 
 from __future__ import annotations
@@ -74,9 +74,10 @@ class Operands:
         models: where each model's tensor is.
         base: where the base's is, or `None`.
         unit: what a chunk must not cut: nothing, a row, or the tensor.
-        chunk: most elements of one model in a chunk; rounded down to a multiple of `BLOCK` (or of the row), at least one.
+        chunk: most elements of one model in a chunk; rounded down to whole blocks, at least one.
         dtype: the dtype to compute in.
         device: where to compute.
+        room: elements that a look at the tensor may hold, four bytes each; more must be streamed.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Operands:
         chunk: int = 1 << 18,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        room: int = 0,
     ) -> None:
         self.key = key
         self.shape = shape
@@ -98,14 +100,15 @@ class Operands:
         self.unit: Unit = unit
         self.dtype = dtype
         self.device = torch.device(device)
+        self.room = room
         self.numel = math.prod(shape)
         width = shape[-1] if len(shape) > 1 else max(1, self.numel)
+        # Chunks are whole blocks, and who sums does so block by block: the cuts then leave no trace.
         if unit == "tensor":
-            self.step = max(1, self.numel)
-        elif unit == "row":
-            self.step = max(1, width) * max(1, chunk // max(1, width))
+            self.block = self.step = max(1, self.numel)
         else:
-            self.step = BLOCK * max(1, chunk // BLOCK)
+            self.block = max(1, width) * max(1, BLOCK // max(1, width)) if unit == "row" else BLOCK
+            self.step = self.block * max(1, chunk // self.block)
 
     def spans(self) -> list[tuple[int, int]]:
         """Return where the chunks begin and end."""
@@ -144,20 +147,24 @@ class BlockSum:
 
     Each block is summed in float64 by itself; the partial sums are added without rounding error (`math.fsum`).
 
+    Args:
+        block: elements in a partial sum: `Operands.block`.
+
     >>> total = BlockSum(); total.add(torch.ones(BLOCK)); total.add(torch.ones(3)); total.value()
     16387.0
     """
 
-    def __init__(self) -> None:
+    def __init__(self, block: int = BLOCK) -> None:
+        self._block = block
         self._parts: list[float] = []
 
     def add(self, values: Tensor) -> None:
-        """Add a chunk's values; all chunks but the last have a multiple of `BLOCK` elements."""
-        self._parts.extend(float(part) for part in [block.double().sum() for block in values.split(BLOCK)])
+        """Add a chunk's values; all chunks but the last have a multiple of `block` elements."""
+        self._parts.extend(float(block.sum(dtype=torch.float64)) for block in values.split(self._block))
 
-    def add_rows(self, values: Tensor, width: int) -> None:
-        """Add a chunk of whole rows."""
-        self._parts.extend(float(row.double().sum()) for row in values.split(max(1, width)))
+    def add_magnitudes(self, values: Tensor) -> None:
+        """Add the absolute values of a chunk; within a block in the chunk's own dtype, which is enough for a ratio."""
+        self._parts.extend(float(block.sum()) for block in values.abs().split(self._block))
 
     def value(self) -> float:
         """Return the sum of everything that was added."""

@@ -2,7 +2,8 @@
 
 The bit patterns of non-negative floats, read as integers, are in the order of the numbers. A histogram of their highest
 15 bits finds the bin that the k-th largest is in, a second one of the next 16 bits inside that bin finds the number itself:
-two passes for float32, four for float64, a fixed 64 Ki counters, and no sort.
+two passes for float32, four for float64, a fixed 64 Ki counters, and no sort. A tensor that fits into the room that it is
+given is held, and the bit patterns are partitioned instead: one pass, the same answer.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
@@ -149,11 +151,21 @@ def cut_at(
     return [Cut(float("inf")) if rank <= 0 else Cut(None) if rank >= total else Cut(next(thresholds)) for rank in ranks]
 
 
-def exact_cut(stream: Stream, ranks: Sequence[int], total: int, *, dtype: torch.dtype) -> list[Cut]:
+def tensor_cut(stream: Stream, ranks: Sequence[int], total: int, *, dtype: torch.dtype, room: int = 0) -> list[Cut]:
+    """Return `cut_at` of one tensor, which is held if it has at most `room` elements."""
+    if total > room:
+        return cut_at([stream], ranks, total, dtype=dtype)
+    return [Cut(cut.threshold) for cut in _held_cuts(stream, ranks, total)]
+
+
+def exact_cut(stream: Stream, ranks: Sequence[int], total: int, *, dtype: torch.dtype, room: int = 0) -> list[Cut]:
     """Return, for each k in `ranks`, the cut that keeps exactly k elements of one tensor.
 
-    Among equal magnitudes the earlier elements are kept, so that the result is one and the same everywhere.
+    Among equal magnitudes the earlier elements are kept, so that the result is one and the same everywhere. A tensor of at
+    most `room` elements is held.
     """
+    if total <= room:
+        return _held_cuts(stream, ranks, total)
     inner = [rank for rank in ranks if 0 < rank < total]
     found = iter(_select([stream], inner, dtype, map) if inner else [])
     cuts: list[Cut] = []
@@ -166,13 +178,34 @@ def exact_cut(stream: Stream, ranks: Sequence[int], total: int, *, dtype: torch.
     return cuts
 
 
+def _held_cuts(stream: Stream, ranks: Sequence[int], total: int) -> list[Cut]:
+    if all(rank <= 0 or rank >= total for rank in ranks):
+        return [Cut(float("inf") if rank <= 0 else None) for rank in ranks]
+    values = torch.cat([chunk.cpu() for chunk in stream()])
+    bits = _bits(values).numpy()
+    ordered = bits.copy()
+    cuts: list[Cut] = []
+    for rank in ranks:
+        if rank <= 0 or rank >= total:
+            cuts.append(Cut(float("inf") if rank <= 0 else None))
+            continue
+        ordered.partition(total - rank)
+        pattern = ordered[total - rank]
+        quota = rank - int(np.count_nonzero(bits > pattern))
+        ties = bits == pattern
+        last = None if quota == np.count_nonzero(ties) else int(np.flatnonzero(ties)[quota - 1])
+        cuts.append(Cut(float(torch.tensor(pattern).view(values.dtype)), last))
+    return cuts
+
+
 def _place_of_tie(stream: Stream, threshold: float, number: int) -> int:
     """Return the flat index of the `number`-th element that equals `threshold`."""
     start = 0
     for values in stream():
-        ties = (values == threshold).nonzero().view(-1)
-        if number <= ties.numel():
-            return start + int(ties[number - 1])
-        number -= ties.numel()
+        equal = values == threshold
+        count = int(torch.count_nonzero(equal))
+        if number <= count:
+            return start + int(equal.nonzero().view(-1)[number - 1])
+        number -= count
         start += values.numel()
     raise AssertionError("fewer ties than counted")

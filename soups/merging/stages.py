@@ -20,7 +20,7 @@ from torch.nn.functional import relu
 from soups.errors import ConfigError
 from soups.merging.method import Method, Scope, per_model, weighted_sum
 from soups.merging.operands import BlockSum, Chunk, Operands, Unit
-from soups.merging.selection import Cut, Map, Stream, cut_at, exact_cut
+from soups.merging.selection import Cut, Map, Stream, cut_at, exact_cut, tensor_cut
 
 
 class Transform(ABC):
@@ -91,9 +91,8 @@ class Trim(Transform):
     def observe(self, operands: Operands, model: int) -> Cut:
         """Find this tensor's cut."""
         rank = self._rank(model, operands.numel)
-        if self.exact:
-            return exact_cut(magnitudes(operands), [rank], operands.numel, dtype=operands.dtype)[0]
-        return cut_at([magnitudes(operands)], [rank], operands.numel, dtype=operands.dtype)[0]
+        select = exact_cut if self.exact else tensor_cut
+        return select(magnitudes(operands), [rank], operands.numel, dtype=operands.dtype, room=operands.room)[0]
 
     def observe_all(self, operands: Sequence[Operands], model: int, map: Map) -> Cut:
         """Find the model's cut."""
@@ -120,7 +119,8 @@ def model_cut(operands: Sequence[Operands], rank: int, map: Map) -> Cut:
 class KeepNorm(Transform):
     """Multiply what another transform left by the ratio of L1 norms before and after it, tensor by tensor.
 
-    This is what mergekit calls `rescale`; DARE's own factor is one over the density.
+    This is what mergekit calls `rescale`; DARE's own factor is one over the density. The inner transform must only set
+    elements to zero: what it left is remembered as a mask where there is room, so that its work is done once.
     """
 
     inner: Transform
@@ -135,21 +135,30 @@ class KeepNorm(Transform):
         """A tensor: its norms decide."""
         return "tensor"
 
-    def observe(self, operands: Operands, model: int) -> tuple[Any, float]:
+    def observe(self, operands: Operands, model: int) -> tuple[Any, float, Tensor | None]:
         """Measure the tensor's norm before and after."""
         seen = self.inner.observe(operands, model)
-        before, after = BlockSum(), BlockSum()
+        before, after = BlockSum(operands.block), BlockSum(operands.block)
+        masks: list[Tensor] = []
+        # Every model's mask is held at once, a byte an element; ten models share the room.
+        remember = 10 * operands.numel <= 4 * operands.room
         for chunk in operands:
             (delta,) = chunk.deltas()
-            add = (lambda total, x, w=chunk.width: total.add_rows(x, w)) if self.unit == "row" else BlockSum.add
-            add(before, delta.abs())
-            add(after, self.inner.apply(delta, seen, chunk, model).abs())
-        left = after.value()
-        return seen, before.value() / left if left > 0 else 1.0
+            before.add_magnitudes(delta)
+            left = self.inner.apply(delta, seen, chunk, model)
+            after.add_magnitudes(left)
+            if remember:
+                masks.append(left != 0)
+        total = after.value()
+        ratio = before.value() / total if total > 0 else 1.0
+        return seen, ratio, torch.cat(masks) if masks else None
 
     def apply(self, delta: Tensor, seen: Any, chunk: Chunk, model: int) -> Tensor:
         """Transform, then multiply by the ratio."""
-        return self.inner.apply(delta, seen[0], chunk, model) * seen[1]
+        inner, ratio, mask = seen
+        if mask is None:
+            return self.inner.apply(delta, inner, chunk, model).mul_(ratio)
+        return delta.mul_(mask[chunk.start : chunk.start + delta.numel()].to(delta.dtype)).mul_(ratio)
 
 
 @dataclass(frozen=True)
@@ -273,5 +282,6 @@ class TaskVectors(Method):
         if self.reduce == "count":
             total.div_(divisor.clamp_(min=1))
         elif self.reduce == "mean":
-            total.div_(torch.where(divisor.abs() < 1e-8, torch.ones_like(divisor), divisor))
+            nobody = (divisor.abs() < 1e-8).to(divisor.dtype)
+            total.div_(divisor.mul_(1 - nobody).add_(nobody))
         return total

@@ -27,9 +27,11 @@ from soups.stores.store import TensorMeta
 
 DEFAULT_BUDGET = 512 * 2**20
 # Enough to hide the cost of a Python call, little enough to stay in a core's cache.
-_BEST_CHUNK = 1 << 18
+_BEST_CHUNK = 1 << 16
+# What a look at a tensor takes for each element it holds: the element, a copy to select in, masks.
+_HELD_BYTES = 12
 # Chunks that a worker takes at once where a tensor can be split between workers.
-_STRIDE = 16
+_STRIDE = 64
 
 
 class Sink(Protocol):
@@ -119,7 +121,15 @@ def run(
         room = budget // (threads * dtype.itemsize * (2 * count + 6))
         size = chunk or max(BLOCK, min(room, _BEST_CHUNK))
         return Operands(
-            job.key, job.meta.shape, job.models, job.base, unit=method.unit, chunk=size, dtype=dtype, device=device
+            job.key,
+            job.meta.shape,
+            job.models,
+            job.base,
+            unit=method.unit,
+            chunk=size,
+            dtype=dtype,
+            device=device,
+            room=0 if chunk else budget // (threads * _HELD_BYTES),
         )
 
     with _one_thread_each(), _pool(threads) as (pool, stopped):

@@ -64,6 +64,10 @@ ROWS = [
     Row("trimmed_mean", {"trim": 0.25}, base=False, models=5, returns_common=True),
     Row("consensus"),
     Row("consensus", {"threshold": (0.2, 0.4, 0.6), "agree": 1}, any_order=False),
+    Row("pcb", {"ratio": 0.2}),
+    Row("cabs", any_order=False),
+    Row("cabs", {"keep": 32, "weight": (0.2, 0.3, 0.7)}, any_order=False),
+    Row("knots", any_order=False),  # but for rounding in the SVD, which moves elements across the cut
     Row("tsv"),
     Row("iso_c"),
     Row("iso_cts"),

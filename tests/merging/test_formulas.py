@@ -327,6 +327,52 @@ def test_iso_cts():
     np.testing.assert_allclose(merged("iso_cts", common=0.4)[name], BASE[name] + tau, atol=1e-9)
 
 
+def test_pcb():
+    x = np.stack([flat(tau) for tau in TAUS])
+    n = x.shape[1]
+    out = int(0.05 * n)
+    units, clipped = [], []
+    for row in np.abs(x):
+        ordered = np.sort(row)
+        low, high = ordered[out], ordered[n - 1 - out]
+        clipped.append(np.clip(row, low, high))
+        units.append((clipped[-1] - low) / (high - low))
+    units, signed = np.stack(units), np.stack(units) * np.sign(x)
+    scores = np.stack([np.exp(3 * u**2) * np.tanh(s * signed).sum(0) for u, s in zip(units, signed, strict=True)])
+    scores = np.maximum(scores, 0)
+    weights = []
+    for score in scores:
+        limit = np.sort(score)[::-1][int(0.3 * n) - 1]
+        weights.append((np.maximum(score, limit) - limit) / (score.max() - limit))
+    weights = np.stack(weights)
+    tau = (weights * np.stack(clipped) * np.sign(x)).sum(0) / np.maximum(weights.sum(0), 1e-12)
+    check(merged("pcb", ratio=0.3, clip=0.05, scale=0.5), plus(BASE, tau, 0.5), 1e-10)
+
+
+def test_cabs_takes_the_largest_free_ones_of_each_group():
+    base = {"w": np.zeros(8)}
+    experts = [{"w": np.array([4.0, 3, 2, 1, 0, 0, 1, 0])}, {"w": np.array([-9.0, 1, 5, 2, 7, 0, 8, 9])}]
+    method = make_method("cabs", keep=2, group=4)
+    result = merge(method, [tensors(e) for e in experts], base=tensors(base))
+    # The first takes 4, 3 and 1; the second the two largest that are left in each group.
+    assert isinstance(result, dict)
+    assert result["w"].tolist() == [4, 3, 5, 2, 7, 0, 1, 9]
+
+
+def test_knots_of_one_task_is_that_task_and_a_shared_basis_is_found():
+    check(merged("knots", experts=EXPERTS[:1], density=1.0), EXPERTS[0], 1e-10)
+    # Two low-rank tasks in one subspace with disjoint coordinates there: nothing interferes, and both come through whole.
+    u = np.linalg.qr(RNG.standard_normal((12, 2)))[0]
+    first, second = np.zeros((2, 9)), np.zeros((2, 9))
+    first[0, :4], second[1, 4:] = 3.0, 2.0
+    base = {"a": BASE["a"]}
+    experts = [{"a": BASE["a"] + u @ first}, {"a": BASE["a"] + u @ second}]
+    method = make_method("knots", density=1.0)
+    result = merge(method, [tensors(e) for e in experts], base=tensors(base))
+    assert isinstance(result, dict)
+    np.testing.assert_allclose(result["a"].numpy(), BASE["a"] + u @ (first + second), atol=1e-10)
+
+
 def test_cart():
     name = "c"
     mean = np.mean([e[name] for e in EXPERTS], axis=0)

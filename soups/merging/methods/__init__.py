@@ -15,11 +15,14 @@ from soups.merging.methods.breadcrumbs import (
     breadcrumbs_official,
     breadcrumbs_ties_mergekit,
 )
+from soups.merging.methods.cabs import CABS
 from soups.merging.methods.consensus import Consensus
 from soups.merging.methods.dare import dare, dare_linear_mergekit, dare_ties, dare_ties_mergekit
 from soups.merging.methods.della import della, della_linear_mergekit, della_mergekit
+from soups.merging.methods.knots import KnOTS
 from soups.merging.methods.linear import Linear, Nearswap, Passthrough
 from soups.merging.methods.model_stock import ModelStock
+from soups.merging.methods.pcb import PCB
 from soups.merging.methods.robust import Median, TrimmedMean
 from soups.merging.methods.sce import SCE
 from soups.merging.methods.spherical import Karcher, MultiSlerp, NuSlerp, Slerp
@@ -81,6 +84,9 @@ METHODS: dict[str, Entry] = {
     "iso_c": Entry(IsoC, "arXiv:2502.04959"),
     "iso_cts": Entry(IsoCTS, "arXiv:2502.04959"),
     "cart": Entry(CART, "arXiv:2412.12153"),
+    "pcb": Entry(PCB, "arXiv:2410.02396"),
+    "cabs": Entry(CABS, "arXiv:2503.01874"),
+    "knots": Entry(KnOTS, "arXiv:2410.19735"),
 }
 
 

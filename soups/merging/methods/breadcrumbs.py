@@ -53,7 +53,8 @@ class Band(Transform):
         if self.within == "row":
             return []
         top, kept = self._counts(model, operands.numel)
-        return exact_cut(magnitudes(operands), [top, top + kept], operands.numel, dtype=operands.dtype)
+        ranks = [top, top + kept]
+        return exact_cut(magnitudes(operands), ranks, operands.numel, dtype=operands.dtype, room=operands.room)
 
     def apply(self, delta: Tensor, seen: list[Cut], chunk: Chunk, model: int) -> Tensor:
         """Set everything outside the band to zero."""

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from soups.errors import ConfigError
-from soups.merging.noise import bernoulli
+from soups.merging.noise import bernoulli, rounded
 from soups.merging.operands import Chunk
 from soups.merging.stages import Elect, KeepNorm, TaskVectors, Transform
 
@@ -41,7 +41,7 @@ class Drop(Transform):
         if density >= 1:
             return delta
         delta.mul_(bernoulli(density, self.seed, chunk.key, model, chunk.start, delta.numel(), like=delta))
-        return delta.div_(density) if self.rescale and density > 0 else delta
+        return delta.div_(rounded(density)) if self.rescale and density > 0 else delta
 
 
 def dare(

@@ -41,7 +41,7 @@ class SCE(Method):
             varying = sum(int(torch.count_nonzero(variance(chunk.deltas()))) for chunk in operands)
             stream = lambda: (variance(chunk.deltas()) for chunk in operands)  # noqa: E731
             rank = int(varying * self.select_topk)
-            cut = exact_cut(stream, [rank], operands.numel, dtype=operands.dtype)[0]
+            cut = exact_cut(stream, [rank], operands.numel, dtype=operands.dtype, room=operands.room)[0]
         sums = [BlockSum() for _ in operands.models]
         for chunk in operands:
             for total, delta in zip(sums, self._selected(chunk, cut), strict=True):
