@@ -126,6 +126,20 @@ def generate(folder: Path, gigabytes: float, models: int) -> list[Path]:
     return paths
 
 
+def prepared(folder: Path, gigabytes: float, models: int) -> list[Path]:
+    """Generate models in a process of their own (a child's peak RSS includes its parent's before it starts); warm the cache."""
+    arguments = [str(folder), str(gigabytes), str(models)]
+    code = "import sys, runpy; m = runpy.run_path(sys.argv[1]); from pathlib import Path; "
+    code += "m['generate'](Path(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]))"
+    subprocess.run([sys.executable, "-c", code, __file__, *arguments], check=True)
+    paths = [folder / ("base" if number == 0 else f"m{number}") for number in range(models + 1)]
+    for path in paths:
+        with (path / "model.safetensors").open("rb") as file:
+            while file.read(1 << 20):
+                pass
+    return paths
+
+
 def configuration(method: str, paths: list[Path], models: int) -> str:
     """Return the YAML of a merge of the first models."""
     own, shared, base = PARAMETERS[method]
@@ -192,14 +206,11 @@ def show(name: str, cost: Cost, against: Cost) -> None:
 
 def compare(arguments: argparse.Namespace, work: Path) -> None:
     """Print the table of methods."""
-    paths = generate(work / f"{arguments.size}", arguments.size, arguments.models)
+    paths = prepared(work / f"{arguments.size}", arguments.size, arguments.models)
     one = (paths[0] / "model.safetensors").stat().st_size / 1e9
     print(
         f"{arguments.models} models and a base of {one:.2f} GB, bfloat16; {arguments.threads} threads; best of {arguments.repeats}"
     )
-    for path in paths:
-        for file in path.iterdir():
-            file.read_bytes()
     print("\n| run | wall s | CPU s | peak RSS GiB | wall / floor | CPU / floor |\n|---|---|---|---|---|---|")
     floors = {base: floor(paths, arguments.models, base, work / "out", arguments.repeats) for base in (False, True)}
     show("floor, no base", floors[False], floors[False])
@@ -234,7 +245,7 @@ def scaling(arguments: argparse.Namespace, work: Path) -> None:
     for size, models in cases:
         if size > arguments.largest:
             continue
-        paths = generate(work / f"{size}", size, models)
+        paths = prepared(work / f"{size}", size, models)
         cost = soups_run(method, paths, models, work, arguments.threads, arguments.repeats)
         print(f"| {size} | {models} | {cost.wall:.2f} | {cost.cpu:.2f} | {cost.rss:.2f} |", flush=True)
 

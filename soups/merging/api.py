@@ -19,9 +19,11 @@ from soups.merging.method import Method
 from soups.merging.methods import make_method
 from soups.merging.operands import Source
 from soups.merging.stream import DEFAULT_BUDGET, Job, MemorySink, run
+from soups.stores.checkpoint import TorchStore
 from soups.stores.folder import is_folder_of
 from soups.stores.opening import open_store
 from soups.stores.store import Store, TensorMeta
+from soups.stores.torch_writer import TorchWriter, plain_parts
 from soups.stores.writer import DEFAULT_SHARD_BYTES, FileWriter, FolderWriter, Writer, carried_files
 from soups.weights import describe_mismatch
 
@@ -148,7 +150,8 @@ def execute(
 
     Args:
         plan: from `plan_merge`.
-        out: a `.safetensors` file or a folder to make; `None` returns the weights.
+        out: what to make: a `.safetensors`, `.pt`, `.pth` or `.bin` file, a `.ckpt` with the hyperparameters of the base (or
+            the first model) where that is one, or a folder; `None` returns the weights.
         files: further files for a folder.
         metadata: text to text, for the file headers.
         shard_bytes: most bytes in one file of a folder.
@@ -170,7 +173,9 @@ def execute(
     if path.suffix == ".safetensors":
         writer = FileWriter(path, plan.outputs, metadata=metadata, tied=plan.tied, overwrite=overwrite)
     elif path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
-        raise ConfigError(f"{path}: merged weights are written as safetensors. Name a .safetensors file or a folder.")
+        donor = plan.jobs[0].base or plan.jobs[0].models[0] if plan.jobs else None
+        beside = plain_parts(donor.store.root) if donor and isinstance(donor.store, TorchStore) else {}
+        writer = TorchWriter(path, plan.outputs, tied=plan.tied, beside=beside, overwrite=overwrite)
     else:
         writer = FolderWriter(
             path,
@@ -225,7 +230,7 @@ def merge(
         method: a `Method`, a name of one with its defaults, or either by pattern of tensor names.
         models: whatever `open_store` takes.
         base: the model that the others started from, for methods on task vectors.
-        out: a `.safetensors` file or a folder to make; `None` returns the weights. A folder gets the configuration and
+        out: a file (`.safetensors`, `.pt`, `.pth`, `.bin`, `.ckpt`) or a folder to make; `None` returns the weights. A folder gets the configuration and
             tokenizer files of the base (or the first model) where that is a folder.
         dtype: of the output's floating tensors; the base's (or first model's) when `None`.
         budget: bytes of working memory.

@@ -7,6 +7,7 @@ that need those. Whoever sums over a tensor sums block by block in order; this i
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class Chunk:
         key: the name of the tensor that is being made.
         start: the first element's place in the whole tensor, row-major.
         shape: the whole tensor's shape.
-        models: one flat tensor a model, in the compute dtype; they are the method's to keep or overwrite.
+        models: one flat tensor a model, in the compute dtype; the method's to overwrite, but not to keep.
         base: the base model's, or `None`.
     """
 
@@ -63,6 +64,21 @@ class Chunk:
     def directions(self) -> list[Tensor]:
         """Return the task vectors when there is a base model, else the models."""
         return self.models if self.base is None else self.deltas()
+
+
+# Memory that a thread uses for every chunk: fresh memory would cost a page fault for each 4 KiB of it.
+_buffers = threading.local()
+_LARGEST_BUFFER = 1 << 20
+
+
+def _buffer(slot: int | str, dtype: torch.dtype, count: int) -> Tensor:
+    if count > _LARGEST_BUFFER:
+        return torch.empty(count, dtype=dtype)
+    kept: dict[tuple[int | str, torch.dtype], Tensor] = _buffers.__dict__.setdefault("kept", {})
+    found = kept.get((slot, dtype))
+    if found is None or found.numel() < count:
+        found = kept[slot, dtype] = torch.empty(count, dtype=dtype)
+    return found[:count]
 
 
 class Operands:
@@ -115,9 +131,9 @@ class Operands:
         return [(start, min(start + self.step, self.numel)) for start in range(0, self.numel, self.step)]
 
     def at(self, start: int, stop: int) -> Chunk:
-        """Read one chunk."""
-        models = [self._read(source, start, stop) for source in self.models]
-        base = None if self.base is None else self._read(self.base, start, stop)
+        """Read one chunk. Its tensors are this thread's buffers: they hold until the thread reads the next chunk."""
+        models = [self._read(source, start, stop, slot + 1) for slot, source in enumerate(self.models)]
+        base = None if self.base is None else self._read(self.base, start, stop, 0)
         return Chunk(self.key, start, self.shape, models, base)
 
     def only(self, model: int) -> Operands:
@@ -130,12 +146,15 @@ class Operands:
         other.models = tuple(models)
         return other
 
-    def _read(self, source: Source, start: int, stop: int) -> Tensor:
-        raw = source.store.read_flat(source.key, start, stop)
+    def _read(self, source: Source, start: int, stop: int, slot: int) -> Tensor:
+        store, key = source
+        raw = store.read_flat(key, start, stop, _buffer("raw", store.meta(key).dtype, stop - start))
         if stop < self.numel:
-            source.store.will_need(source.key, stop, min(stop + self.step, self.numel))
+            store.will_need(key, stop, min(stop + self.step, self.numel))
         # A copy even where the dtype fits: weights in memory are never touched.
-        return raw.to(self.device, self.dtype, copy=True)
+        if self.device.type != "cpu" or stop - start > _LARGEST_BUFFER:
+            return raw.to(self.device, self.dtype, copy=True)
+        return _buffer(slot, self.dtype, stop - start).copy_(raw)
 
     def __iter__(self) -> Iterator[Chunk]:
         for start, stop in self.spans():

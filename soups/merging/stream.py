@@ -271,7 +271,7 @@ def _stoppable(pool: ThreadPoolExecutor, stopped: threading.Event) -> Callable[.
     def visit(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any]:
         def guarded(item: Any) -> Any:
             _check_stopped(stopped)
-            with torch.inference_mode():
+            with torch.no_grad():
                 return function(item)
 
         return pool.map(guarded, items)

@@ -11,6 +11,7 @@ from soups.stores.store import DictStore as DictStore
 from soups.stores.store import RenamedStore as RenamedStore
 from soups.stores.store import Store as Store
 from soups.stores.store import TensorMeta as TensorMeta
+from soups.stores.torch_writer import TorchWriter as TorchWriter
 from soups.stores.writer import FileWriter as FileWriter
 from soups.stores.writer import FolderWriter as FolderWriter
 from soups.stores.writer import Writer as Writer

@@ -125,6 +125,11 @@ class TorchStore(ExtentStore):
         return ", ".join(repr(name) if name else "'' (the whole file)" for name in self._maps) or "no tensors by name"
 
     @property
+    def root(self) -> Any:
+        """The file's object tree, tensors as records."""
+        return self._archive.root
+
+    @property
     def strided(self) -> list[str]:
         """Names of the tensors that were saved as strided views."""
         return list(self._strided)
