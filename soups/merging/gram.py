@@ -62,11 +62,12 @@ class GramMethod(Method):
 
 
 def _empty(operands: Operands) -> Chunk:
-    def nothing() -> Tensor:
+    def nothing(model: int, shared: bool) -> Tensor:
+        del model, shared
         return torch.zeros(0)
 
-    base = nothing() if operands.base else None
-    return Chunk(operands.key, 0, operands.shape, [nothing() for _ in operands.models], base)
+    has_base = operands.base is not None
+    return Chunk(operands.key, 0, operands.shape, len(operands.models), nothing, has_base=has_base)
 
 
 def norms_and_units(gram: Matrix, floor: float = 1e-8) -> tuple[Vector, Matrix]:

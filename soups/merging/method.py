@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -87,6 +87,16 @@ def per_model(value: float | Sequence[float], count: int, what: str = "weight") 
     if len(value) != count:
         raise ConfigError(f"{what} has {len(value)} values for {count} models; give one for all, or one for each.")
     return [float(item) for item in value]
+
+
+def running_sum(weights: Sequence[float], tensors: Iterable[Tensor]) -> Tensor:
+    """Return Σ w_i x_i of tensors that come one by one in the same memory; the same bits as `weighted_sum`."""
+    total: Tensor | None = None
+    for weight, tensor in zip(weights, tensors, strict=True):
+        term = tensor if weight == 1 else tensor.mul_(weight)
+        total = term.clone() if total is None else total.add_(term)
+    assert total is not None
+    return total
 
 
 def weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:

@@ -26,7 +26,7 @@ def random_bits(seed: int, key: str, model: int, start: int, count: int) -> np.n
     """
     first, skip = divmod(start, _PER_STEP)
     bits = np.random.Philox(key=derive_seed(seed, "noise", key, model), counter=first)
-    words = np.random.Generator(bits).integers(0, 2**64 - 1, (skip + count + 3) // 4, dtype=np.uint64, endpoint=True)
+    words = bits.random_raw((skip + count + 3) // 4)
     return words.astype("<u8", copy=False).view(np.uint16)[skip : skip + count]
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -32,23 +31,51 @@ class Source(NamedTuple):
     key: str
 
 
-@dataclass(frozen=True, slots=True)
 class Chunk:
-    """One stretch of a tensor, from every model.
+    """One stretch of a tensor, from every model; each is read when it is first asked for.
 
-    Attributes:
+    Args:
         key: the name of the tensor that is being made.
         start: the first element's place in the whole tensor, row-major.
         shape: the whole tensor's shape.
-        models: one flat tensor a model, in the compute dtype; the method's to overwrite, but not to keep.
-        base: the base model's, or `None`.
+        count: the number of models.
+        read: gives model i's stretch (the base's for −1), flat, in the compute dtype, in memory of its own or, if told so, in
+            memory that the next such call uses again.
+        has_base: whether there is a base model.
     """
 
-    key: str
-    start: int
-    shape: tuple[int, ...]
-    models: list[Tensor]
-    base: Tensor | None
+    def __init__(
+        self,
+        key: str,
+        start: int,
+        shape: tuple[int, ...],
+        count: int,
+        read: Callable[[int, bool], Tensor],
+        *,
+        has_base: bool,
+    ) -> None:
+        self.key, self.start, self.shape = key, start, shape
+        self.count, self._read, self._has_base = count, read, has_base
+        self._models: list[Tensor] | None = None
+        self._base: Tensor | None = None
+
+    @property
+    def models(self) -> list[Tensor]:
+        """One flat tensor a model, in the compute dtype; the method's to overwrite, but not to keep."""
+        if self._models is None:
+            self._models = [self._read(model, False) for model in range(self.count)]
+        return self._models
+
+    @property
+    def base(self) -> Tensor | None:
+        """The base model's, or `None`."""
+        if self._base is None and self._has_base:
+            self._base = self._read(-1, False)
+        return self._base
+
+    def each(self) -> Iterator[Tensor]:
+        """Yield the models one by one, in memory that is used again: a sum of many models then stays in a core's cache."""
+        return (self._read(model, True) for model in range(self.count))
 
     @property
     def width(self) -> int:
@@ -57,13 +84,14 @@ class Chunk:
 
     def deltas(self) -> list[Tensor]:
         """Return the task vectors θ_i − θ_0 of this stretch, flat."""
-        if self.base is None:
+        base = self.base
+        if base is None:
             raise WeightsError(f"{self.key!r}: task vectors need a base model.")
-        return [model - self.base for model in self.models]
+        return [model - base for model in self.each()]
 
     def directions(self) -> list[Tensor]:
         """Return the task vectors when there is a base model, else the models."""
-        return self.models if self.base is None else self.deltas()
+        return self.deltas() if self._has_base else self.models
 
 
 # Memory that a thread uses for every chunk: fresh memory would cost a page fault for each 4 KiB of it.
@@ -132,9 +160,13 @@ class Operands:
 
     def at(self, start: int, stop: int) -> Chunk:
         """Read one chunk. Its tensors are this thread's buffers: they hold until the thread reads the next chunk."""
-        models = [self._read(source, start, stop, slot + 1) for slot, source in enumerate(self.models)]
-        base = None if self.base is None else self._read(self.base, start, stop, 0)
-        return Chunk(self.key, start, self.shape, models, base)
+
+        def read(model: int, shared: bool) -> Tensor:
+            source = self.base if model < 0 else self.models[model]
+            assert source is not None
+            return self._read(source, start, stop, -2 if shared else model)
+
+        return Chunk(self.key, start, self.shape, len(self.models), read, has_base=self.base is not None)
 
     def only(self, model: int) -> Operands:
         """Return the same tensor with one of the models alone."""

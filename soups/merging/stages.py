@@ -241,8 +241,8 @@ class TaskVectors(Method):
     def combine(self, chunk: Chunk, seen: Any) -> Tensor:
         """Return the merged chunk."""
         assert chunk.base is not None
-        states, majority = seen if seen is not None else ([None] * len(chunk.models), 1.0)
-        weights = per_model(self.weight, len(chunk.models))
+        states, majority = seen if seen is not None else ([None] * chunk.count, 1.0)
+        weights = per_model(self.weight, chunk.count)
         if self.consensus is None:
             merged = self._plain(self._transformed(chunk, states), weights)
         else:

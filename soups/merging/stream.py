@@ -27,11 +27,11 @@ from soups.stores.store import TensorMeta
 
 DEFAULT_BUDGET = 512 * 2**20
 # Enough to hide the cost of a Python call, little enough to stay in a core's cache.
-_BEST_CHUNK = 1 << 16
+_BEST_CHUNK = 1 << 17
 # What a look at a tensor takes for each element it holds: the element, a copy to select in, masks.
 _HELD_BYTES = 12
 # Chunks that a worker takes at once where a tensor can be split between workers.
-_STRIDE = 64
+_STRIDE = 32
 
 
 class Sink(Protocol):

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from soups.errors import ConfigError
-from soups.merging.method import Method, per_model, weighted_sum
+from soups.merging.method import Method, per_model, running_sum
 from soups.merging.operands import Chunk
 
 
@@ -30,16 +30,19 @@ class Linear(Method):
 
     def combine(self, chunk: Chunk, seen: Any) -> Tensor:
         """Return the weighted average."""
-        weights = per_model(self.weight, len(chunk.models))
-        total = weighted_sum(weights, chunk.models)
+        weights = per_model(self.weight, chunk.count)
         divisor = sum(weights)
+        if len(set(weights)) == 1 and divisor != 0:  # one multiplication, not one a model
+            factor = 1 / len(weights) if self.normalize else weights[0]
+            total = running_sum([1.0] * len(weights), chunk.each())
+            return total if factor == 1 else total.mul_(factor)
         if not self.normalize or divisor == 1:
-            return total
+            return running_sum(weights, chunk.each())
         if divisor == 0:
             raise ConfigError(
                 f"The weights {weights} sum to zero, so they cannot be normalised. Set normalize=false for a difference."
             )
-        return total.div_(divisor)
+        return running_sum(weights, chunk.each()).div_(divisor)
 
 
 @dataclass(frozen=True)
