@@ -155,7 +155,7 @@ def tensor_cut(stream: Stream, ranks: Sequence[int], total: int, *, dtype: torch
     """Return `cut_at` of one tensor, which is held if it has at most `room` elements."""
     if total > room:
         return cut_at([stream], ranks, total, dtype=dtype)
-    return [Cut(cut.threshold) for cut in _held_cuts(stream, ranks, total)]
+    return [Cut(cut.threshold) for cut in _held_cuts(stream, ranks, total, dtype)]
 
 
 def exact_cut(stream: Stream, ranks: Sequence[int], total: int, *, dtype: torch.dtype, room: int = 0) -> list[Cut]:
@@ -165,7 +165,7 @@ def exact_cut(stream: Stream, ranks: Sequence[int], total: int, *, dtype: torch.
     most `room` elements is held.
     """
     if total <= room:
-        return _held_cuts(stream, ranks, total)
+        return _held_cuts(stream, ranks, total, dtype)
     inner = [rank for rank in ranks if 0 < rank < total]
     found = iter(_select([stream], inner, dtype, map) if inner else [])
     cuts: list[Cut] = []
@@ -178,10 +178,14 @@ def exact_cut(stream: Stream, ranks: Sequence[int], total: int, *, dtype: torch.
     return cuts
 
 
-def _held_cuts(stream: Stream, ranks: Sequence[int], total: int) -> list[Cut]:
+def _held_cuts(stream: Stream, ranks: Sequence[int], total: int, dtype: torch.dtype) -> list[Cut]:
     if all(rank <= 0 or rank >= total for rank in ranks):
         return [Cut(float("inf") if rank <= 0 else None) for rank in ranks]
-    values = torch.cat([chunk.cpu() for chunk in stream()])
+    values = torch.empty(total, dtype=dtype)
+    start = 0
+    for chunk in stream():
+        values[start : start + chunk.numel()] = chunk
+        start += chunk.numel()
     bits = _bits(values).numpy()
     ordered = bits.copy()
     cuts: list[Cut] = []

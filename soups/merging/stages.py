@@ -141,7 +141,7 @@ class KeepNorm(Transform):
         before, after = BlockSum(operands.block), BlockSum(operands.block)
         masks: list[Tensor] = []
         # Every model's mask is held at once, a byte an element; ten models share the room.
-        remember = 10 * operands.numel <= 4 * operands.room
+        remember = 10 * operands.numel <= 2 * operands.room
         for chunk in operands:
             (delta,) = chunk.deltas()
             before.add_magnitudes(delta)

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from soups.errors import WeightsError
+from soups.errors import ConfigError, WeightsError
 from soups.merging.method import Method
 from soups.merging.operands import BLOCK, Chunk, Operands, Source
 from soups.stores.store import TensorMeta
@@ -113,6 +113,7 @@ def run(
         WeightsError: a result is not finite, with the model that is to blame where there is one.
     """
     threads = threads or available_cores()
+    check_device(device)
     gate = _Gate(budget)
 
     def operands(job: Job, method: Method) -> Operands:
@@ -183,6 +184,20 @@ def _spans(numel: int, step: int) -> list[tuple[int, int]]:
 def available_cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_device(device: torch.device | str) -> None:
+    """Check that torch can compute there.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either
+        raise ConfigError(
+            f"Cannot compute on device {str(device)!r}: {str(error).splitlines()[0]} Choose another, or leave it out for the CPU."
+        ) from error
 
 
 def check_finite(result: Tensor, job: Job, start: int, stop: int) -> None:
@@ -288,4 +303,14 @@ def _finish(futures: Sequence[Future[None]]) -> None:
         raise next((error for error in errors if not isinstance(error, _StoppedError)), errors[0])
 
 
-__all__ = ["DEFAULT_BUDGET", "Chunk", "Job", "MemorySink", "Sink", "available_cores", "check_finite", "run"]
+__all__ = [
+    "DEFAULT_BUDGET",
+    "Chunk",
+    "Job",
+    "MemorySink",
+    "Sink",
+    "available_cores",
+    "check_device",
+    "check_finite",
+    "run",
+]

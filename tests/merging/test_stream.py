@@ -142,6 +142,12 @@ def test_torch_keeps_its_threads():
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.parametrize("device", ["nonsense", "cuda:77"])
+def test_a_device_that_is_not_there(device):
+    with pytest.raises(ConfigError, match="Cannot compute on device"):
+        merge("linear", [A, B], device=device)
+
+
 def test_carried_files(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
