@@ -245,3 +245,42 @@ class RenamedStore(Store):
     def close(self) -> None:
         """Close the store underneath."""
         self._store.close()
+
+
+class AliasedStore(Store):
+    """A store in which some tensors are also there under other names.
+
+    Args:
+        store: the store to read from; closed with this one.
+        aliases: from a new name to a name in the store.
+    """
+
+    def __init__(self, store: Store, aliases: Mapping[str, str]) -> None:
+        self.store = store
+        self.aliases = dict(aliases)
+        self.location, self.metadata = store.location, store.metadata
+
+    def keys(self) -> list[str]:
+        """Return the names, then the new ones."""
+        return [*self.store.keys(), *self.aliases]
+
+    def meta(self, key: str) -> TensorMeta:
+        """Return shape and dtype of a tensor."""
+        return self.store.meta(self.aliases.get(key, key))
+
+    def read_flat(self, key: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
+        """Return elements `start:stop` of a tensor."""
+        return self.store.read_flat(self.aliases.get(key, key), start, stop, out)
+
+    def will_need(self, key: str, start: int, stop: int) -> None:
+        """Pass the hint on."""
+        self.store.will_need(self.aliases.get(key, key), start, stop)
+
+    def tied(self) -> dict[str, str]:
+        """Map each tied name to the name it repeats, new names included."""
+        old = self.store.tied()
+        return {**old, **{name: old.get(first, first) for name, first in self.aliases.items()}}
+
+    def close(self) -> None:
+        """Close the store underneath."""
+        self.store.close()

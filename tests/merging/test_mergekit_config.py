@@ -221,6 +221,41 @@ def test_tied_heads_stay_tied(tmp_path):
     assert weights["embed.weight"] is weights["head.weight"]
 
 
+def test_models_that_leave_the_tied_head_out_merge_with_those_that_have_one(root, tmp_path):
+    with open_store(root / "m1") as store:
+        weights = store.load()
+    tied = tmp_path / "tied"
+    tied.mkdir()
+    del weights["lm_head.weight"]
+    write_safetensors(tied / "model.safetensors", weights)
+    config = json.loads((root / "m1" / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tied / "config.json").write_text(json.dumps(config))
+    text = LINEAR.replace("ROOT/m1", str(tied))
+    merged(root, text, tmp_path / "out")
+    with open_store(tmp_path / "out") as out, open_store(root / "m2") as two:
+        expected = 0.25 * weights["model.embed_tokens.weight"].float() + 0.75 * two.read("lm_head.weight").float()
+        assert torch.allclose(out.read("lm_head.weight"), expected, atol=1e-7)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    both = merged(root, "models: [{model: A}, {model: A/../tied}]\nmerge_method: karcher\n".replace("A", str(tied)))
+    assert "lm_head.weight" not in both
+
+
+def test_adapters_are_merged_while_reading(root, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    a, b = torch.randn(2, 64), torch.randn(64, 2)
+    write_safetensors(adapter / "adapter_model.safetensors", {name.format("A"): a, name.format("B"): b})
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    text = f"models: [{{model: ROOT/base+{adapter}}}]\nmerge_method: passthrough\ndtype: float32\n"
+    merged(root, text, tmp_path / "out")
+    with open_store(tmp_path / "out") as out, open_store(root / "base") as base:
+        key = "model.layers.0.self_attn.q_proj.weight"
+        assert torch.allclose(out.read(key), base.read(key).float() + b @ a, atol=0.05)
+        assert torch.equal(out.read("model.norm.weight"), base.read("model.norm.weight").float())
+    assert (tmp_path / "out" / "config.json").exists()
+
+
 def test_references():
     parsed = Reference.model_validate("a/b@main+c/d@v1")
     assert (parsed.path, parsed.revision, parsed.lora, parsed.lora_revision) == ("a/b", "main", "c/d", "v1")

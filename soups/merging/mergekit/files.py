@@ -29,6 +29,7 @@ def folder_files(
     folders: dict[Reference, Path],
     *,
     layers: int | None,
+    untied: bool,
     copy_tokenizer: bool,
     write_card: bool,
 ) -> dict[str, bytes | Path]:
@@ -40,6 +41,7 @@ def folder_files(
         donor: the model that configuration and tokenizer are from.
         folders: the models that are folders.
         layers: the number of layers of the output, if it was changed.
+        untied: whether the output has a head of its own where some models had not.
         copy_tokenizer: take the tokenizer along.
         write_card: write a README.md.
 
@@ -54,7 +56,7 @@ def folder_files(
     carried = carried_files(folders[donor])
     files |= {name: path for name, path in carried.items() if name not in _TOKENIZER and name not in files}
     if "config.json" in carried:
-        files["config.json"] = updated_config(carried["config.json"], document, layers)
+        files["config.json"] = updated_config(carried["config.json"], document, layers, untied=untied)
     if copy_tokenizer:
         files |= carried_files(_tokenizer_folder(document, donor, folders), _TOKENIZER)
     if document.chat_template:
@@ -64,8 +66,8 @@ def folder_files(
     return files
 
 
-def updated_config(path: Path, document: Document, layers: int | None) -> bytes:
-    """Return a model's config.json with the output's dtype and number of layers."""
+def updated_config(path: Path, document: Document, layers: int | None, *, untied: bool = False) -> bytes:
+    """Return a model's config.json with the output's dtype, number of layers and untied head."""
     try:
         config = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
@@ -73,6 +75,8 @@ def updated_config(path: Path, document: Document, layers: int | None) -> bytes:
     dtype = document.out_dtype or document.dtype
     if dtype:
         config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    if untied and "tie_word_embeddings" in config:
+        config["tie_word_embeddings"] = False
     if layers is not None:
         for key in _LAYER_COUNTS:
             if isinstance(config.get(key), int):

@@ -18,8 +18,11 @@ from soups.merging.method import Method
 from soups.merging.methods import make_method
 from soups.merging.operands import Source
 from soups.merging.stream import Job
-from soups.stores.store import Store, TensorMeta
+from soups.stores.store import AliasedStore, Store, TensorMeta
 from soups.weights import describe_mismatch
+
+# The two ends of a language model that may be one tensor.
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 Opener = Callable[[Reference], Store]
 
@@ -64,12 +67,21 @@ class Section:
 
 @dataclass
 class Planned:
-    """A plan, the number of layers if it was changed, and the model that gives configuration and tokenizer."""
+    """What a document comes to.
+
+    Attributes:
+        plan: the jobs.
+        donor: the model that gives configuration and tokenizer.
+        layers: the number of layers, if it was changed.
+        warnings: what is odd about the document.
+        untied: whether an output head is written that some models had tied to the embedding.
+    """
 
     plan: Plan
     donor: Reference
     layers: int | None
     warnings: list[str] = field(default_factory=list[str])
+    untied: bool = False
 
 
 def references(document: Document) -> list[Reference]:
@@ -143,9 +155,20 @@ class _Planner:
         self.sections = _sections(self.document, ())
         self.warnings: list[str] = []
         self.stores = {reference: opener(reference) for reference in references(self.document)}
+        self.untied = self._give_heads()
         self.layers = {reference: Layers(store) for reference, store in self.stores.items()}
         self.donor = self.document.base_model or self.sections[0].inputs[0].model
         self.methods: dict[tuple[Any, ...], Method] = {}
+
+    def _give_heads(self) -> bool:
+        """Let models that leave a tied output head out have it, if another model has one; tell whether any was given."""
+        names = {reference: set(store) for reference, store in self.stores.items()}
+        given = False
+        for reference, own in names.items():
+            if _HEAD not in own and _EMBEDDING in own and any(_HEAD in others for others in names.values()):
+                self.stores[reference] = AliasedStore(self.stores[reference], {_HEAD: _EMBEDDING})
+                given = True
+        return given
 
     def at(self, *path: str | int) -> str:
         return self.recipe.at(self.number, path)
@@ -160,7 +183,8 @@ class _Planner:
         layers = None
         if self.sections[0].length is not None:
             layers = sum(section.length or 0 for section in self.sections)
-        return Planned(plan, self.donor, layers, self.warnings)
+        untied = self.untied and _HEAD not in tied
+        return Planned(plan, self.donor, layers, self.warnings, untied)
 
     def _tied(self, names: set[str]) -> dict[str, str]:
         donor = self.stores[self.donor].tied()

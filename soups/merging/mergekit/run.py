@@ -93,6 +93,7 @@ def merge_recipe(
                     plan.donor,
                     folders,
                     layers=plan.layers,
+                    untied=plan.untied,
                     copy_tokenizer=copy_tokenizer,
                     write_card=write_card,
                 )
