@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from soups.errors import ConfigError
-from soups.merging.method import Method, Scope, per_model, weighted_sum
+from soups.merging.method import Method, Scope, as_mask, per_model, weighted_sum
 from soups.merging.operands import BlockSum, Chunk, Operands, Unit
 from soups.merging.selection import Cut, Map, Stream, cut_at, exact_cut, tensor_cut
 
@@ -148,7 +148,7 @@ class KeepNorm(Transform):
             left = self.inner.apply(delta, seen, chunk, model)
             after.add_magnitudes(left)
             if remember:
-                masks.append(left != 0)
+                masks.append(left.sign().abs_().to(torch.uint8))
         total = after.value()
         ratio = before.value() / total if total > 0 else 1.0
         return seen, ratio, torch.cat(masks) if masks else None
@@ -282,6 +282,6 @@ class TaskVectors(Method):
         if self.reduce == "count":
             total.div_(divisor.clamp_(min=1))
         elif self.reduce == "mean":
-            nobody = (divisor.abs() < 1e-8).to(divisor.dtype)
+            nobody = as_mask(divisor.abs() < 1e-8, divisor.dtype)
             total.div_(divisor.mul_(1 - nobody).add_(nobody))
         return total

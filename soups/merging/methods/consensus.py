@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from soups.merging.method import Method, per_model
+from soups.merging.method import Method, as_mask, per_model
 from soups.merging.operands import Chunk
 
 
@@ -41,6 +41,6 @@ class Consensus(Method):
             total += delta
         votes = torch.zeros_like(total)
         for delta, limit in zip(deltas, per_model(self.threshold, len(deltas), "threshold"), strict=True):
-            votes += (delta.abs() > (total - delta).abs_().mul_(limit)).to(votes.dtype)
-        mask = (votes >= self.agree).to(total.dtype)
+            votes += as_mask(delta.abs() > (total - delta).abs_().mul_(limit), votes.dtype)
+        mask = as_mask(votes >= self.agree, total.dtype)
         return total.mul_(mask).mul_(self.scale).add_(chunk.base)
