@@ -1,1 +1,1 @@
-"""Commands of the `soups` program that are no business of merging."""
+"""The sub-commands of `soups`, one module each. They import torch only when they run."""

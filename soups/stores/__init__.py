@@ -1,8 +1,17 @@
 """Checkpoints as lazily read tensors, and the pool of ingredients."""
 
+from soups.stores.checkpoint import TorchStore as TorchStore
+from soups.stores.folder import FolderStore as FolderStore
+from soups.stores.lora import LoRAStore as LoRAStore
+from soups.stores.opening import open_store as open_store
 from soups.stores.safetensors import SafetensorsStore as SafetensorsStore
 from soups.stores.safetensors import read_safetensors as read_safetensors
 from soups.stores.safetensors import write_safetensors as write_safetensors
 from soups.stores.store import DictStore as DictStore
+from soups.stores.store import RenamedStore as RenamedStore
 from soups.stores.store import Store as Store
 from soups.stores.store import TensorMeta as TensorMeta
+from soups.stores.torch_writer import TorchWriter as TorchWriter
+from soups.stores.writer import FileWriter as FileWriter
+from soups.stores.writer import FolderWriter as FolderWriter
+from soups.stores.writer import Writer as Writer

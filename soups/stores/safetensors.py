@@ -1,19 +1,19 @@
-"""Safetensors files: a lazily read store, and an atomic writer that keeps tied weights tied."""
+"""Safetensors files: a lazily read store that checks every number in the header, and an atomic one-shot writer."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from soups.errors import StorageError
-from soups.stores.files import replacing
-from soups.stores.store import Store, TensorMeta
+from soups.stores.sources import ByteSource, open_bytes
+from soups.stores.store import Extent, ExtentStore, TensorMeta
 from soups.weights import Weights, tied_names
 
 # Names that repeat another tensor are left out of the file (the format stores no sharing) and listed under this key.
@@ -25,51 +25,129 @@ DTYPES: dict[str, torch.dtype] = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "C64": torch.complex64,
 }  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# The format's own limit; a longer header is a damaged length field.
+_MAX_HEADER = 100_000_000
 
 
-class SafetensorsStore(Store):
-    """One `.safetensors` file, mapped into memory and read a slice at a time.
+class SafetensorsStore(ExtentStore):
+    """One `.safetensors` file or URL, read a slice at a time.
 
     Raises:
         StorageError: the file is absent, truncated or not in the format.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.location = str(path)
-        if not Path(path).is_file():
-            raise StorageError(f"There is no file {path}. Check the path; was the run that makes it finished?")
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        source = open_bytes(path)
+        self.location = source.location
         try:
-            self._file = safe_open(path, framework="pt")
-        except (SafetensorError, OSError, ValueError) as error:
-            raise StorageError(
-                f"{path} is not a whole safetensors file ({error}). It may have been cut off while it was copied; "
-                f"copy or make it again."
-            ) from error
-        self.metadata: dict[str, str] = dict(self._file.metadata() or {})
-        self._tied: dict[str, str] = json.loads(self.metadata.get(TIED, "{}"))
-
-    def keys(self) -> list[str]:
-        """Return the names of all tensors, tied ones included."""
-        return [*self._file.keys(), *self._tied]
-
-    def meta(self, key: str) -> TensorMeta:
-        """Return shape and dtype of a tensor, from the header."""
-        part = self._file.get_slice(self._tied.get(key, key))
-        return TensorMeta(tuple(part.get_shape()), DTYPES[part.get_dtype()])
-
-    def read(self, key: str, rows: slice | None = None) -> Tensor:
-        """Return a tensor or some of its rows. Tied names are read from the tensor they repeat."""
-        key = self._tied.get(key, key)
-        return self._file.get_tensor(key) if rows is None else self._file.get_slice(key)[rows]
-
-    def load(self) -> dict[str, Tensor]:
-        """Read every tensor; tied names share one tensor again."""
-        weights = {key: self._file.get_tensor(key) for key in self._file.keys()}  # noqa: SIM118
-        return weights | {name: weights[first] for name, first in self._tied.items()}
+            extents, metadata = read_header(source)
+            tied = _read_tied(source, extents, metadata)
+        except BaseException:
+            source.close()
+            raise
+        super().__init__(extents, tied)
+        self._source = source
+        self.metadata = metadata
 
     def close(self) -> None:
-        """Unmap the file."""
-        self._file.__exit__(None, None, None)
+        """Close the file."""
+        self._source.close()
+
+
+def read_header(source: ByteSource) -> tuple[dict[str, Extent], dict[str, str]]:
+    """Parse and check a safetensors header.
+
+    Returns:
+        Each tensor's place, in the file's order of offsets, and the file's metadata.
+
+    Raises:
+        StorageError: anything in the header is not as the format says, or the file is shorter or longer than it says.
+    """
+    if source.size < 8:
+        raise _damaged(source, f"it has {source.size} bytes")
+    length = int.from_bytes(source.read(0, 8), "little")
+    if length > min(source.size - 8, _MAX_HEADER):
+        raise _damaged(source, f"its header would have {length} bytes, the file has {source.size}")
+    try:
+        header = json.loads(source.read(8, length).decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(source, f"its header is no JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise _damaged(source, "its header is no JSON object")
+    entries = cast("dict[str, Any]", header)
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in cast("dict[str, Any]", metadata).values()):
+        raise _damaged(source, "its metadata is no map from text to text")
+    start = 8 + length
+    spans: list[tuple[int, int, str, TensorMeta]] = []
+    for name, entry in entries.items():
+        begin, end, meta = _check_entry(source, name, entry)
+        spans.append((begin, end, name, meta))
+    spans.sort()
+    expected = 0
+    for begin, end, name, _ in spans:
+        if begin != expected:
+            raise _damaged(source, f"tensor {name!r} begins at byte {begin}, where {expected} was due")
+        expected = end
+    if start + expected != source.size:
+        raise _damaged(source, f"its tensors need {start + expected} bytes, the file has {source.size}")
+    extents = {name: Extent(source, start + begin, meta) for begin, _, name, meta in spans}
+    return extents, cast("dict[str, str]", metadata)
+
+
+def _check_entry(source: ByteSource, name: str, entry: Any) -> tuple[int, int, TensorMeta]:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(cast("dict[str, Any]", entry)):
+        raise _damaged(source, f"the header's entry for tensor {name!r} lacks a dtype, a shape or offsets")
+    fields = cast("dict[str, Any]", entry)
+    dtype = DTYPES.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None
+    if dtype is None:
+        raise StorageError(
+            f"{source.location}: tensor {name!r} has dtype {fields['dtype']!r}, which is not supported. "
+            f"Convert it first; supported are {', '.join(DTYPES)}."
+        )
+    shape, offsets = fields["shape"], fields["data_offsets"]
+    if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2 or len(shape) > 64:
+        raise _damaged(source, f"tensor {name!r} has shape {shape!r} and offsets {offsets!r}")
+    count = dtype.itemsize
+    for size in shape:
+        count *= size
+    if offsets[1] - offsets[0] != count:
+        raise _damaged(source, f"tensor {name!r} of shape {shape} needs {count} bytes, its offsets span {offsets}")
+    return offsets[0], offsets[1], TensorMeta(tuple(shape), dtype)
+
+
+def _whole_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**62 for item in cast("list[Any]", value)
+    )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice!r} occurs twice")
+    return result
+
+
+def _read_tied(source: ByteSource, extents: Mapping[str, Extent], metadata: Mapping[str, str]) -> dict[str, str]:
+    try:
+        tied = json.loads(metadata.get(TIED, "{}"))
+        fits = isinstance(tied, dict) and all(first in extents for first in cast("dict[str, Any]", tied).values())
+    except (ValueError, TypeError):
+        tied, fits = {}, False
+    if not fits:
+        raise _damaged(source, f"its list of tied tensors ({TIED}) names tensors that are not there")
+    return {name: first for name, first in cast("dict[str, str]", tied).items() if name not in extents}
+
+
+def _damaged(source: ByteSource, why: str) -> StorageError:
+    return StorageError(
+        f"{source.location} is not a whole safetensors file: {why[:300]}. It may have been cut off while it was copied; "
+        f"copy or make it again."
+    )
 
 
 def write_safetensors(path: str | Path, weights: Weights, metadata: Mapping[str, str] | None = None) -> None:
@@ -78,36 +156,17 @@ def write_safetensors(path: str | Path, weights: Weights, metadata: Mapping[str,
     Raises:
         StorageError: the disk is full, read-only or out of reach; an old file at `path` is kept.
     """
+    from soups.stores.writer import FileWriter
+
     tied = tied_names(weights)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items() if name not in tied}
-    # Views of one buffer (slices of a fused weight) are no ties: the format wants them apart.
-    owned: set[int] = set()
-    for name, tensor in tensors.items():
-        if tensor.untyped_storage().data_ptr() in owned or tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensors[name] = tensor.clone()
-        owned.add(tensors[name].untyped_storage().data_ptr())
-    notes = dict(metadata or {})
-    if tied:
-        notes[TIED] = json.dumps(tied)
-    with replacing(Path(path)) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={"format": "pt", **notes})
-        except SafetensorError as error:  # the library wraps the operating system's error in its own
-            raise _as_os_error(error) from error
-
-
-def _as_os_error(error: SafetensorError) -> OSError:
-    import errno
-
-    text = str(error)
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-        if f"os error {number}" in text:
-            return OSError(number, text)
-    return OSError(text)
+    plan = {name: TensorMeta(tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items() if name not in tied}
+    with FileWriter(path, plan, metadata=metadata, tied=tied, overwrite=True) as writer:
+        for name in plan:
+            writer.write_flat(name, 0, weights[name].detach().cpu().reshape(-1))
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """Read a whole safetensors file into memory.
+    """Read a whole safetensors file into memory; tied names share one tensor again.
 
     Raises:
         StorageError: the file is absent, truncated or not in the format.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from soups.weights import Weights
+from soups.errors import WeightsError, did_you_mean
+from soups.stores.sources import ByteSource
+from soups.weights import Weights, tied_names
 
 
 class TensorMeta(NamedTuple):
@@ -19,18 +21,25 @@ class TensorMeta(NamedTuple):
     dtype: torch.dtype
 
     @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+    @property
     def nbytes(self) -> int:
         """Size in bytes of the tensor's elements."""
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
+        return self.dtype.itemsize * self.numel
 
 
 class Store(ABC):
     """A checkpoint as lazily read tensors. Open it in a `with` block, or call `close`.
 
-    `location` says where it is, for messages. Reading needs memory for the slice that was asked for and no more.
+    `location` says where it is, for messages; `metadata` is what the file says of itself, text to text. Reading needs
+    memory for the slice that was asked for and no more, and any thread may read.
     """
 
     location: str
+    metadata: Mapping[str, str] = {}
 
     @abstractmethod
     def keys(self) -> list[str]:
@@ -41,8 +50,36 @@ class Store(ABC):
         """Return shape and dtype of a tensor, from the header alone."""
 
     @abstractmethod
+    def read_flat(self, key: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
+        """Return elements `start:stop` of a tensor in row-major order, on the CPU.
+
+        Args:
+            key: the tensor's name.
+            start: the first element.
+            stop: one past the last element; the tensor's end when `None`.
+            out: a flat tensor whose memory may be used for the answer, if its dtype and size allow.
+        """
+
     def read(self, key: str, rows: slice | None = None) -> Tensor:
         """Return a tensor, or `tensor[rows]` along its first axis, on the CPU."""
+        shape = self.meta(key).shape
+        if rows is None:
+            return self.read_flat(key).reshape(shape)
+        if not shape:
+            raise IndexError(f"{key!r} is a scalar and has no rows")
+        first, last, step = rows.indices(shape[0])
+        if step != 1:
+            return self.read(key)[rows]
+        last = max(first, last)
+        width = torch.Size(shape[1:]).numel()
+        return self.read_flat(key, first * width, last * width).reshape(last - first, *shape[1:])
+
+    def tied(self) -> dict[str, str]:
+        """Map each name that repeats another tensor's memory to the first name that holds it."""
+        return {}
+
+    def will_need(self, key: str, start: int, stop: int) -> None:
+        """Say that elements `start:stop` of a tensor are read soon. A no-op where nothing can be done about it."""
 
     def close(self) -> None:
         """Release the file."""
@@ -57,8 +94,65 @@ class Store(ABC):
         return iter(self.keys())
 
     def load(self) -> dict[str, Tensor]:
-        """Read every tensor into memory."""
-        return {key: self.read(key) for key in self.keys()}
+        """Read every tensor into memory; tied names share one tensor."""
+        tied = self.tied()
+        weights = {key: self.read(key) for key in self.keys() if key not in tied}
+        return {key: weights[tied.get(key, key)] for key in self.keys()}
+
+    def absent(self, key: str) -> WeightsError:
+        """Return the error for a name that is not here."""
+        return WeightsError(f"{self.location} has no tensor {key!r}; {did_you_mean(key, self.keys()[:1000])}"[:1500])
+
+
+class Extent(NamedTuple):
+    """Where a tensor's elements lie in a file, contiguous and row-major."""
+
+    source: ByteSource
+    offset: int
+    meta: TensorMeta
+
+
+class ExtentStore(Store):
+    """A store whose tensors are contiguous runs of bytes in files."""
+
+    def __init__(self, extents: Mapping[str, Extent], tied: Mapping[str, str] | None = None) -> None:
+        self._extents = dict(extents)
+        self._tied = dict(tied or {})
+
+    def keys(self) -> list[str]:
+        """Return the names of all tensors, tied ones included."""
+        return [*self._extents, *(name for name in self._tied if name not in self._extents)]
+
+    def extent(self, key: str) -> Extent:
+        """Return where a tensor's elements lie."""
+        found = self._extents.get(self._tied.get(key, key))
+        if found is None:
+            raise self.absent(key)
+        return found
+
+    def meta(self, key: str) -> TensorMeta:
+        """Return shape and dtype of a tensor, from the header."""
+        return self.extent(key).meta
+
+    def read_flat(self, key: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
+        """Return elements `start:stop` of a tensor, read from their offset in the file."""
+        source, offset, meta = self.extent(key)
+        stop = meta.numel if stop is None else stop
+        return source.read_tensor(offset + start * meta.dtype.itemsize, meta.dtype, stop - start, out)
+
+    def will_need(self, key: str, start: int, stop: int) -> None:
+        """Ask the system to read ahead."""
+        source, offset, meta = self.extent(key)
+        source.will_need(offset + start * meta.dtype.itemsize, (stop - start) * meta.dtype.itemsize)
+
+    def tied(self) -> dict[str, str]:
+        """Map each tied name to the name it repeats."""
+        return dict(self._tied)
+
+    def close(self) -> None:
+        """Close the files."""
+        for source in {id(extent.source): extent.source for extent in self._extents.values()}.values():
+            source.close()
 
 
 class DictStore(Store):
@@ -72,12 +166,121 @@ class DictStore(Store):
         """Return the names of all tensors."""
         return list(self._weights)
 
+    def _tensor(self, key: str) -> Tensor:
+        if key not in self._weights:
+            raise self.absent(key)
+        return self._weights[key].detach()
+
     def meta(self, key: str) -> TensorMeta:
         """Return shape and dtype of a tensor."""
-        tensor = self._weights[key]
+        tensor = self._tensor(key)
         return TensorMeta(tuple(tensor.shape), tensor.dtype)
+
+    def read_flat(self, key: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
+        """Return a view of elements `start:stop`; a copy where the tensor is not contiguous or not on the CPU."""
+        return self._tensor(key).cpu().reshape(-1)[start:stop]
 
     def read(self, key: str, rows: slice | None = None) -> Tensor:
         """Return the tensor itself, or a view of some rows."""
-        tensor = self._weights[key].detach()
+        tensor = self._tensor(key)
         return tensor if rows is None else tensor[rows]
+
+    def tied(self) -> dict[str, str]:
+        """Map each tied name to the name it repeats."""
+        return tied_names(self._weights)
+
+
+class RenamedStore(Store):
+    """A store seen under other names.
+
+    Args:
+        store: the store to read from; closed with this one.
+        rename: from a name in the store to the name to show, or `None` to leave the tensor out.
+
+    Raises:
+        WeightsError: two tensors get the same name.
+    """
+
+    def __init__(self, store: Store, rename: Callable[[str], str | None]) -> None:
+        self._store = store
+        self.location, self.metadata = store.location, store.metadata
+        self._original: dict[str, str] = {}
+        for key in store:
+            name = rename(key)
+            if name is None:
+                continue
+            if name in self._original:
+                raise WeightsError(
+                    f"{store.location}: tensors {self._original[name]!r} and {key!r} would both be called {name!r}. "
+                    f"Strip fewer prefixes."
+                )
+            self._original[name] = key
+
+    def keys(self) -> list[str]:
+        """Return the new names."""
+        return list(self._original)
+
+    def _old(self, key: str) -> str:
+        if key not in self._original:
+            raise self.absent(key)
+        return self._original[key]
+
+    def meta(self, key: str) -> TensorMeta:
+        """Return shape and dtype of a tensor."""
+        return self._store.meta(self._old(key))
+
+    def read_flat(self, key: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
+        """Return elements `start:stop` of a tensor."""
+        return self._store.read_flat(self._old(key), start, stop, out)
+
+    def will_need(self, key: str, start: int, stop: int) -> None:
+        """Pass the hint on."""
+        self._store.will_need(self._old(key), start, stop)
+
+    def tied(self) -> dict[str, str]:
+        """Map each tied name to the name it repeats, both new."""
+        new = {old: name for name, old in self._original.items()}
+        return {new[name]: new[first] for name, first in self._store.tied().items() if name in new and first in new}
+
+    def close(self) -> None:
+        """Close the store underneath."""
+        self._store.close()
+
+
+class AliasedStore(Store):
+    """A store in which some tensors are also there under other names.
+
+    Args:
+        store: the store to read from; closed with this one.
+        aliases: from a new name to a name in the store.
+    """
+
+    def __init__(self, store: Store, aliases: Mapping[str, str]) -> None:
+        self.store = store
+        self.aliases = dict(aliases)
+        self.location, self.metadata = store.location, store.metadata
+
+    def keys(self) -> list[str]:
+        """Return the names, then the new ones."""
+        return [*self.store.keys(), *self.aliases]
+
+    def meta(self, key: str) -> TensorMeta:
+        """Return shape and dtype of a tensor."""
+        return self.store.meta(self.aliases.get(key, key))
+
+    def read_flat(self, key: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
+        """Return elements `start:stop` of a tensor."""
+        return self.store.read_flat(self.aliases.get(key, key), start, stop, out)
+
+    def will_need(self, key: str, start: int, stop: int) -> None:
+        """Pass the hint on."""
+        self.store.will_need(self.aliases.get(key, key), start, stop)
+
+    def tied(self) -> dict[str, str]:
+        """Map each tied name to the name it repeats, new names included."""
+        old = self.store.tied()
+        return {**old, **{name: old.get(first, first) for name, first in self.aliases.items()}}
+
+    def close(self) -> None:
+        """Close the store underneath."""
+        self.store.close()

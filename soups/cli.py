@@ -1,0 +1,65 @@
+"""The command `soups`. Sub-commands are in `soups.commands`; none of them imports torch before it runs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Annotated
+
+import typer
+
+from soups import __version__
+from soups.commands.diff import diff
+from soups.commands.inspect import inspect
+from soups.commands.merge import merge
+from soups.commands.methods import methods
+
+app = typer.Typer(
+    name="soups",
+    help="Weight averaging: merge checkpoints, look into them, compare them.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (merge, inspect, diff, methods):
+    app.command()(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"soups {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Weight averaging: merge checkpoints, look into them, compare them."""
+
+
+def _forward(command: str, summary: str) -> None:
+    """Add a command of `soups.commands.averages`, which is imported (with torch) when the command runs, not for `--help`."""
+
+    def run(context: typer.Context) -> None:
+        module = importlib.import_module("soups.commands.averages")
+        module.app(args=[command, *context.args], prog_name="soups")
+
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": list[str]()}
+    app.command(command, help=summary, context_settings=settings)(run)
+
+
+if importlib.util.find_spec("soups.commands.averages"):
+    _forward("averages", "List the averages that a checkpoint holds.")
+    _forward("export", "Write one average of a checkpoint to a file of its own.")
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

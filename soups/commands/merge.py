@@ -1,0 +1,117 @@
+"""`soups merge CONFIG OUT`: mergekit's YAML, run by our engine."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from soups.commands.running import console, parse_size, progress_bar, readable, reported, warn
+
+if TYPE_CHECKING:
+    from soups.merging.mergekit.planning import Planned
+
+
+def merge(
+    config: Annotated[Path, typer.Argument(help="A configuration in mergekit's format.")],
+    out: Annotated[Path | None, typer.Argument(help="The folder or .safetensors file to make.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read headers only.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Make every warning an error.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")] = False,
+    random_seed: Annotated[int, typer.Option(help="Seed of random masks.")] = 0,
+    out_shard_size: Annotated[str, typer.Option(help="Most bytes in one file: 500M, 5G.")] = "5G",
+    memory: Annotated[str, typer.Option(help="Working memory: 512M, 2G.")] = "512M",
+    threads: Annotated[int | None, typer.Option(min=1, help="Workers; one a core by default.")] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = "cpu",
+    cuda: Annotated[bool, typer.Option("--cuda", help="The same as --device cuda.")] = False,
+    copy_tokenizer: Annotated[bool, typer.Option(help="Take the tokenizer along.")] = True,
+    write_model_card: Annotated[bool, typer.Option(help="Write a README.md.")] = True,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    lora_merge_cache: Annotated[str | None, typer.Option(hidden=True)] = None,
+    lazy_unpickle: Annotated[bool, typer.Option(hidden=True)] = True,
+    allow_crimes: Annotated[bool, typer.Option(hidden=True)] = False,
+    low_cpu_memory: Annotated[bool, typer.Option(hidden=True)] = False,
+    trust_remote_code: Annotated[bool, typer.Option(hidden=True)] = False,
+    safe_serialization: Annotated[bool, typer.Option(hidden=True)] = True,
+) -> None:
+    """Merge models by a mergekit configuration.
+
+    mergekit's --lora-merge-cache, --lazy-unpickle, --allow-crimes, --low-cpu-memory, --trust-remote-code and
+    --safe-serialization are accepted and not needed: adapters are merged while reading, no pickle is run, memory is bounded.
+    """
+    del lora_merge_cache, lazy_unpickle, allow_crimes, low_cpu_memory, trust_remote_code
+    with reported():
+        from soups.errors import ConfigError
+
+        if not safe_serialization:
+            raise ConfigError("Outputs are always safetensors; leave --no-safe-serialization out.")
+        if dry_run:
+            from soups.merging.mergekit import describe_plan
+
+            _, planned = describe_plan(config, seed=random_seed, strict=strict, warn=warn)
+            _print_plan(planned, parse_size(memory), threads)
+            return
+        if out is None:
+            raise ConfigError("Name the folder or .safetensors file to make: soups merge CONFIG OUT.")
+        from soups.merging.mergekit import merge_recipe
+
+        start = time.perf_counter()
+        done = 0
+        with ExitStack() as stack:
+            advance: list[Any] = []
+
+            def planned_(planned: Planned) -> None:
+                advance[:] = [stack.enter_context(progress_bar(planned.plan.bytes_to_read, quiet=quiet))]
+
+            def progress(count: int) -> None:
+                nonlocal done
+                done += count
+                advance[0](count)
+
+            path = merge_recipe(
+                config,
+                out,
+                seed=random_seed,
+                strict=strict,
+                overwrite=overwrite,
+                copy_tokenizer=copy_tokenizer,
+                write_card=write_model_card,
+                shard_bytes=parse_size(out_shard_size),
+                warn=warn,
+                planned=planned_,
+                budget=parse_size(memory),
+                threads=threads,
+                device="cuda" if cuda else device,
+                progress=progress,
+            )
+        seconds = time.perf_counter() - start
+        if not quiet:
+            console.print(f"{path}: {readable(done)} read in {seconds:.1f} s, {readable(done / seconds)}/s")
+
+
+def _print_plan(planned: Planned, budget: int, threads: int | None) -> None:
+    from rich.table import Table
+
+    from soups.merging.stream import available_cores
+
+    plan = planned.plan
+    table = Table("tensors", "method", "of models", "dtype", box=None)
+    groups: dict[tuple[str, int, str], int] = {}
+    for job in plan.jobs:
+        name = "copied" if job.method is None else type(job.method).__name__
+        key = (name, len(job.models), str(job.meta.dtype).removeprefix("torch."))
+        groups[key] = groups.get(key, 0) + 1
+    for (name, count, dtype), tensors in groups.items():
+        table.add_row(str(tensors), name, str(count), dtype)
+    console.print(table)
+    whole = [job for job in plan.jobs if job.method is not None and job.method.unit == "tensor"]
+    largest = max((job.meta.numel * 4 * (2 * len(job.models) + 6) for job in whole), default=0)
+    console.print(f"configuration and tokenizer from {planned.donor}", soft_wrap=True)
+    console.print(
+        f"to read  {readable(plan.bytes_to_read)} (once; methods that look at tensors first read more than once)"
+    )
+    console.print(f"to write {readable(plan.bytes_to_write)}")
+    console.print(f"memory   {readable(max(budget, largest))} at most, {threads or available_cores()} threads")

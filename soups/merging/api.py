@@ -1,0 +1,270 @@
+"""`merge`: models in, one model out, in memory or on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from soups.errors import ConfigError, StorageError, WeightsError
+from soups.merging.method import Method
+from soups.merging.methods import make_method
+from soups.merging.operands import Source
+from soups.merging.stream import DEFAULT_BUDGET, Job, MemorySink, run
+from soups.stores.checkpoint import TorchStore
+from soups.stores.folder import is_folder_of
+from soups.stores.opening import open_store
+from soups.stores.store import Store, TensorMeta
+from soups.stores.torch_writer import TorchWriter, plain_parts
+from soups.stores.writer import DEFAULT_SHARD_BYTES, FileWriter, FolderWriter, Writer, carried_files
+from soups.weights import describe_mismatch
+
+Place = str | os.PathLike[str] | Mapping[str, Tensor] | Store
+Methods = Method | str | Mapping[str, Method | str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a merge will do, from headers alone.
+
+    Attributes:
+        jobs: one for each tensor of the output.
+        tied: names that repeat another one.
+    """
+
+    jobs: tuple[Job, ...]
+    tied: dict[str, str]
+
+    @property
+    def outputs(self) -> dict[str, TensorMeta]:
+        """Name, shape and dtype of each tensor that is written."""
+        return {job.key: job.meta for job in self.jobs}
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Bytes of one visit to every source; methods that look at tensors first visit them more than once."""
+        return sum(job.nbytes() for job in self.jobs)
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Bytes of the output's tensors."""
+        return sum(job.meta.nbytes for job in self.jobs)
+
+
+def plan_merge(
+    method: Methods, models: Sequence[Store], base: Store | None = None, *, dtype: torch.dtype | None = None
+) -> Plan:
+    """Check that models fit and say what is to be made of which tensors, reading headers only.
+
+    Args:
+        method: one for everything; or by pattern of tensor names, the first that matches: tensors that match none are the
+            base's, or the first model's.
+        models: the stores.
+        base: the base model's.
+        dtype: of the output's floating tensors; the base's (or first model's) when `None`.
+
+    Raises:
+        WeightsError: models differ in names, shapes or kinds, or hold complex numbers.
+        ConfigError: the number of models, or the lack of a base, does not suit a method.
+    """
+    if not models:
+        raise ConfigError("A merge needs at least one model.")
+    donor = base or models[0]
+    rules = {"*": method} if isinstance(method, Method | str) else dict(method)
+    made = {pattern: make_method(rule) if isinstance(rule, str) else rule for pattern, rule in rules.items()}
+    for pattern, rule in made.items():
+        rule.check(
+            len(models), has_base=base is not None, name=_name(rule) + ("" if pattern == "*" else f" for {pattern!r}")
+        )
+    expected = headers(donor)
+    for store in models:
+        if problem := describe_mismatch(expected, headers(store)):
+            raise WeightsError(
+                f"{store.location} does not fit {donor.location}: {problem}. Models that are merged need the same "
+                f"architecture, head included; leave this one out or fine-tune it again from the shared start."
+            )
+    tied = _tied(donor, models)
+    jobs: list[Job] = []
+    used: set[str] = set()
+    for key in donor:
+        pattern = next((pattern for pattern in made if fnmatchcase(key, pattern)), None)
+        if pattern:
+            used.add(pattern)
+        if key in tied:
+            continue
+        meta = donor.meta(key)
+        if meta.dtype.is_complex:
+            raise WeightsError(f"{donor.location}: {key!r} holds complex numbers, which merging does not support.")
+        if not meta.dtype.is_floating_point or pattern is None:
+            jobs.append(Job(key, meta, None, (Source(donor, key),)))
+            continue
+        out = TensorMeta(meta.shape, dtype or meta.dtype)
+        sources = tuple(Source(store, key) for store in models)
+        jobs.append(Job(key, out, made[pattern], sources, Source(base, key) if base else None))
+    unused = [pattern for pattern in made if pattern not in used]
+    if unused:
+        raise ConfigError(
+            f"The pattern {unused[0]!r} matches no tensor of {donor.location}, or only after an earlier one."
+        )
+    return Plan(tuple(jobs), tied)
+
+
+def _name(method: Method) -> str:
+    return type(method).__name__
+
+
+def headers(store: Store) -> dict[str, Tensor]:
+    """Return tensors without contents, for comparison by name, shape and dtype."""
+    return {key: torch.empty(store.meta(key).shape, dtype=store.meta(key).dtype, device="meta") for key in store}
+
+
+def _tied(donor: Store, models: Sequence[Store]) -> dict[str, str]:
+    """Names that are tied in every model: one that was untied by training is merged by itself."""
+    common = donor.tied()
+    for store in models:
+        # The same pair may be the other way round, so what counts is the representative.
+        tied = store.tied()
+        common = {a: b for a, b in common.items() if tied.get(a, a) == tied.get(b, b)}
+    return common
+
+
+def execute(
+    plan: Plan,
+    out: str | os.PathLike[str] | None,
+    *,
+    files: Mapping[str, bytes | Path] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+    **options: Any,
+) -> dict[str, Tensor] | Path:
+    """Carry out a plan.
+
+    Args:
+        plan: from `plan_merge`.
+        out: what to make: a `.safetensors`, `.pt`, `.pth` or `.bin` file, a `.ckpt` with the hyperparameters of the base (or
+            the first model) where that is one, or a folder; `None` returns the weights.
+        files: further files for a folder.
+        metadata: text to text, for the file headers.
+        shard_bytes: most bytes in one file of a folder.
+        overwrite: replace what is at `out`.
+        options: `run`'s.
+
+    Returns:
+        The weights, or the path that was written.
+    """
+    if out is None:
+        sink = MemorySink(plan.outputs)
+        run(plan.jobs, sink, **options)
+        return sink.weights | {name: sink.weights[first] for name, first in plan.tied.items()}
+    path = Path(out)
+    check_output(
+        path, [source.store for job in plan.jobs for source in (*job.models, *([job.base] if job.base else []))]
+    )
+    writer: Writer
+    if path.suffix == ".safetensors":
+        writer = FileWriter(path, plan.outputs, metadata=metadata, tied=plan.tied, overwrite=overwrite)
+    elif path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        donor = plan.jobs[0].base or plan.jobs[0].models[0] if plan.jobs else None
+        beside = plain_parts(donor.store.root) if donor and isinstance(donor.store, TorchStore) else {}
+        writer = TorchWriter(path, plan.outputs, tied=plan.tied, beside=beside, overwrite=overwrite)
+    else:
+        writer = FolderWriter(
+            path,
+            plan.outputs,
+            metadata=metadata,
+            tied=plan.tied,
+            shard_bytes=shard_bytes,
+            files=files,
+            overwrite=overwrite,
+        )
+    with writer:
+        run(plan.jobs, writer, **options)
+    return path
+
+
+def check_output(path: Path, stores: Sequence[Store]) -> None:
+    """Check that an output is none of the inputs, nor inside one.
+
+    Raises:
+        StorageError: it is.
+    """
+    target = path.resolve()
+    for location in {store.location for store in stores}:
+        for part in location.split("+"):
+            source = Path(part).resolve()
+            if target == source or source in target.parents or target in source.parents:
+                raise StorageError(
+                    f"The output {path} and the input {part} are in one place. Inputs are never written to; choose another."
+                )
+
+
+def merge(
+    method: Methods,
+    models: Sequence[Place],
+    *,
+    base: Place | None = None,
+    out: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | None = None,
+    budget: int = DEFAULT_BUDGET,
+    threads: int | None = None,
+    device: torch.device | str = "cpu",
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, Tensor] | Path:
+    """Merge models: checkpoints of any kind in, weights or a safetensors output out.
+
+    Floating tensors are merged; integer and bool ones are copied from the base (or the first model); tied ones are merged
+    once. Arithmetic is in float32 (float64 for float64 models) with one rounding to the output's dtype.
+
+    Args:
+        method: a `Method`, a name of one with its defaults, or either by pattern of tensor names.
+        models: whatever `open_store` takes.
+        base: the model that the others started from, for methods on task vectors.
+        out: a file (`.safetensors`, `.pt`, `.pth`, `.bin`, `.ckpt`) or a folder to make; `None` returns the weights. A folder gets the configuration and
+            tokenizer files of the base (or the first model) where that is a folder.
+        dtype: of the output's floating tensors; the base's (or first model's) when `None`.
+        budget: bytes of working memory.
+        threads: workers; one a core when `None`.
+        device: where to compute.
+        shard_bytes: most bytes in one file of a folder.
+        overwrite: replace what is at `out`.
+        progress: told the bytes of sources that were finished with.
+
+    Returns:
+        The weights, or the path that was written.
+
+    Raises:
+        SoupError: see `open_store`, `plan_merge`, `run` and the writers.
+
+    >>> a, b = {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 6.0])}
+    >>> merge("linear", [a, b])["w"]
+    tensor([2., 4.])
+    """
+    with ExitStack() as stack:
+        stores = [stack.enter_context(open_store(place)) for place in models]
+        start = stack.enter_context(open_store(base)) if base is not None else None
+        plan = plan_merge(method, stores, start, dtype=dtype)
+        folder = is_folder_of(start or stores[0])
+        metadata = {"soups.merge": json.dumps({"method": repr(method), "models": [store.location for store in stores]})}
+        return execute(
+            plan,
+            out,
+            files=dict(carried_files(folder)) if folder else None,
+            metadata=metadata,
+            shard_bytes=shard_bytes,
+            overwrite=overwrite,
+            budget=budget,
+            threads=threads,
+            device=device,
+            progress=progress,
+        )

@@ -1,0 +1,77 @@
+"""Methods whose answer lies in the span of their inputs: one pass for the inner products, tiny algebra, one pass to sum.
+
+SLERP, its generalisations, the Karcher mean and Model Stock all have the form θ = c_0 θ_0 + Σ c_i x_i, where x are models or
+task vectors and the coefficients depend on the inner products ⟨x_i, x_j⟩ alone. So none of them needs a tensor in memory,
+and iterations (Karcher's) cost nothing.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from soups.merging.method import Method, Scope, weighted_sum
+from soups.merging.operands import BLOCK, Chunk, Operands
+
+Matrix = np.ndarray[tuple[int, int], np.dtype[np.float64]]
+Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
+
+
+class GramMethod(Method):
+    """A method given by `coefficients(gram)`.
+
+    Attributes:
+        centred: whether x are task vectors, with the base added at the end; `None` means: if there is a base.
+    """
+
+    base: ClassVar[Literal["required", "optional", "none"]] = "optional"
+
+    @property
+    def scope(self) -> Scope:
+        """Inner products run over a tensor."""
+        return "tensor"
+
+    @abstractmethod
+    def coefficients(self, gram: Matrix) -> Vector:
+        """Return c_i, given ⟨x_i, x_j⟩ of one tensor in float64."""
+
+    def vectors(self, chunk: Chunk) -> list[Tensor]:
+        """Return x: task vectors when there is a base, else the models."""
+        return chunk.directions()
+
+    def observe(self, operands: Operands) -> Vector:
+        """Compute the inner products, then the coefficients."""
+        count = len(self.vectors(_empty(operands)))
+        gram = torch.zeros(count, count, dtype=torch.float64)
+        for chunk in operands:
+            stacked = torch.stack(self.vectors(chunk)).double()
+            # Block by block in order, every product of the same shape: the bits do not depend on the chunk.
+            for block in stacked.split(BLOCK, dim=1):
+                block = block.contiguous()
+                gram += (block @ block.T).cpu()
+        return self.coefficients(gram.numpy())
+
+    def combine(self, chunk: Chunk, seen: Vector) -> Tensor:
+        """Return c_0 θ_0 + Σ c_i x_i."""
+        total = weighted_sum([float(c) for c in seen], self.vectors(chunk))
+        return total if chunk.base is None else total.add_(chunk.base)
+
+
+def _empty(operands: Operands) -> Chunk:
+    def nothing(model: int, shared: bool) -> Tensor:
+        del model, shared
+        return torch.zeros(0)
+
+    has_base = operands.base is not None
+    return Chunk(operands.key, 0, operands.shape, len(operands.models), nothing, has_base=has_base)
+
+
+def norms_and_units(gram: Matrix, floor: float = 1e-8) -> tuple[Vector, Matrix]:
+    """Return |x_i| and the inner products of the unit vectors; zero vectors stay zero."""
+    norms = np.sqrt(np.maximum(np.diag(gram), 0.0))
+    safe = np.maximum(norms, floor)
+    return norms, gram / safe[:, None] / safe[None, :]

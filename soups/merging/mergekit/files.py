@@ -1,0 +1,160 @@
+"""What belongs to a merged folder besides weights: configuration, tokenizer, chat template, model card."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from soups.errors import ConfigError
+from soups.merging.mergekit.schema import Document, Recipe, Reference
+from soups.stores.writer import carried_files
+
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "spiece.model",
+    "sentencepiece.bpe.model", "tekken.json",
+)  # fmt: skip
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers")
+
+
+def folder_files(
+    recipe: Recipe,
+    document: Document,
+    donor: Reference,
+    folders: dict[Reference, Path],
+    *,
+    layers: int | None,
+    untied: bool,
+    copy_tokenizer: bool,
+    write_card: bool,
+) -> dict[str, bytes | Path]:
+    """Return the files to put beside the weights, by name.
+
+    Args:
+        recipe: the configuration; its text is kept as `mergekit_config.yml`.
+        document: the merge that is written.
+        donor: the model that configuration and tokenizer are from.
+        folders: the models that are folders.
+        layers: the number of layers of the output, if it was changed.
+        untied: whether the output has a head of its own where some models had not.
+        copy_tokenizer: take the tokenizer along.
+        write_card: write a README.md.
+
+    Raises:
+        ConfigError: a tokenizer or chat template that is not supported.
+    """
+    files: dict[str, bytes | Path] = {"mergekit_config.yml": recipe.text.encode()}
+    if write_card:
+        files["README.md"] = model_card(recipe, document, list(folders)).encode()
+    if donor not in folders:
+        return files
+    carried = carried_files(folders[donor])
+    files |= {name: path for name, path in carried.items() if name not in _TOKENIZER and name not in files}
+    if "config.json" in carried:
+        files["config.json"] = updated_config(carried["config.json"], document, layers, untied=untied)
+    if copy_tokenizer:
+        files |= carried_files(_tokenizer_folder(document, donor, folders), _TOKENIZER)
+    if document.chat_template:
+        template = _chat_template(document.chat_template, list(folders.values()))
+        if template is not None:
+            files["chat_template.jinja"] = template.encode()
+    return files
+
+
+def updated_config(path: Path, document: Document, layers: int | None, *, untied: bool = False) -> bytes:
+    """Return a model's config.json with the output's dtype, number of layers and untied head."""
+    try:
+        config = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}. Copy the model again.") from error
+    dtype = document.out_dtype or document.dtype
+    if dtype:
+        config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    if untied and "tie_word_embeddings" in config:
+        config["tie_word_embeddings"] = False
+    if layers is not None:
+        for key in _LAYER_COUNTS:
+            if isinstance(config.get(key), int):
+                config[key] = layers
+        if isinstance(config.get("layer_types"), list) and len(config["layer_types"]) != layers:
+            raise ConfigError(
+                f"{path}: layer_types lists the kind of each layer, which cannot be worked out for a new order of layers. "
+                f"Remove it from the model's config.json, or write it by hand."
+            )
+    return (json.dumps(config, indent=2) + "\n").encode()
+
+
+def _tokenizer_folder(document: Document, donor: Reference, folders: dict[Reference, Path]) -> Path:
+    spec = document.tokenizer
+    if spec and (spec.tokens or spec.pad_to_multiple_of):
+        raise ConfigError(
+            "tokenizer: tokens and pad_to_multiple_of are not supported yet. Build the tokenizer beforehand."
+        )
+    source = spec.source if spec else document.tokenizer_source
+    if source is None:
+        return folders[donor]
+    text = str(source)
+    if text == "base":
+        if document.base_model is None:
+            raise ConfigError("The tokenizer's source is 'base', but there is no base_model.")
+        return folders.get(document.base_model, folders[donor])
+    if text == "union":
+        contents = {(folder / "tokenizer.json").read_bytes() for folder in folders.values() if _has_tokenizer(folder)}
+        if len(contents) > 1:
+            raise ConfigError(
+                "The tokenizer's source is 'union', but the models' tokenizers differ, and building a union is not supported "
+                "yet. Name one model as the source, or bring the models to one vocabulary first."
+            )
+        return folders[donor]
+    for reference, folder in folders.items():
+        if str(reference) == text:
+            return folder
+    if Path(text).is_dir():
+        return Path(text)
+    raise ConfigError(f"The tokenizer's source {text!r} is neither 'union', nor 'base', nor a model folder.")
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer.json").is_file()
+
+
+def _chat_template(setting: str, folders: Sequence[Path]) -> str | None:
+    if setting == "auto":
+        found = [template for folder in folders if (template := _template_of(folder))]
+        return Counter(found).most_common(1)[0][0] if found else None
+    if len(setting) >= 20 and "{" in setting:
+        return setting
+    raise ConfigError(
+        f"chat_template {setting!r} is not supported: write 'auto', or the template itself (Jinja, at least 20 characters)."
+    )
+
+
+def _template_of(folder: Path) -> str | None:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        template = config.get("chat_template")
+        return template if isinstance(template, str) else None
+    except (OSError, ValueError):
+        return None
+
+
+def model_card(recipe: Recipe, document: Document, models: Sequence[Reference]) -> str:
+    """Return a README.md: front matter, what was merged, and the configuration."""
+    names = [str(model) for model in models]
+    front = yaml.safe_dump(
+        {"base_model": names, "tags": ["merge", "soups"], "library_name": "transformers"}, sort_keys=False
+    )
+    listed = "\n".join(f"* {name}" for name in names)
+    base = f" with {document.base_model} as the base" if document.base_model else ""
+    text = recipe.text.rstrip()
+    return (
+        f"---\n{front}---\n# Merged model\n\nMade with [soups] by the method `{document.merge_method}`{base} from\n\n{listed}\n\n"
+        f"The configuration, in mergekit's format:\n\n```yaml\n{text}\n```\n"
+    )

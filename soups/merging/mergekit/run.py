@@ -1,0 +1,232 @@
+"""Carry out a configuration: open models, plan, merge, write the folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from soups.errors import ConfigError, StorageError
+from soups.merging.api import execute
+from soups.merging.mergekit.files import folder_files
+from soups.merging.mergekit.planning import Planned, plan_document
+from soups.merging.mergekit.schema import Document, Recipe, Reference, read_recipe
+from soups.stores.folder import FolderStore
+from soups.stores.opening import open_store
+from soups.stores.store import RenamedStore, Store
+from soups.stores.writer import DEFAULT_SHARD_BYTES
+from soups.weights import Weights
+
+
+def merge_recipe(
+    config: str | Path | Mapping[str, Any],
+    out: str | Path | None = None,
+    *,
+    seed: int = 0,
+    strict: bool = False,
+    overwrite: bool = False,
+    copy_tokenizer: bool = True,
+    write_card: bool = True,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    warn: Callable[[str], None] = lambda _: None,
+    planned: Callable[[Planned], None] = lambda _: None,
+    **options: Any,
+) -> dict[str, Tensor] | Path:
+    """Merge by a configuration in mergekit's format.
+
+    Args:
+        config: a file, YAML text, or the mapping that it would hold.
+        out: the folder or `.safetensors` file to make; `None` returns the weights.
+        seed: for the methods that draw random masks (mergekit's `--random-seed`).
+        strict: make every warning an error.
+        overwrite: replace what is at `out`.
+        copy_tokenizer: take the tokenizer along.
+        write_card: write a README.md.
+        shard_bytes: most bytes in one file.
+        warn: told what mergekit would have ignored or done without a word.
+        planned: told each plan before it is carried out.
+        options: of the engine: `budget`, `threads`, `device`, `progress`.
+
+    Returns:
+        The weights, or the path that was written.
+
+    Raises:
+        SoupError: the configuration or the models are at fault; the message names the line or the tensor.
+    """
+    recipe = read_recipe(config)
+    report = _reporter(strict, warn)
+    for warning in recipe.warnings:
+        report(warning)
+    order = document_order(recipe)
+    parts = Path(f".{Path(out).name}.{uuid.uuid4().hex[:8]}.parts") if out else None
+    parts = Path(out).parent / parts if out and parts else None
+    finished: dict[str, Path | Weights] = {}
+    try:
+        for number in order:
+            document = recipe.documents[number]
+            last = number == order[-1]
+            target = (out if last else parts / str(document.name)) if out and parts else None
+            with ExitStack() as stack:
+                opened: dict[Reference, Store] = {}
+
+                def opener(
+                    reference: Reference, opened: dict[Reference, Store] = opened, stack: ExitStack = stack
+                ) -> Store:
+                    if reference not in opened:
+                        opened[reference] = stack.enter_context(open_reference(reference, finished))
+                    return opened[reference]
+
+                plan = plan_document(recipe, number, opener, seed=seed)
+                for warning in plan.warnings:
+                    report(warning)
+                planned(plan)
+                folders = {ref: folder for ref, store in opened.items() if (folder := _folder(store)) is not None}
+                files = folder_files(
+                    recipe,
+                    document,
+                    plan.donor,
+                    folders,
+                    layers=plan.layers,
+                    untied=plan.untied,
+                    copy_tokenizer=copy_tokenizer,
+                    write_card=write_card,
+                )
+                result = execute(
+                    plan.plan,
+                    target,
+                    files=files,
+                    metadata={"soups.merge": json.dumps({"recipe": recipe.text, "seed": seed})},
+                    shard_bytes=shard_bytes,
+                    overwrite=overwrite and last,
+                    **options,
+                )
+            if last:
+                return result
+            finished[str(document.name)] = result
+    finally:
+        if parts:
+            shutil.rmtree(parts, ignore_errors=True)
+    raise AssertionError("a recipe without documents")
+
+
+def describe_plan(
+    config: str | Path | Mapping[str, Any],
+    *,
+    seed: int = 0,
+    strict: bool = False,
+    warn: Callable[[str], None] = lambda _: None,
+) -> tuple[Recipe, Planned]:
+    """Plan a configuration of one document without reading or writing a tensor.
+
+    Raises:
+        ConfigError: it has several documents: later ones need the earlier ones' results.
+        SoupError: as `merge_recipe`.
+    """
+    recipe = read_recipe(config)
+    report = _reporter(strict, warn)
+    for warning in recipe.warnings:
+        report(warning)
+    if len(recipe.documents) > 1:
+        raise ConfigError(f"{recipe.where} has {len(recipe.documents)} documents; a dry run plans one. Split the file.")
+    with ExitStack() as stack:
+        opened: dict[Reference, Store] = {}
+
+        def opener(reference: Reference) -> Store:
+            if reference not in opened:
+                opened[reference] = stack.enter_context(open_reference(reference, {}))
+            return opened[reference]
+
+        planned = plan_document(recipe, 0, opener, seed=seed)
+        for warning in planned.warnings:
+            report(warning)
+        return recipe, planned
+
+
+def _reporter(strict: bool, warn: Callable[[str], None]) -> Callable[[str], None]:
+    def report(warning: str) -> None:
+        if strict:
+            raise ConfigError(f"{warning} (an error because of --strict)")
+        warn(warning)
+
+    return report
+
+
+def document_order(recipe: Recipe) -> list[int]:
+    """Return the documents' numbers so that each comes after those it names; the result is the last.
+
+    Raises:
+        ConfigError: not exactly one document without a name, a name twice, or documents that need each other.
+    """
+    names = [document.name for document in recipe.documents]
+    if len(names) == 1:
+        return [0]
+    if names.count(None) != 1:
+        raise ConfigError(
+            f"{recipe.where} has {len(names)} documents, of which exactly one, the result, may have no name; "
+            f"{names.count(None)} have none."
+        )
+    if len(set(names)) != len(names):
+        raise ConfigError(f"{recipe.where}: two documents have one name: {names}.")
+    from soups.merging.mergekit.planning import references
+
+    order: list[int] = []
+    waiting: list[int] = []
+
+    def visit(number: int) -> None:
+        if number in order:
+            return
+        if number in waiting:
+            raise ConfigError(f"{recipe.where}: the documents {[names[one] for one in waiting]} need each other.")
+        waiting.append(number)
+        document: Document = recipe.documents[number]
+        for reference in references(document):
+            if reference.path in names:
+                visit(names.index(reference.path))
+        waiting.pop()
+        order.append(number)
+
+    visit(names.index(None))
+    return order
+
+
+def open_reference(reference: Reference, finished: Mapping[str, Path | Weights]) -> Store:
+    """Open a model: an earlier document's result, a path, or a repository of the Hugging Face Hub.
+
+    Raises:
+        StorageError: it is in none of these places.
+    """
+    place = finished.get(reference.path, reference.path)
+    adapter = _local(reference.lora, reference.lora_revision) if reference.lora else None
+    if not isinstance(place, str):
+        return open_store(place, adapter=adapter)
+    return open_store(_local(place, reference.revision), adapter=adapter)
+
+
+def _local(path: str, revision: str | None) -> str:
+    if Path(path).exists() or "://" in path or path.count("/") != 1:
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.bin"]
+        return snapshot_download(path, revision=revision, allow_patterns=patterns)
+    except ImportError:
+        return path
+    except Exception as error:  # the library raises errors of several unrelated kinds
+        raise StorageError(
+            f"There is no folder or file {path}, and it could not be had from the Hugging Face Hub either ({error}). "
+            f"Check the name, or download it first."[:800]
+        ) from error
+
+
+def _folder(store: Store) -> Path | None:
+    if isinstance(store, FolderStore):
+        return store.folder
+    base = getattr(store, "base", None)
+    return _folder(base) if isinstance(base, Store) and not isinstance(store, RenamedStore) else None

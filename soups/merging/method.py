@@ -1,0 +1,119 @@
+"""What a merge method is: an optional look at a whole tensor (or model), then an answer for each chunk."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from soups.errors import ConfigError
+from soups.merging.operands import Chunk, Operands, Unit
+from soups.merging.selection import Map
+
+Scope = Literal["element", "row", "tensor", "model"]
+
+
+class Method(ABC):
+    """A merge method with its parameters. Concrete methods are frozen dataclasses and are not subclassed.
+
+    Attributes:
+        base: whether it needs a base model, takes one if there is one, or has no use for one.
+        least, most: how many models, the base not counted; `most` is `None` where there is no limit.
+        unit: what `combine` must see whole.
+        scope: how far away an element can be and still matter.
+    """
+
+    base: ClassVar[Literal["required", "optional", "none"]] = "none"
+    least: ClassVar[int] = 1
+    most: ClassVar[int | None] = None
+
+    @property
+    def unit(self) -> Unit:
+        """What `combine` must see whole: nothing, a row, or the tensor."""
+        return "element"
+
+    @property
+    def scope(self) -> Scope:
+        """How far away an element can be and still matter."""
+        return self.unit
+
+    def observe(self, operands: Operands) -> Any:
+        """Look at one tensor of every model before `combine`; called for scope row or tensor. The answer is passed on."""
+        return None
+
+    def observe_all(self, operands: Sequence[Operands], map: Map) -> Any:
+        """Look at every tensor of every model before any `combine`; called for scope model, once."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def combine(self, chunk: Chunk, seen: Any) -> Tensor:
+        """Return the merged chunk, flat, in the compute dtype.
+
+        Args:
+            chunk: one stretch of every model.
+            seen: what `observe` or `observe_all` returned.
+        """
+
+    def check(self, models: int, *, has_base: bool, name: str) -> None:
+        """Check that the number of models and the base fit.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        if self.base == "required" and not has_base:
+            raise ConfigError(
+                f"{name} works on task vectors and needs a base model: name the one the models started from."
+            )
+        if models < self.least or (self.most is not None and models > self.most):
+            range_ = f"exactly {self.least}" if self.least == self.most else f"at least {self.least}"
+            if self.most is not None and self.least != self.most:
+                range_ = f"{self.least} to {self.most}"
+            raise ConfigError(f"{name} needs {range_} models besides the base; there are {models}.")
+
+
+def per_model(value: float | Sequence[float], count: int, what: str = "weight") -> list[float]:
+    """Return one number a model from one number for all, or from one for each.
+
+    >>> per_model(0.5, 2), per_model([1, 2], 2)
+    ([0.5, 0.5], [1.0, 2.0])
+
+    Raises:
+        ConfigError: as many numbers as models were expected.
+    """
+    if isinstance(value, int | float):
+        return [float(value)] * count
+    if len(value) != count:
+        raise ConfigError(f"{what} has {len(value)} values for {count} models; give one for all, or one for each.")
+    return [float(item) for item in value]
+
+
+def as_mask(condition: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ones where a condition holds and zeros elsewhere; by way of bytes, because from bool it takes ten times as long."""
+    return condition.view(torch.uint8).to(dtype)
+
+
+def running_sum(weights: Sequence[float], tensors: Iterable[Tensor]) -> Tensor:
+    """Return Σ w_i x_i of tensors that come one by one in the same memory; the same bits as `weighted_sum`."""
+    total: Tensor | None = None
+    for weight, tensor in zip(weights, tensors, strict=True):
+        term = tensor if weight == 1 else tensor.mul_(weight)
+        total = term.clone() if total is None else total.add_(term)
+    assert total is not None
+    return total
+
+
+def weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    """Return Σ w_i x_i, added from the left. The tensors may be overwritten.
+
+    Multiplication and addition are two roundings on purpose: a fused one would be rounded differently at the vector
+    loop's end, and results would depend on where chunks end.
+    """
+    total: Tensor | None = None
+    for weight, tensor in zip(weights, tensors, strict=True):
+        term = tensor if weight == 1 else tensor.mul_(weight)
+        total = term if total is None else total.add_(term)
+    assert total is not None
+    return total

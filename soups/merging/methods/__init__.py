@@ -1,0 +1,112 @@
+"""Every merge method by name. A name alone is the paper's form; `name.source` is what a public code made of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from soups.errors import ConfigError, did_you_mean
+from soups.merging.method import Method
+from soups.merging.methods.arcee_fusion import ArceeFusion
+from soups.merging.methods.breadcrumbs import (
+    breadcrumbs,
+    breadcrumbs_mergekit,
+    breadcrumbs_official,
+    breadcrumbs_ties_mergekit,
+)
+from soups.merging.methods.cabs import CABS
+from soups.merging.methods.consensus import Consensus
+from soups.merging.methods.dare import dare, dare_linear_mergekit, dare_ties, dare_ties_mergekit
+from soups.merging.methods.della import della, della_linear_mergekit, della_mergekit
+from soups.merging.methods.knots import KnOTS
+from soups.merging.methods.linear import Linear, Nearswap, Passthrough
+from soups.merging.methods.model_stock import ModelStock
+from soups.merging.methods.pcb import PCB
+from soups.merging.methods.robust import Median, TrimmedMean
+from soups.merging.methods.sce import SCE
+from soups.merging.methods.spherical import Karcher, MultiSlerp, NuSlerp, Slerp
+from soups.merging.methods.svd import CART, TSV, IsoC, IsoCTS
+from soups.merging.methods.task_arithmetic import task_arithmetic, task_arithmetic_mergekit
+from soups.merging.methods.ties import ties, ties_adamerging, ties_mergekit, ties_official, ties_peft
+
+
+class Entry(NamedTuple):
+    """A method by name: what makes it, and where it is from."""
+
+    make: Callable[..., Method]
+    source: str
+
+    @property
+    def summary(self) -> str:
+        """The first line of its documentation."""
+        return (inspect.getdoc(self.make) or "").splitlines()[0]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Its parameters with their defaults."""
+        return {name: parameter.default for name, parameter in inspect.signature(self.make).parameters.items()}
+
+
+METHODS: dict[str, Entry] = {
+    "linear": Entry(Linear, "arXiv:2203.05482"),
+    "passthrough": Entry(Passthrough, "mergekit"),
+    "slerp": Entry(Slerp, "Shoemake, SIGGRAPH 1985"),
+    "nuslerp": Entry(NuSlerp, "mergekit"),
+    "multislerp": Entry(MultiSlerp, "mergekit"),
+    "karcher": Entry(Karcher, "Grove and Karcher, 1973"),
+    "task_arithmetic": Entry(task_arithmetic, "arXiv:2212.04089"),
+    "task_arithmetic.mergekit": Entry(task_arithmetic_mergekit, "mergekit"),
+    "ties": Entry(ties, "arXiv:2306.01708"),
+    "ties.official": Entry(ties_official, "the authors' code"),
+    "ties.adamerging": Entry(ties_adamerging, "AdaMerging's code"),
+    "ties.mergekit": Entry(ties_mergekit, "mergekit"),
+    "ties.peft": Entry(ties_peft, "PEFT"),
+    "dare": Entry(dare, "arXiv:2311.03099"),
+    "dare_ties": Entry(dare_ties, "arXiv:2311.03099"),
+    "dare_linear.mergekit": Entry(dare_linear_mergekit, "mergekit"),
+    "dare_ties.mergekit": Entry(dare_ties_mergekit, "mergekit"),
+    "della": Entry(della, "arXiv:2406.11617"),
+    "della.mergekit": Entry(della_mergekit, "mergekit"),
+    "della_linear.mergekit": Entry(della_linear_mergekit, "mergekit"),
+    "breadcrumbs": Entry(breadcrumbs, "arXiv:2312.06795"),
+    "breadcrumbs.official": Entry(breadcrumbs_official, "the authors' code"),
+    "breadcrumbs.mergekit": Entry(breadcrumbs_mergekit, "mergekit"),
+    "breadcrumbs_ties.mergekit": Entry(breadcrumbs_ties_mergekit, "mergekit"),
+    "model_stock": Entry(ModelStock, "arXiv:2403.19522"),
+    "sce": Entry(SCE, "arXiv:2408.07990"),
+    "nearswap": Entry(Nearswap, "mergekit"),
+    "arcee_fusion": Entry(ArceeFusion, "mergekit"),
+    "median": Entry(Median, "arXiv:1803.01498"),
+    "trimmed_mean": Entry(TrimmedMean, "arXiv:1803.01498"),
+    "consensus": Entry(Consensus, "arXiv:2405.07813"),
+    "tsv": Entry(TSV, "arXiv:2412.00081"),
+    "iso_c": Entry(IsoC, "arXiv:2502.04959"),
+    "iso_cts": Entry(IsoCTS, "arXiv:2502.04959"),
+    "cart": Entry(CART, "arXiv:2412.12153"),
+    "pcb": Entry(PCB, "arXiv:2410.02396"),
+    "cabs": Entry(CABS, "arXiv:2503.01874"),
+    "knots": Entry(KnOTS, "arXiv:2410.19735"),
+}
+
+
+def make_method(name: str, **parameters: Any) -> Method:
+    """Make a method by its name.
+
+    Args:
+        name: one of `METHODS`.
+        parameters: the method's; lists become tuples, one value a model.
+
+    Raises:
+        ConfigError: an unknown name or parameter.
+
+    >>> make_method("ties", density=0.1).base
+    'required'
+    """
+    if name not in METHODS:
+        raise ConfigError(f"There is no merge method {name!r}; {did_you_mean(name, METHODS)}")
+    entry = METHODS[name]
+    for parameter in parameters:
+        if parameter not in entry.parameters:
+            raise ConfigError(f"{name} has no parameter {parameter!r}; {did_you_mean(parameter, entry.parameters)}")
+    return entry.make(**{key: tuple(value) if isinstance(value, list) else value for key, value in parameters.items()})

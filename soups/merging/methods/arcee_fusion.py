@@ -1,0 +1,66 @@
+"""Arcee fusion: take over only those changes of one model that stand out.
+
+mergekit's `arcee_fusion` (no paper): an element's importance is |τ| times the Kullback-Leibler divergence between the
+softmaxes of its row in both models; changes of at least median + 1.5 · (interquartile range) are taken over.
+Here the quartiles are exact at every size, where mergekit samples them from large tensors at random.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from soups.merging.method import Method, Scope
+from soups.merging.operands import Chunk, Operands, Unit
+from soups.merging.selection import kth_largest
+
+
+@dataclass(frozen=True)
+class ArceeFusion(Method):
+    """θ_0 + τ where its importance stands out."""
+
+    base: ClassVar[Literal["required", "optional", "none"]] = "required"
+    most: ClassVar[int | None] = 1
+
+    @property
+    def unit(self) -> Unit:
+        """Softmaxes run over rows."""
+        return "row"
+
+    @property
+    def scope(self) -> Scope:
+        """Quartiles are of a tensor."""
+        return "tensor"
+
+    def observe(self, operands: Operands) -> float:
+        """Return the least importance that is taken over."""
+        count = operands.numel
+        # Quartiles by linear interpolation between two order statistics; the median is the lower one of two.
+        places = [(count - 1) * 0.25, (count - 1) * 0.75]
+        ascending = [math.floor(places[0]), math.ceil(places[0]), math.floor(places[1]), math.ceil(places[1])]
+        ranks = [count - place for place in [*ascending, (count - 1) // 2]]
+        stream = lambda: (importance(chunk) for chunk in operands)  # noqa: E731
+        values = kth_largest([stream], ranks, dtype=operands.dtype)
+        first = values[0] + (places[0] - ascending[0]) * (values[1] - values[0])
+        third = values[2] + (places[1] - ascending[2]) * (values[3] - values[2])
+        return values[4] + 1.5 * (third - first)
+
+    def combine(self, chunk: Chunk, seen: float) -> Tensor:
+        """Return the base with what stands out."""
+        assert chunk.base is not None
+        mask = (importance(chunk) >= seen).to(chunk.base.dtype)
+        return (chunk.models[0] - chunk.base).mul_(mask).add_(chunk.base)
+
+
+def importance(chunk: Chunk) -> Tensor:
+    """Return |τ| · KL(softmax(θ_1) ‖ softmax(θ_0)), row by row, flat."""
+    assert chunk.base is not None
+    width = max(1, chunk.width)
+    model, base = chunk.models[0].view(-1, width), chunk.base.view(-1, width)
+    p, q = torch.softmax(model, dim=1) + 1e-8, torch.softmax(base, dim=1) + 1e-8
+    divergence = (p * torch.log(p / q)).sum(dim=1, keepdim=True).clamp_(min=0)
+    return ((model - base).abs_() * divergence).view(-1)

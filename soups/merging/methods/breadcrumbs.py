@@ -1,0 +1,130 @@
+"""Model Breadcrumbs: drop the outliers and the small change of each task vector, keep the middle.
+
+Model Breadcrumbs (arXiv:2312.06795), section 3: of each layer's |τ| the largest share γ is removed, the next largest
+`density` is kept, the rest is removed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from soups.merging.operands import Chunk, Operands, Unit
+from soups.merging.selection import Cut, exact_cut
+from soups.merging.stages import Elect, KeepNorm, TaskVectors, Transform, magnitudes
+
+Several = float | tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Band(Transform):
+    """Keep a band of magnitudes.
+
+    Attributes:
+        density: the share to keep, one for all models or one for each.
+        gamma: the share of largest magnitudes to remove; fewer are removed where the density would not be reached.
+        within: what the shares are of: each tensor, or each row as the authors' code has it.
+    """
+
+    density: Several
+    gamma: Several = 0.01
+    within: Literal["tensor", "row"] = "tensor"
+
+    @property
+    def unit(self) -> Unit:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Rows must be whole where shares are of rows."""
+        return "row" if self.within == "row" else "element"
+
+    @property
+    def scope(self) -> Literal["tensor", "row"]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As `within`."""
+        return self.within
+
+    def _counts(self, model: int, total: int) -> tuple[int, int]:
+        density = self.density if isinstance(self.density, int | float) else self.density[model]
+        gamma = self.gamma if isinstance(self.gamma, int | float) else self.gamma[model]
+        kept = min(int(density * total), total)
+        return min(int(gamma * total), total - kept), kept
+
+    def observe(self, operands: Operands, model: int) -> list[Cut]:
+        """Find where the outliers end and where the band ends."""
+        if self.within == "row":
+            return []
+        top, kept = self._counts(model, operands.numel)
+        ranks = [top, top + kept]
+        return exact_cut(magnitudes(operands), ranks, operands.numel, dtype=operands.dtype, room=operands.room)
+
+    def apply(self, delta: Tensor, seen: list[Cut], chunk: Chunk, model: int) -> Tensor:
+        """Set everything outside the band to zero."""
+        if self.within == "row":
+            return self._apply_rows(delta, chunk, model)
+        outliers, upper = seen
+        # Both hold the same numbers or zeros, so the difference is exact.
+        return upper.keep(delta, chunk.start) - outliers.keep(delta, chunk.start)
+
+    def _apply_rows(self, delta: Tensor, chunk: Chunk, model: int) -> Tensor:
+        rows = delta.view(-1, max(1, chunk.width))
+        width = rows.shape[1]
+        top, kept = self._counts(model, width)
+        if kept == 0:
+            return delta.zero_()
+        size = rows.abs()
+        ordered = size.sort(dim=1).values
+        low, high = ordered[:, width - top - kept, None], ordered[:, width - top - 1, None]
+        return rows.mul_(((size >= low) & (size <= high)).to(rows.dtype)).view(-1)
+
+
+def breadcrumbs(
+    *, density: Several = 0.9, gamma: Several = 0.01, weight: Several = 1.0, scale: float = 0.3
+) -> TaskVectors:
+    """The paper's Breadcrumbs: the middle of each layer's task vector, summed.
+
+    Args:
+        density: the share to keep.
+        gamma: the share of outliers to remove.
+        weight: one for all models or one for each.
+        scale: λ.
+    """
+    return TaskVectors(Band(density, gamma), weight, None, "sum", scale)
+
+
+def breadcrumbs_official(
+    *, density: Several = 0.15, gamma: Several = 0.006, weight: Several = 1.0, scale: float = 0.2
+) -> TaskVectors:
+    """The authors' code: shares are of each row, and these are its starting values."""
+    return TaskVectors(Band(density, gamma, within="row"), weight, None, "sum", scale)
+
+
+def _mergekit(density: Several, gamma: Several, rescale: bool) -> Transform:
+    band = Band(density, gamma)
+    return KeepNorm(band) if rescale else band
+
+
+def breadcrumbs_mergekit(
+    *,
+    density: Several = 1.0,
+    gamma: Several = 0.01,
+    weight: Several = 1.0,
+    scale: float = 1.0,
+    normalize: bool = False,
+    rescale: bool = False,
+) -> TaskVectors:
+    """mergekit's `breadcrumbs`; where γ · n is below one nothing is removed at the top, and nothing is lost."""
+    return TaskVectors(_mergekit(density, gamma, rescale), weight, None, "mean" if normalize else "sum", scale)
+
+
+def breadcrumbs_ties_mergekit(
+    *,
+    density: Several = 1.0,
+    gamma: Several = 0.01,
+    weight: Several = 1.0,
+    scale: float = 1.0,
+    normalize: bool = False,
+    rescale: bool = False,
+) -> TaskVectors:
+    """mergekit's `breadcrumbs_ties`: the same, with an election in which weights vote."""
+    transform = _mergekit(density, gamma, rescale)
+    consensus = Elect(weighted=True, zero="plus")
+    return TaskVectors(transform, weight, consensus, "mean" if normalize else "sum", scale)

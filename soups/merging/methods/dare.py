@@ -1,0 +1,98 @@
+"""DARE: drop elements of the task vectors at random and scale up the rest, then merge by a sum or by TIES.
+
+Language models are super Mario (arXiv:2311.03099), equation 3: τ̂ = (1 − m) ⊙ τ / (1 − p), m ~ Bernoulli(p); here the
+density is 1 − p. The mask is a function of (seed, tensor, model, element) and of nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from soups.errors import ConfigError
+from soups.merging.noise import bernoulli, rounded
+from soups.merging.operands import Chunk
+from soups.merging.stages import Elect, KeepNorm, TaskVectors, Transform
+
+Several = float | tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Drop(Transform):
+    """Keep each element with probability `density`, and divide by it if `rescale`.
+
+    Attributes:
+        density: one for all models or one for each.
+        rescale: divide by the density, so that the expectation is the task vector.
+        seed: of the masks.
+    """
+
+    density: Several
+    rescale: bool = True
+    seed: int = 0
+
+    def apply(self, delta: Tensor, seen: Any, chunk: Chunk, model: int) -> Tensor:
+        """Drop."""
+        density = self.density if isinstance(self.density, int | float) else self.density[model]
+        if not 0 <= density <= 1:
+            raise ConfigError(f"density={density} is not between 0 and 1, the share of a task vector to keep.")
+        if density >= 1:
+            return delta
+        delta.mul_(bernoulli(density, self.seed, chunk.key, model, chunk.start, delta.numel(), like=delta))
+        return delta.div_(rounded(density)) if self.rescale and density > 0 else delta
+
+
+def dare(
+    *, density: Several = 0.5, weight: Several = 1.0, scale: float = 1.0, normalize: bool = False, seed: int = 0
+) -> TaskVectors:
+    """DARE, then a weighted sum.
+
+    Args:
+        density: the share of each task vector to keep, 1 − p.
+        weight: one for all models or one for each.
+        scale: λ.
+        normalize: divide the sum by Σ w_t.
+        seed: of the masks.
+    """
+    return TaskVectors(Drop(density, seed=seed), weight, None, "mean" if normalize else "sum", scale)
+
+
+def dare_ties(*, density: Several = 0.5, weight: Several = 1.0, scale: float = 1.0, seed: int = 0) -> TaskVectors:
+    """DARE, then TIES' election and disjoint mean (without its trimming: DARE has dropped already)."""
+    return TaskVectors(Drop(density, seed=seed), weight, Elect(), "mean", scale)
+
+
+def _mergekit_drop(density: Several, rescale: bool, seed: int) -> Transform:
+    drop = Drop(density, rescale=False, seed=seed)
+    return KeepNorm(drop) if rescale else drop
+
+
+def dare_linear_mergekit(
+    *,
+    density: Several = 1.0,
+    weight: Several = 1.0,
+    scale: float = 1.0,
+    normalize: bool = False,
+    rescale: bool = True,
+    seed: int = 0,
+) -> TaskVectors:
+    """mergekit's `dare_linear`: the rescaling restores each tensor's L1 norm instead of dividing by the density."""
+    transform = _mergekit_drop(density, rescale, seed)
+    return TaskVectors(transform, weight, None, "mean" if normalize else "sum", scale)
+
+
+def dare_ties_mergekit(
+    *,
+    density: Several = 1.0,
+    weight: Several = 1.0,
+    scale: float = 1.0,
+    normalize: bool = False,
+    rescale: bool = True,
+    seed: int = 0,
+) -> TaskVectors:
+    """mergekit's `dare_ties`: as `dare_linear`, with an election in which weights vote."""
+    transform = _mergekit_drop(density, rescale, seed)
+    consensus = Elect(weighted=True, zero="plus")
+    return TaskVectors(transform, weight, consensus, "mean" if normalize else "sum", scale)

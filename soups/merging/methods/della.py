@@ -1,0 +1,144 @@
+"""DELLA: drop elements at random, small ones sooner; then TIES' election and mean.
+
+DELLA-Merging (arXiv:2406.11617), section 3 (MagPrune): within each row an element is kept with probability
+p_i = d − ε + 2ε · rank_i / (n − 1), rank 0 for the smallest magnitude, and divided by p_i.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from soups.errors import ConfigError
+from soups.merging.noise import bernoulli_each
+from soups.merging.operands import Chunk, Unit
+from soups.merging.stages import Elect, KeepNorm, TaskVectors, Transform
+
+Several = float | tuple[float, ...]
+
+
+def by_rank(rows: Tensor, table: Tensor) -> Tensor:
+    """Return, for each element, the entry of `table` at its rank by magnitude within its row.
+
+    Rank 0 is the smallest; of equal ones the earlier ranks lower. Magnitudes and places are packed into one integer each:
+    sorting those is ten times faster than an argsort.
+
+    Args:
+        rows: shape (rows, width).
+        table: shape (width,), on the CPU.
+
+    >>> by_rank(torch.tensor([[3.0, -1.0, 2.0, 1.0]]), torch.arange(4)).tolist()
+    [[3, 0, 2, 1]]
+    """
+    width = rows.shape[1]
+    if rows.dtype == torch.float32:
+        packed = rows.abs().cpu().view(torch.int32).to(torch.int64) << 32
+        packed |= torch.arange(width, dtype=torch.int64)
+        packed.numpy().sort(axis=1)
+        order = packed & 0xFFFFFFFF
+    else:
+        order = rows.abs().cpu().argsort(dim=1, stable=True)
+    return torch.empty(rows.shape, dtype=table.dtype).scatter_(1, order, table.expand_as(order))
+
+
+@dataclass(frozen=True)
+class MagnitudeDrop(Transform):
+    """Keep an element with a probability that grows with its rank in its row.
+
+    Attributes:
+        density: the mean probability, one for all models or one for each.
+        epsilon: half the width of the window of probabilities.
+        rescale: divide each element by its probability.
+        seed: of the masks.
+    """
+
+    density: Several
+    epsilon: Several = 0.15
+    rescale: bool = True
+    seed: int = 0
+
+    @property
+    def unit(self) -> Unit:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Ranks are within rows."""
+        return "row"
+
+    def apply(self, delta: Tensor, seen: Any, chunk: Chunk, model: int) -> Tensor:
+        """Drop."""
+        density = self.density if isinstance(self.density, int | float) else self.density[model]
+        epsilon = self.epsilon if isinstance(self.epsilon, int | float) else self.epsilon[model]
+        if density >= 1:
+            return delta
+        if density <= 0:
+            return delta.zero_()
+        if not 0 < density - epsilon <= density + epsilon < 1:
+            raise ConfigError(
+                f"density={density} and epsilon={epsilon} give probabilities outside 0 … 1; epsilon must be smaller "
+                f"than {min(density, 1 - density):.3g}."
+            )
+        width = max(1, chunk.width)
+        share = (
+            torch.linspace(0, 1, width, dtype=torch.float64) if width > 1 else torch.tensor([0.5], dtype=torch.float64)
+        )
+        limits = ((density - epsilon + 2 * epsilon * share) * 2**16).round_().clamp_(1, 2**16 - 1).to(torch.int32)
+        chosen = by_rank(delta.view(-1, width), limits).view(-1)
+        delta.mul_(bernoulli_each(chosen, self.seed, chunk.key, model, chunk.start, like=delta))
+        return delta.div_(chosen.to(delta.device, delta.dtype).mul_(2.0**-16)) if self.rescale else delta
+
+
+def della(
+    *,
+    density: Several = 0.5,
+    epsilon: Several = 0.15,
+    weight: Several = 1.0,
+    scale: float = 1.0,
+    seed: int = 0,
+) -> TaskVectors:
+    """The paper's DELLA: MagPrune, election, mean over who agrees.
+
+    Args:
+        density: the mean share to keep.
+        epsilon: half the window of probabilities.
+        weight: one for all models or one for each.
+        scale: λ; the authors' example uses 1.1.
+        seed: of the masks.
+    """
+    return TaskVectors(MagnitudeDrop(density, epsilon, seed=seed), weight, Elect(), "mean", scale)
+
+
+def _mergekit(density: Several, epsilon: Several, rescale: bool, seed: int) -> Transform:
+    drop = MagnitudeDrop(density, epsilon, rescale=False, seed=seed)
+    return KeepNorm(drop) if rescale else drop
+
+
+def della_mergekit(
+    *,
+    density: Several = 1.0,
+    epsilon: Several = 0.15,
+    weight: Several = 1.0,
+    scale: float = 1.0,
+    normalize: bool = True,
+    rescale: bool = True,
+    seed: int = 0,
+) -> TaskVectors:
+    """mergekit's `della`: rescaling restores each tensor's L1 norm; weights vote."""
+    consensus = Elect(weighted=True, zero="plus")
+    transform = _mergekit(density, epsilon, rescale, seed)
+    return TaskVectors(transform, weight, consensus, "mean" if normalize else "sum", scale)
+
+
+def della_linear_mergekit(
+    *,
+    density: Several = 1.0,
+    epsilon: Several = 0.15,
+    weight: Several = 1.0,
+    scale: float = 1.0,
+    normalize: bool = False,
+    rescale: bool = True,
+    seed: int = 0,
+) -> TaskVectors:
+    """mergekit's `della_linear`: no election."""
+    transform = _mergekit(density, epsilon, rescale, seed)
+    return TaskVectors(transform, weight, None, "mean" if normalize else "sum", scale)

@@ -1,0 +1,181 @@
+"""The SVD family: matrices of task vectors, taken apart into singular vectors and put together without interference.
+
+Each matrix is needed whole. Tensors that are no matrices (biases, norms, convolutions) and those whose names match
+`exclude` are averaged.
+
+| method | paper | formula for a matrix |
+|---|---|---|
+| `TSV` | arXiv:2412.00081, algorithm 1 | top r/T singular triples of each τ_t side by side, U and V made orthogonal |
+| `IsoC` | arXiv:2502.04959, equation 7 | SVD of Σ τ_t with its mean singular value in the place of all |
+| `IsoCTS` | arXiv:2502.04959, algorithm 2 | the same for a common subspace and task-specific ones beside it |
+| `CART` | arXiv:2412.12153, equation 4 | the average plus λ Σ of low-rank parts of θ_t − average |
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from soups.merging.method import Method, weighted_sum
+from soups.merging.operands import Chunk, Unit
+
+
+class MatrixMethod(Method):
+    """A method given by what it does to one matrix of every model.
+
+    Attributes:
+        exclude: patterns of names that are averaged although they are matrices (`"*embed*"`).
+        scale: the factor of the merged task vector.
+    """
+
+    base: ClassVar[Literal["required", "optional", "none"]] = "required"
+    exclude: tuple[str, ...]
+    scale: float
+
+    @property
+    def unit(self) -> Unit:
+        """A matrix must be whole."""
+        return "tensor"
+
+    @property
+    def scope(self) -> Literal["element"]:
+        """Nothing is looked at beforehand."""
+        return "element"
+
+    def eligible(self, chunk: Chunk) -> bool:
+        """Tell whether this tensor is merged as a matrix."""
+        matrix = len(chunk.shape) == 2 and min(chunk.shape) > 1
+        return matrix and not any(fnmatchcase(chunk.key, pattern) for pattern in self.exclude)
+
+    @abstractmethod
+    def merge_matrices(self, deltas: list[Tensor]) -> Tensor:
+        """Merge matrices, shape (m, n) each; the caller scales the result and adds the base."""
+
+    def combine(self, chunk: Chunk, seen: Any) -> Tensor:
+        """Return the merged tensor, flat."""
+        assert chunk.base is not None
+        deltas = chunk.deltas()
+        if self.eligible(chunk):
+            merged = self.merge_matrices([delta.view(chunk.shape) for delta in deltas]).reshape(-1)
+        else:
+            merged = weighted_sum([1.0] * len(deltas), deltas).div_(len(deltas))
+        return merged.mul_(self.scale).add_(chunk.base)
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the thin SVD: U (m, r), S (r,), Vᵀ (r, n), r = min(m, n)."""
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    return u, s, vt
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """Return the nearest matrix with orthonormal rows or columns (the polar factor)."""
+    u, _, vt = svd(matrix)
+    return u @ vt
+
+
+@dataclass(frozen=True)
+class TSV(MatrixMethod):
+    """TSV-M: θ_0 + α U⊥ diag(S) V⊥ᵀ, where U, S, V hold the leading r/T singular triples of every task, side by side.
+
+    Attributes:
+        scale: α; the paper chooses it on held-out data, FusionBench takes 1.
+        exclude: names to average.
+    """
+
+    scale: float = 1.0
+    exclude: tuple[str, ...] = ()
+
+    def merge_matrices(self, deltas: list[Tensor]) -> Tensor:
+        """Merge matrices, shape (m, n) each. At least one triple of each task is kept, however many tasks there are."""
+        rank = max(1, min(deltas[0].shape) // len(deltas))
+        parts = [svd(delta) for delta in deltas]
+        u = polar(torch.cat([part[0][:, :rank] for part in parts], dim=1))
+        s = torch.cat([part[1][:rank] for part in parts])
+        vt = polar(torch.cat([part[2][:rank] for part in parts], dim=0))
+        return (u * s) @ vt
+
+
+@dataclass(frozen=True)
+class IsoC(MatrixMethod):
+    """Iso-C: θ_0 + α mean(S) U Vᵀ, where U S Vᵀ = Σ τ_t. The nuclear norm of the sum is kept.
+
+    Attributes:
+        scale: α, chosen on held-out data.
+        exclude: names to average.
+    """
+
+    scale: float = 1.0
+    exclude: tuple[str, ...] = ()
+
+    def merge_matrices(self, deltas: list[Tensor]) -> Tensor:
+        """Merge matrices, shape (m, n) each."""
+        u, s, vt = svd(weighted_sum([1.0] * len(deltas), deltas))
+        return s.mean() * (u @ vt)
+
+
+@dataclass(frozen=True)
+class IsoCTS(MatrixMethod):
+    """Iso-CTS: a common subspace of the sum, task-specific directions orthogonal to it, one singular value for all.
+
+    Attributes:
+        scale: α, chosen on held-out data.
+        common: the share of dimensions for the common subspace.
+        exclude: names to average.
+    """
+
+    scale: float = 1.0
+    common: float = 0.8
+    exclude: tuple[str, ...] = ()
+
+    def merge_matrices(self, deltas: list[Tensor]) -> Tensor:
+        """Merge matrices, shape (m, n) each."""
+        rank, count = min(deltas[0].shape), len(deltas)
+        each = round((rank - int(rank * self.common)) / count)
+        shared = rank - each * count
+        u, s, vt = svd(weighted_sum([1.0] * count, [delta.clone() for delta in deltas]))
+        u, s, vt = u[:, :shared], s[:shared], vt[:shared]
+        own = [svd(delta - u @ (u.T @ delta)) for delta in deltas]
+        all_u = polar(torch.cat([*(part[0][:, :each] for part in own), u], dim=1))
+        all_s = torch.cat([*(part[1][:each] for part in own), s])
+        all_vt = polar(torch.cat([*(part[2][:each] for part in own), vt], dim=0))
+        return all_s.mean() * (all_u @ all_vt)
+
+
+@dataclass(frozen=True)
+class CART(MatrixMethod):
+    """CART: θ̄ + λ Σ SVD_k(θ_t − θ̄): task vectors are centred on the average, and only their leading parts are added.
+
+    Attributes:
+        scale: λ.
+        rank: k as a share of min(m, n).
+        exclude: names to average.
+    """
+
+    base: ClassVar[Literal["required", "optional", "none"]] = "none"
+    scale: float = 1.0
+    rank: float = 0.08
+    exclude: tuple[str, ...] = ()
+
+    def merge_matrices(self, deltas: list[Tensor]) -> Tensor:
+        """Return Σ of the leading parts of centred matrices, shape (m, n) each."""
+        rank = max(1, round(self.rank * min(deltas[0].shape)))
+        total = torch.zeros_like(deltas[0])
+        for delta in deltas:
+            u, s, vt = svd(delta)
+            total += (u[:, :rank] * s[:rank]) @ vt[:rank]
+        return total
+
+    def combine(self, chunk: Chunk, seen: Any) -> Tensor:
+        """Return the merged tensor, flat."""
+        count = len(chunk.models)
+        mean = weighted_sum([1.0] * count, [model.clone() for model in chunk.models]).div_(count)
+        if not self.eligible(chunk):
+            return mean
+        centred = [(model - mean).view(chunk.shape) for model in chunk.models]
+        return self.merge_matrices(centred).reshape(-1).mul_(self.scale).add_(mean)

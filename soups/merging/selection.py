@@ -1,0 +1,215 @@
+"""Exact order statistics of streams: the k-th largest of numbers that are never in memory together.
+
+The bit patterns of non-negative floats, read as integers, are in the order of the numbers. A histogram of their highest
+15 bits finds the bin that the k-th largest is in, a second one of the next 16 bits inside that bin finds the number itself:
+two passes for float32, four for float64, a fixed 64 Ki counters, and no sort. A tensor that fits into the room that it is
+given is held, and the bit patterns are partitioned instead: one pass, the same answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import hardshrink
+
+Stream = Callable[[], Iterable[Tensor]]
+"""Gives the same chunks of non-negative floats, in the same order, each time it is called."""
+
+Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+"""`map`, or an executor's: how to visit many tensors at once."""
+
+_LOW_BITS = 16
+_BINS = 1 << _LOW_BITS
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Which elements belong to the k of largest magnitude.
+
+    Attributes:
+        threshold: the k-th largest magnitude; `None` keeps everything, infinity keeps nothing.
+        last: of the elements whose magnitude equals the threshold, those up to this flat index belong, later ones do not;
+            `None` when all of them do.
+    """
+
+    threshold: float | None
+    last: int | None = None
+
+    def keep(self, values: Tensor, start: int = 0) -> Tensor:
+        """Return values with zeros in the place of the elements that do not belong; signs are kept.
+
+        Args:
+            values: a flat chunk of a tensor.
+            start: where in the whole tensor the chunk begins.
+        """
+        if self.threshold is None:
+            return values
+        if self.threshold == float("inf"):
+            return torch.zeros_like(values)
+        below = _previous(self.threshold, values.dtype)
+        if self.last is None:
+            return _shrink(values, below)
+        here = min(max(self.last + 1 - start, 0), values.numel())
+        return torch.cat((_shrink(values[:here], below), _shrink(values[here:], self.threshold)))
+
+
+def _shrink(values: Tensor, limit: float) -> Tensor:
+    return values if limit < 0 else hardshrink(values, limit)  # keeps |x| > limit
+
+
+def _previous(value: float, dtype: torch.dtype) -> float:
+    """Return the next smaller float of `dtype`, or −1 below zero."""
+    if value == 0:
+        return -1.0
+    return float(torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(0.0, dtype=dtype)))
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.view(torch.int32 if values.dtype == torch.float32 else torch.int64)
+
+
+def _histogram(stream: Stream, shift: int, prefix: int | None) -> Tensor:
+    """Count digits `bits >> shift` (16 bits wide) of the values whose higher bits equal `prefix`."""
+    counts = torch.zeros(_BINS + 2, dtype=torch.int64)
+    for values in stream():
+        bits = _bits(values)
+        digits = bits >> shift if shift else bits
+        if prefix is None:
+            counts[1 : _BINS + 1] += torch.bincount(digits, minlength=_BINS).cpu()
+        else:
+            # Everything outside the bin falls into the first or the last counter, which are not looked at.
+            inside = (digits - ((prefix << _LOW_BITS) - 1)).clamp_(0, _BINS + 1)
+            counts += torch.bincount(inside, minlength=_BINS + 2).cpu()
+    return counts[1 : _BINS + 1]
+
+
+def kth_largest(streams: Sequence[Stream], ranks: Sequence[int], *, dtype: torch.dtype, map: Map = map) -> list[float]:
+    """Return the k-th largest of all numbers in all streams, for each k in `ranks` (1 is the largest).
+
+    Args:
+        streams: float32 or float64 chunks without negative numbers or NaN; visited through `map`.
+        ranks: each between 1 and the number of numbers.
+        dtype: the chunks' dtype.
+        map: how to visit the streams; results are combined by addition, so their order does not matter.
+
+    >>> kth_largest([lambda: [torch.tensor([3.0, 1.0]), torch.tensor([2.0])]], [1, 3], dtype=torch.float32)
+    [3.0, 1.0]
+    """
+    return [threshold for threshold, _, _ in _select(streams, ranks, dtype, map)]
+
+
+def _select(
+    streams: Sequence[Stream], ranks: Sequence[int], dtype: torch.dtype, map: Map
+) -> list[tuple[float, int, int]]:
+    """Return (threshold, how many equal to it are among the k largest, how many equal to it there are) for each rank."""
+    total_bits = 32 if dtype == torch.float32 else 64
+    state: list[tuple[int | None, int, int]] = [(None, rank, 0) for rank in ranks]
+    for shift in range(total_bits - _LOW_BITS, -1, -_LOW_BITS):
+        histograms: dict[int | None, Tensor] = {}
+        for prefix in dict.fromkeys(prefix for prefix, _, _ in state):
+
+            def count(stream: Stream, shift: int = shift, prefix: int | None = prefix) -> Tensor:
+                return _histogram(stream, shift, prefix)
+
+            parts = list(map(count, streams))
+            histograms[prefix] = torch.stack(parts).sum(0) if parts else torch.zeros(_BINS, dtype=torch.int64)
+        new: list[tuple[int | None, int, int]] = []
+        for prefix, rank, _ in state:
+            counts = histograms[prefix]
+            larger = counts.flip(0).cumsum(0)
+            place = int(torch.searchsorted(larger, rank))
+            digit = _BINS - 1 - place
+            above = int(larger[place - 1]) if place else 0
+            new.append(((prefix or 0) << _LOW_BITS | digit, rank - above, int(counts[digit])))
+        state = new
+    found: list[tuple[float, int, int]] = []
+    for prefix, rank, equal in state:
+        pattern = torch.tensor(prefix, dtype=torch.int32 if dtype == torch.float32 else torch.int64)
+        found.append((float(pattern.view(dtype)), rank, equal))
+    return found
+
+
+def cut_at(
+    streams: Sequence[Stream], ranks: Sequence[int], total: int, *, dtype: torch.dtype, map: Map = map
+) -> list[Cut]:
+    """Return, for each k in `ranks`, the cut that keeps the k largest and everything equal to the k-th.
+
+    Args:
+        streams: magnitudes, as for `kth_largest`.
+        ranks: how many to keep; 0 keeps nothing, `total` or more keeps everything.
+        total: how many numbers there are.
+        dtype: the chunks' dtype.
+        map: how to visit the streams.
+    """
+    inner = [rank for rank in ranks if 0 < rank < total]
+    thresholds = iter(kth_largest(streams, inner, dtype=dtype, map=map) if inner else [])
+    return [Cut(float("inf")) if rank <= 0 else Cut(None) if rank >= total else Cut(next(thresholds)) for rank in ranks]
+
+
+def tensor_cut(stream: Stream, ranks: Sequence[int], total: int, *, dtype: torch.dtype, room: int = 0) -> list[Cut]:
+    """Return `cut_at` of one tensor, which is held if it has at most `room` elements."""
+    if total > room:
+        return cut_at([stream], ranks, total, dtype=dtype)
+    return [Cut(cut.threshold) for cut in _held_cuts(stream, ranks, total, dtype)]
+
+
+def exact_cut(stream: Stream, ranks: Sequence[int], total: int, *, dtype: torch.dtype, room: int = 0) -> list[Cut]:
+    """Return, for each k in `ranks`, the cut that keeps exactly k elements of one tensor.
+
+    Among equal magnitudes the earlier elements are kept, so that the result is one and the same everywhere. A tensor of at
+    most `room` elements is held.
+    """
+    if total <= room:
+        return _held_cuts(stream, ranks, total, dtype)
+    inner = [rank for rank in ranks if 0 < rank < total]
+    found = iter(_select([stream], inner, dtype, map) if inner else [])
+    cuts: list[Cut] = []
+    for rank in ranks:
+        if rank <= 0 or rank >= total:
+            cuts.append(Cut(float("inf") if rank <= 0 else None))
+            continue
+        threshold, quota, equal = next(found)
+        cuts.append(Cut(threshold, None if quota == equal else _place_of_tie(stream, threshold, quota)))
+    return cuts
+
+
+def _held_cuts(stream: Stream, ranks: Sequence[int], total: int, dtype: torch.dtype) -> list[Cut]:
+    if all(rank <= 0 or rank >= total for rank in ranks):
+        return [Cut(float("inf") if rank <= 0 else None) for rank in ranks]
+    values = torch.empty(total, dtype=dtype)
+    start = 0
+    for chunk in stream():
+        values[start : start + chunk.numel()] = chunk
+        start += chunk.numel()
+    bits = _bits(values).numpy()
+    ordered = bits.copy()
+    cuts: list[Cut] = []
+    for rank in ranks:
+        if rank <= 0 or rank >= total:
+            cuts.append(Cut(float("inf") if rank <= 0 else None))
+            continue
+        ordered.partition(total - rank)
+        pattern = ordered[total - rank]
+        quota = rank - int(np.count_nonzero(bits > pattern))
+        ties = bits == pattern
+        last = None if quota == np.count_nonzero(ties) else int(np.flatnonzero(ties)[quota - 1])
+        cuts.append(Cut(float(torch.tensor(pattern).view(values.dtype)), last))
+    return cuts
+
+
+def _place_of_tie(stream: Stream, threshold: float, number: int) -> int:
+    """Return the flat index of the `number`-th element that equals `threshold`."""
+    start = 0
+    for values in stream():
+        equal = values == threshold
+        count = int(torch.count_nonzero(equal))
+        if number <= count:
+            return start + int(equal.nonzero().view(-1)[number - 1])
+        number -= count
+        start += values.numel()
+    raise AssertionError("fewer ties than counted")

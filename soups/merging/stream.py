@@ -1,0 +1,316 @@
+"""The engine: any number of tensors through a merge method, in bounded memory, on all cores, to the same bits.
+
+Each worker takes a stretch of a tensor from every model, combines it, and puts the answer in its place in the output. There
+is no queue and no order to keep, because the output's layout is fixed beforehand: while one worker waits for the disk
+another computes; the kernel is told what comes next (read-ahead) and writes behind. Bits depend on neither the number of
+workers nor the chunk size (see `soups.merging.operands`), and torch runs each operation on one thread.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from soups.errors import ConfigError, WeightsError
+from soups.merging.method import Method
+from soups.merging.operands import BLOCK, Chunk, Operands, Source
+from soups.stores.store import TensorMeta
+
+DEFAULT_BUDGET = 512 * 2**20
+# Enough to hide the cost of a Python call, little enough to stay in a core's cache.
+_BEST_CHUNK = 1 << 17
+# What a look at a tensor takes for each element it holds: the element, a copy to select in, masks.
+_HELD_BYTES = 12
+# Chunks that a worker takes at once where a tensor can be split between workers.
+_STRIDE = 32
+
+
+class Sink(Protocol):
+    """Where results go: a `Writer`, or memory."""
+
+    def write_flat(self, name: str, start: int, tensor: Tensor) -> None:
+        """Take elements from `start` on of a tensor."""
+        ...
+
+
+class MemorySink:
+    """Results in memory.
+
+    Args:
+        plan: what will be written.
+    """
+
+    def __init__(self, plan: dict[str, TensorMeta]) -> None:
+        self.weights = {name: torch.empty(meta.shape, dtype=meta.dtype) for name, meta in plan.items()}
+
+    def write_flat(self, name: str, start: int, tensor: Tensor) -> None:
+        """Copy elements to their place, converted to the planned dtype."""
+        self.weights[name].view(-1)[start : start + tensor.numel()] = tensor.to("cpu")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One tensor to make.
+
+    Attributes:
+        key: its name in the output.
+        meta: its shape and dtype in the output.
+        method: how to make it; `None` copies the first model's.
+        models: the same tensor of each model.
+        base: the base model's, or `None`.
+    """
+
+    key: str
+    meta: TensorMeta
+    method: Method | None
+    models: tuple[Source, ...]
+    base: Source | None = None
+
+    def compute_dtype(self) -> torch.dtype:
+        """Return float64 if any source or the output has it, else float32."""
+        sources = [*self.models, *([self.base] if self.base else [])]
+        dtypes = {self.meta.dtype, *(source.store.meta(source.key).dtype for source in sources)}
+        return torch.float64 if torch.float64 in dtypes else torch.float32
+
+    def nbytes(self) -> int:
+        """Return how many bytes one visit to every source reads."""
+        sources = [*self.models, *([self.base] if self.base else [])]
+        return sum(source.store.meta(source.key).nbytes for source in sources)
+
+
+def run(
+    jobs: Sequence[Job],
+    sink: Sink,
+    *,
+    budget: int = DEFAULT_BUDGET,
+    threads: int | None = None,
+    device: torch.device | str = "cpu",
+    chunk: int | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Make every job's tensor and put it into `sink`.
+
+    Args:
+        jobs: what to make; those that share one method object of model scope are looked at together.
+        sink: where results go.
+        budget: bytes of working memory, for all workers together. A method that needs whole tensors (the SVD family) takes
+            more where its largest tensor does.
+        threads: workers; as many as the process may use cores when `None`.
+        device: where to compute.
+        chunk: elements of one model in a chunk, instead of what the budget and the cache suggest.
+        progress: told the bytes of sources that were finished with, from any thread.
+
+    Raises:
+        WeightsError: a result is not finite, with the model that is to blame where there is one.
+    """
+    threads = threads or available_cores()
+    check_device(device)
+    gate = _Gate(budget)
+
+    def operands(job: Job, method: Method) -> Operands:
+        count = len(job.models) + (job.base is not None)
+        dtype = job.compute_dtype()
+        room = budget // (threads * dtype.itemsize * (2 * count + 6))
+        size = chunk or max(BLOCK, min(room, _BEST_CHUNK))
+        return Operands(
+            job.key,
+            job.meta.shape,
+            job.models,
+            job.base,
+            unit=method.unit,
+            chunk=size,
+            dtype=dtype,
+            device=device,
+            room=0 if chunk else budget // (threads * _HELD_BYTES),
+        )
+
+    with _one_thread_each(), _pool(threads) as (pool, stopped):
+        seen_all: dict[int, Any] = {}
+        wide: dict[int, tuple[Method, list[Operands]]] = {}
+        for job in jobs:
+            if job.method is not None and job.method.scope == "model":
+                wide.setdefault(id(job.method), (job.method, []))[1].append(operands(job, job.method))
+        for method, everything in wide.values():
+            seen_all[id(method)] = method.observe_all(everything, _stoppable(pool, stopped))
+
+        def work(job: Job, spans: Sequence[tuple[int, int]] | None) -> None:
+            if job.method is None:
+                for start, stop in spans or []:
+                    _check_stopped(stopped)
+                    source = job.models[0]
+                    sink.write_flat(job.key, start, source.store.read_flat(source.key, start, stop))
+                    progress((stop - start) * job.meta.dtype.itemsize)
+                return
+            source = operands(job, job.method)
+            need = source.step * source.dtype.itemsize * (2 * len(source.models) + 6) if source.unit == "tensor" else 0
+            share = job.nbytes() / max(1, source.numel)
+            with gate.hold(need):
+                seen = seen_all.get(id(job.method))
+                if job.method.scope in ("row", "tensor"):
+                    seen = job.method.observe(source)
+                for start, stop in source.spans() if spans is None else spans:
+                    _check_stopped(stopped)
+                    piece = source.at(start, stop)
+                    result = job.method.combine(piece, seen)
+                    check_finite(result, job, start, stop)
+                    sink.write_flat(job.key, start, result)
+                    progress(round(share * (stop - start)))
+
+        units: list[tuple[int, Job, Sequence[tuple[int, int]] | None]] = []
+        for job in jobs:
+            if job.method is not None and job.method.scope in ("row", "tensor"):
+                units.append((-job.meta.numel, job, None))
+                continue
+            spans = _spans(job.meta.numel, operands(job, job.method).step if job.method else _BEST_CHUNK)
+            units.extend((0, job, spans[i : i + _STRIDE]) for i in range(0, len(spans), _STRIDE))
+        # Tensors that one worker must do alone go first, the largest before others, so that none is left for the end.
+        units.sort(key=lambda unit: unit[0])
+        _finish([pool.submit(work, job, spans) for _, job, spans in units])
+
+
+def _spans(numel: int, step: int) -> list[tuple[int, int]]:
+    return [(start, min(start + step, numel)) for start in range(0, numel, step)]
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_device(device: torch.device | str) -> None:
+    """Check that torch can compute there.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either
+        raise ConfigError(
+            f"Cannot compute on device {str(device)!r}: {str(error).splitlines()[0]} Choose another, or leave it out for the CPU."
+        ) from error
+
+
+def check_finite(result: Tensor, job: Job, start: int, stop: int) -> None:
+    """Check that a merged chunk is finite in the output's dtype.
+
+    Raises:
+        WeightsError: naming the tensor, and the model that holds NaN or infinity, or the dtype that is too narrow.
+    """
+    narrow = job.meta.dtype.itemsize < 4 and job.meta.dtype != torch.bfloat16
+    if not narrow and math.isfinite(float(result.sum())):
+        return  # one cheap pass; a sum that overflows is looked at closely below
+    if bool(torch.isfinite(result.to(job.meta.dtype).float() if narrow else result).all()):
+        return
+    for source in [*job.models, *([job.base] if job.base else [])]:
+        values = source.store.read_flat(source.key, start, stop)
+        bad = int((~torch.isfinite(values.float())).sum())
+        if bad:
+            raise WeightsError(
+                f"{source.store.location}: tensor {source.key!r} holds non-finite values (NaN or infinity; {bad} between "
+                f"elements {start} and {stop}). One such model would spoil the whole merge; leave it out or train it again."
+            )
+    if bool(torch.isfinite(result).all()):
+        raise WeightsError(
+            f"Tensor {job.key!r} of the result does not fit into {job.meta.dtype}: its largest element is "
+            f"{float(result.abs().max()):.3g}. Choose bfloat16 or float32 as the output's dtype."
+        )
+    raise WeightsError(
+        f"Tensor {job.key!r} of the result is not finite although every model is. Check weights and scales: weights that "
+        f"sum to zero cannot be normalised."
+    )
+
+
+class _Gate:
+    """Lets holders of memory in as long as the budget lasts; one alone may exceed it."""
+
+    def __init__(self, budget: int) -> None:
+        self._budget, self._used, self._changed = budget, 0, threading.Condition()
+
+    @contextmanager
+    def hold(self, need: int) -> Generator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._used == 0 or self._used + need <= self._budget)
+            self._used += need
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= need
+                self._changed.notify_all()
+
+
+@contextmanager
+def _one_thread_each() -> Generator[None]:
+    # Workers are the parallelism; and a sum's bits would depend on how many threads an operation was split over.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _pool(threads: int) -> Generator[tuple[ThreadPoolExecutor, threading.Event]]:
+    stopped = threading.Event()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="soups-merge")
+    try:
+        yield pool, stopped
+    except BaseException:
+        stopped.set()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _StoppedError(Exception):
+    """Another worker failed, or the user interrupted."""
+
+
+def _check_stopped(stopped: threading.Event) -> None:
+    if stopped.is_set():
+        raise _StoppedError
+
+
+def _stoppable(pool: ThreadPoolExecutor, stopped: threading.Event) -> Callable[..., Iterable[Any]]:
+    def visit(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any]:
+        def guarded(item: Any) -> Any:
+            _check_stopped(stopped)
+            with torch.no_grad():
+                return function(item)
+
+        return pool.map(guarded, items)
+
+    return visit
+
+
+def _finish(futures: Sequence[Future[None]]) -> None:
+    done, pending = wait(futures, return_when=FIRST_EXCEPTION)
+    for future in pending:
+        future.cancel()
+    errors = [error for future in done if (error := future.exception()) is not None]
+    if errors:
+        raise next((error for error in errors if not isinstance(error, _StoppedError)), errors[0])
+
+
+__all__ = [
+    "DEFAULT_BUDGET",
+    "Chunk",
+    "Job",
+    "MemorySink",
+    "Sink",
+    "available_cores",
+    "check_device",
+    "check_finite",
+    "run",
+]

@@ -1,0 +1,180 @@
+"""Hugging Face folders: one file or several shards with an index, safetensors first, `.bin` where there is nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+from soups.errors import StorageError
+from soups.stores.checkpoint import TorchStore
+from soups.stores.safetensors import SafetensorsStore
+from soups.stores.store import Extent, ExtentStore, Store
+
+_SINGLE = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.safetensors",
+    "open_clip_model.safetensors",
+)
+_INDEXED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+class FolderStore(ExtentStore):
+    """A model folder in Hugging Face's layout.
+
+    Raises:
+        StorageError: no weights in it; an index that is damaged, names absent shards or files outside the folder, or does
+            not agree with the shards; one tensor in two shards.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.location = str(folder)
+        self._stores: list[SafetensorsStore | TorchStore] = []
+        try:
+            names, index = self._find()
+            owner: dict[str, str] = {}
+            extents: dict[str, Extent] = {}
+            tied: dict[str, str] = {}
+            for name in names:
+                store = open_file(contained(self.folder, name))
+                self._stores.append(store)
+                for key in store:
+                    if key in owner:
+                        raise StorageError(
+                            f"{self.location}: tensor {key!r} is in both {owner[key]} and {name}, so it is not clear which one "
+                            f"counts. Remove the shards of the older model and try again."
+                        )
+                    owner[key] = name
+                    if key not in store.tied():
+                        extents[key] = store.extent(key)
+                tied |= store.tied()
+            if index is not None:
+                self._check_index(index, {key: name for key, name in owner.items() if key in extents})
+            self.metadata = dict(self._stores[0].metadata) if self._stores else {}
+        except BaseException:
+            self.close()
+            raise
+        super().__init__(extents, tied)
+        self._strided = {key: store for store in self._stores if isinstance(store, TorchStore) for key in store.strided}
+
+    def _find(self) -> tuple[list[str], Mapping[str, str] | None]:
+        for name in _INDEXED:
+            if (self.folder / name).exists():
+                index = read_index(contained(self.folder, name))
+                shards = sorted(set(index.values()))
+                absent = [shard for shard in shards if not (self.folder / shard).exists()]
+                for shard in shards:
+                    contained(self.folder, shard)
+                if absent:
+                    raise StorageError(
+                        f"{self.folder / name} names {len(absent)} of {len(shards)} shards that are not there, "
+                        f"{absent[0]!r} among them. Finish the download or the copy."
+                    )
+                return shards, index
+        for name in _SINGLE:
+            if (self.folder / name).exists():
+                return [name], None
+        loose = sorted(
+            file.name for file in self.folder.glob("*.safetensors") if file.name != "adapter_model.safetensors"
+        )
+        if loose:
+            self._check_numbered(loose)
+            return loose, None
+        if (self.folder / "adapter_config.json").exists():
+            raise StorageError(
+                f"{self.folder} is a LoRA adapter, not a whole model. Name the model that it belongs to as well: BASE+ADAPTER."
+            )
+        there = sorted(file.name for file in self.folder.iterdir())[:8]
+        raise StorageError(
+            f"{self.folder} holds no weights: neither model.safetensors nor pytorch_model.bin nor an index of shards; "
+            f"it has {there}. Name a model folder, or a single file."
+        )
+
+    def _check_numbered(self, names: list[str]) -> None:
+        for name in names:
+            match = re.fullmatch(r"(.*-)(\d+)-of-(\d+)(\..+)", name)
+            if match:
+                expected = [
+                    f"{match[1]}{i:0{len(match[2])}d}-of-{match[3]}{match[4]}" for i in range(1, int(match[3]) + 1)
+                ]
+                absent = [file for file in expected[:10_000] if file not in names]
+                if absent:
+                    raise StorageError(f"{self.folder} lacks shard {absent[0]!r}. Finish the download or the copy.")
+
+    def _check_index(self, index: Mapping[str, str], owner: Mapping[str, str]) -> None:
+        wrong = [key for key, shard in index.items() if owner.get(key) != shard]
+        unlisted = [key for key in owner if key not in index]
+        if wrong or unlisted:
+            first = wrong[0] if wrong else unlisted[0]
+            raise StorageError(
+                f"{self.location}: the index and the shards do not agree on {len(wrong) + len(unlisted)} tensors, {first!r} "
+                f"among them: listed in {index.get(first)}, found in {owner.get(first)}. Copy the folder again, or remove "
+                f"the index if the shards are whole."
+            )
+
+    def read_flat(self, key: str, start: int = 0, stop: int | None = None, out: Any = None) -> Any:
+        """Return elements `start:stop` of a tensor."""
+        store = self._strided.get(self._tied.get(key, key))
+        return store.read_flat(key, start, stop, out) if store else super().read_flat(key, start, stop, out)
+
+    def close(self) -> None:
+        """Close every shard."""
+        for store in self._stores:
+            store.close()
+
+
+def open_file(path: Path) -> SafetensorsStore | TorchStore:
+    """Open one file of weights by its ending."""
+    return SafetensorsStore(path) if path.suffix == ".safetensors" else TorchStore(path)
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Read an index of shards: tensor name to file name.
+
+    Raises:
+        StorageError: it is no JSON, or has no such map.
+    """
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        weight_map = index["weight_map"]
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise TypeError("no weight_map")
+        items = cast("dict[str, Any]", weight_map)
+        if not all(isinstance(shard, str) for shard in items.values()):
+            raise TypeError("file names that are no text")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StorageError(f"{path} is not a whole index of shards ({error}). Copy or make it again.") from error
+    return items
+
+
+def contained(folder: Path, name: str) -> Path:
+    """Return the path of a file that belongs to a folder.
+
+    A link may lead to the `blobs` folder of the Hugging Face cache that the folder itself is a snapshot in, and to other
+    places inside the folder, nowhere else.
+
+    Raises:
+        StorageError: the name or a link leads out of the folder.
+    """
+    path = folder / name
+    pure = PurePosixPath(name.replace("\\", "/"))
+    home = folder.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(home.parent.parent / "blobs")
+    target = path.resolve()
+    if pure.is_absolute() or ".." in pure.parts or not any(target.is_relative_to(place) for place in allowed):
+        raise StorageError(
+            f"{path} leads out of its folder, to {target}. That was refused, because a model from elsewhere could reach any "
+            f"file this way; put the file itself into the folder."
+        )
+    return path
+
+
+def is_folder_of(store: Store) -> Path | None:
+    """Return the folder that a store was opened from, if it is one."""
+    return store.folder if isinstance(store, FolderStore) else None

@@ -1,0 +1,84 @@
+"""`open_store`: any checkpoint, by what is at the path."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from soups.errors import StorageError
+from soups.stores.checkpoint import TorchStore, strip_prefix
+from soups.stores.folder import FolderStore
+from soups.stores.lora import LoRAStore
+from soups.stores.safetensors import SafetensorsStore
+from soups.stores.sources import is_remote, open_bytes
+from soups.stores.store import DictStore, RenamedStore, Store
+
+_TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+
+
+def open_store(
+    place: str | os.PathLike[str] | Mapping[str, Tensor] | Store,
+    *,
+    state: str | None = None,
+    prefix: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+) -> Store:
+    """Open a checkpoint for lazy reading.
+
+    Args:
+        place: a `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` file, a Hugging Face folder, an fsspec URL of a file,
+            weights in memory, or a store (returned as it is).
+        state: which weights of a training checkpoint (see `TorchStore`): `"average"`, `"average:NAME"`, `"live"`, a path.
+        prefix: keep only tensors whose names begin with this, without it: `"model."` turns a LightningModule's names into
+            its network's.
+        adapter: a PEFT LoRA folder to apply.
+
+    Returns:
+        The store; close it, or use it in a `with` block.
+
+    Raises:
+        StorageError: nothing is there, or it is damaged, hostile or of an unknown kind.
+        WeightsError: the prefix or the adapter does not fit.
+    """
+    store = _open(place, state)
+    try:
+        if prefix:
+            store = RenamedStore(store, strip_prefix(store.keys(), prefix, store.location).__getitem__)
+        return LoRAStore(store, adapter) if adapter else store
+    except BaseException:
+        store.close()
+        raise
+
+
+def _open(place: str | os.PathLike[str] | Mapping[str, Tensor] | Store, state: str | None) -> Store:
+    if isinstance(place, Store):
+        return place
+    if isinstance(place, Mapping):
+        return DictStore(place)
+    text = os.fspath(place)
+    suffix = Path(text).suffix.lower()
+    if not is_remote(text) and Path(text).is_dir():
+        return _no_state(FolderStore(text), state)
+    if suffix not in (".safetensors", *_TORCH) and (is_remote(text) or Path(text).is_file()):
+        with_source = open_bytes(text)
+        start = with_source.read(0, min(2, with_source.size))
+        with_source.close()
+        suffix = ".pt" if start == b"PK" else ".safetensors"
+    if suffix in _TORCH:
+        return TorchStore(text, state)
+    if suffix == ".safetensors":
+        return _no_state(SafetensorsStore(text), state)
+    raise StorageError(
+        f"There is no checkpoint at {text}. Name a .safetensors, .pt, .pth, .bin or .ckpt file, a model folder on this "
+        f"machine, or a URL such as s3://bucket/file.safetensors."
+    )
+
+
+def _no_state(store: Store, state: str | None) -> Store:
+    if state is not None:
+        store.close()
+        raise StorageError(f"{store.location} holds one set of weights; state={state!r} is for .ckpt and .pt files.")
+    return store

@@ -1,0 +1,32 @@
+import torch
+
+# Longer than several blocks, rows that no block divides, a convolution, a scalar, one tied pair, one counter.
+SHAPES = {
+    "embed.weight": (70, 501),
+    "matrix": (90, 400),
+    "bias": (37,),
+    "conv": (4, 3, 5, 5),
+    "scalar": (),
+    "long": (50_001,),
+}
+
+
+def model(seed, dtype=torch.float32, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: (scale * torch.randn(shape, generator=generator)).to(dtype) for name, shape in SHAPES.items()}
+    return {**weights, "head.weight": weights["embed.weight"], "steps": torch.tensor(7 + seed)}
+
+
+def tuned(start, seed, size=0.05):
+    """A fine-tune: every floating tensor of `start` moved a little, ties kept."""
+    moves = model(seed, scale=size)
+    weights = {
+        name: (tensor.float() + moves[name]).to(tensor.dtype) if tensor.is_floating_point() else tensor.clone()
+        for name, tensor in start.items()
+    }
+    return {**weights, "head.weight": weights["embed.weight"]}
+
+
+def family(count, dtype=torch.float32):
+    base = model(0, dtype)
+    return base, [tuned(base, seed) for seed in range(1, count + 1)]
