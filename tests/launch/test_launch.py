@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from torchvision import models as torchvision_models
+from transformers import ViTConfig, ViTForImageClassification
 
 from soups.errors import ConfigError, WeightsError
 from soups.launch.cook import choose_members, cook
@@ -25,6 +27,7 @@ from soups.launch.settings import (
     open_pool,
 )
 from soups.launch.start import ensure_probe, ensure_start
+from soups.stores import read_safetensors
 from soups.stores.pool import Ingredient, Pool
 from tests.launch.conftest import compose_settings
 
@@ -194,3 +197,29 @@ def test_an_ingredient_can_be_an_average_of_its_run(settings: Settings, override
     assert plain.weights == raw.weights, "watching a run does not change it"
     with pytest.raises(ConfigError, match=r"ingredient\.weights=emma, .* did you mean 'ema'"):
         fine_tune(compose_settings([*longer, "ingredient.weights=emma"]), show_progress=False)
+
+
+@pytest.mark.parametrize("library", ["torchvision", "huggingface"])
+def test_other_libraries_by_configuration(library: str, overrides: list[str], tmp_path: Path) -> None:
+    """From tiny local files to a soup, by `model=…` alone; timm is what every other test here uses."""
+    if library == "torchvision":
+        donor = torchvision_models.get_model("mobilenet_v3_small", num_classes=5)
+        torch.save(donor.state_dict(), tmp_path / "donor.pth")
+        choice = ["model=torchvision", "model.name=mobilenet_v3_small", f"model.pretrained={tmp_path}/donor.pth"]
+    else:
+        config = ViTConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8
+        )  # fmt: skip
+        ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+        choice = ["model=huggingface", f"model.name={tmp_path}/vit"]
+    base = [text for text in overrides if not text.startswith("model")]
+    settings = compose_settings([*base, *choice, "+soup=uniform"])
+    for seed in (0, 1):
+        fine_tune(changed(settings, "seed", seed), show_progress=False)
+    report, folder = cook(settings)
+    assert len(report.members) == 2
+    weights = [open_pool(settings).weights(name) for name in report.members]
+    soup = read_safetensors(folder / "soup.safetensors")
+    for name, tensor in soup.items():
+        if tensor.is_floating_point():
+            assert torch.equal(tensor, ((weights[0][name].double() + weights[1][name].double()) / 2).to(tensor.dtype))

@@ -28,7 +28,8 @@ def test_what_the_readme_names_is_there() -> None:
         for word in command.split("#")[0].split()[2:]:
             key, _, value = word.lstrip("+").partition("=")
             if (ROOT / "conf" / key).is_dir():
-                assert (ROOT / "conf" / key / f"{value}.yaml").is_file(), word
+                for choice in value.strip("[]").split(","):
+                    assert (ROOT / "conf" / key / f"{choice}.yaml").is_file(), word
     for dotted in set(re.findall(r"`(soups\.[a-z_.]+)`", readme)):
         module, _, name = dotted.rpartition(".")
         parent = import_module(module)
