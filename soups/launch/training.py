@@ -86,7 +86,7 @@ def train(
     average = _averaging(settings["ingredient"]["weights"], chosen)
     trainer = _trainer(settings, [*callbacks, *chosen], logger, show_progress)
     # Deterministic mode also fills fresh memory, to expose reads of it; that changes no result and costs a tenth of a fit.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010  (unknown to torch's stubs)
     trainer.fit(module, datamodule=ImageData(splits, network, settings))
     if trainer.interrupted:
         raise KeyboardInterrupt
