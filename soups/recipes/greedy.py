@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -30,15 +30,40 @@ class Candidate:
     load: Callable[[], Weights]
 
 
+class Trial(NamedTuple):
+    """What became of a trial soup: its score, whether it is kept, and the share of the samples that this took.
+
+    Of one that was dropped early (`soups.recipes.racing`), the score is what it would be if it did like the one to beat
+    on the samples that were not looked at.
+    """
+
+    score: float
+    kept: bool
+    evaluated: float = 1.0
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Decides whether a trial soup reaches a score, if possible from part of the samples; `racing.Race` is one."""
+
+    def decide(self, weights: Weights, to_reach: float, keep_equal: bool) -> Trial:
+        """Return the decision on some weights; `to_reach` is the last kept one's score, -inf at the start."""
+        ...
+
+
 @dataclass(frozen=True)
 class Step:
-    """One decision: the candidate, the soup's held-out score with it, the score to reach, and whether it stayed."""
+    """One decision: the candidate, the soup's held-out score with it, the score to reach, and whether it stayed.
+
+    `evaluated` is the share of the held-out samples that the decision took; `Trial` says what `soup_score` is below 1.
+    """
 
     name: str
     own_score: float
     soup_score: float
     to_reach: float
     kept: bool
+    evaluated: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +85,7 @@ class Soup:
 
 def greedy(
     candidates: Sequence[Candidate],
-    score: Score,
+    score: Score | Judge,
     ties: Ties = "paper",
     on_step: Callable[[Step], None] | None = None,
 ) -> Soup:
@@ -72,7 +97,7 @@ def greedy(
 
     Args:
         candidates: the ingredients.
-        score: held-out score of some weights; larger is better.
+        score: held-out score of some weights, larger is better; or a judge, which may drop hopeless ones early.
         ties: "paper" keeps an ingredient when the score is at least as good (≥, Recipe 1), "official" only when it is
             better (>, the authors' code).
         on_step: called after each decision, for progress.
@@ -92,6 +117,7 @@ def greedy(
         raise ConfigError("A soup needs at least one ingredient; the pool has none.")
     if ties not in ("paper", "official"):
         raise ConfigError(f"There is no tie rule {ties!r}: {did_you_mean(ties, ['paper', 'official'])}")
+    decide = score.decide if isinstance(score, Judge) else _in_full(score)
     total = RunningSum()
     members: list[str] = []
     steps: list[Step] = []
@@ -100,9 +126,9 @@ def greedy(
     for candidate in sorted(candidates, key=lambda candidate: -candidate.score):
         loaded = candidate.load()
         trial = total.mean_with(loaded, where=candidate.name)
-        value = score(trial)
-        kept = not members or value > best or (ties == "paper" and value == best)
-        step = Step(candidate.name, candidate.score, value, best, kept)
+        value, kept, evaluated = decide(trial, best, ties == "paper")
+        kept = kept or not members
+        step = Step(candidate.name, candidate.score, value, best, kept, evaluated)
         steps.append(step)
         if kept:
             total.add(loaded, where=candidate.name)
@@ -111,3 +137,11 @@ def greedy(
         if on_step:
             on_step(step)
     return Soup(weights, members, best, steps)
+
+
+def _in_full(score: Score) -> Callable[[Weights, float, bool], Trial]:
+    def decide(weights: Weights, to_reach: float, keep_equal: bool) -> Trial:
+        value = score(weights)
+        return Trial(value, value > to_reach or (keep_equal and value == to_reach))
+
+    return decide
