@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from soups.recipes.recipe import TIES, Candidate, Score, Soup, Step, Ties, check_choice, ranked, reaches
-from soups.weights import RunningSum
+from soups.recipes.recipe import TIES, Candidate, Judge, Score, Soup, Step, Ties, Trial, check_choice, ranked
+from soups.weights import RunningSum, Weights
 
 
 def greedy(
     candidates: Sequence[Candidate],
-    score: Score,
+    score: Score | Judge,
     ties: Ties = "paper",
     on_step: Callable[[Step], None] | None = None,
 ) -> Soup:
@@ -24,7 +24,7 @@ def greedy(
 
     Args:
         candidates: the ingredients.
-        score: held-out score of some weights; larger is better.
+        score: held-out score of some weights, larger is better; or a judge, which may drop hopeless ones early.
         ties: "paper" keeps an ingredient when the score is at least as good (≥, Recipe 1), "official" only when it is
             better (>, the authors' code).
         on_step: called after each decision, for progress.
@@ -42,6 +42,7 @@ def greedy(
     """
     order = ranked(candidates)
     check_choice("ties", ties, TIES)
+    decide = score.decide if isinstance(score, Judge) else _in_full(score)
     total = RunningSum()
     members: list[str] = []
     steps: list[Step] = []
@@ -50,9 +51,9 @@ def greedy(
     for candidate in order:
         loaded = candidate.load()
         trial = total.mean_with(loaded, where=candidate.name)
-        value = score(trial)
-        kept = not members or reaches(value, best, ties)
-        step = Step(candidate.name, candidate.score, value, best, kept)
+        value, kept, evaluated = decide(trial, best, ties == "paper")
+        kept = kept or not members
+        step = Step(candidate.name, candidate.score, value, best, kept, evaluated)
         steps.append(step)
         if kept:
             total.add(loaded, where=candidate.name)
@@ -61,3 +62,11 @@ def greedy(
         if on_step:
             on_step(step)
     return Soup(weights, members, best, steps, {name: 1 / len(members) for name in members})
+
+
+def _in_full(score: Score) -> Callable[[Weights, float, bool], Trial]:
+    def decide(weights: Weights, to_reach: float, keep_equal: bool) -> Trial:
+        value = score(weights)
+        return Trial(value, value > to_reach or (keep_equal and value == to_reach))
+
+    return decide

@@ -167,13 +167,16 @@ class Pool:
         """
         path = self._path("ingredients", fingerprint, WEIGHTS)
         return SafetensorsStore(path if self.local else self._files.unstrip_protocol(path))
+
     def weights_file(self, fingerprint: str) -> Path | None:
         """Return where an ingredient's weights are, for reading a part of them; None on storage that is not local.
 
         Raises:
             StorageError: the file is absent or has another size than its record says.
         """
-        return Path(self._path("ingredients", fingerprint, WEIGHTS)) if self._sized("ingredients", fingerprint) else None
+        return (
+            Path(self._path("ingredients", fingerprint, WEIGHTS)) if self._sized("ingredients", fingerprint) else None
+        )
 
     def start_file(self, weights_hash: str) -> Path | None:
         """Return where the weights of a shared start are, by their hash; None if the pool lacks it or is not local."""
