@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from soups.recipes.recipe import TIES, Candidate, Score, Soup, Step, Ties, check_choice, ranked, reaches
+from soups.recipes.recipe import TIES, Candidate, Judge, Score, Soup, Step, Ties, check_choice, decide, ranked
 from soups.weights import RunningSum
 
 
 def greedy(
     candidates: Sequence[Candidate],
-    score: Score,
+    score: Score | Judge,
     ties: Ties = "paper",
     on_step: Callable[[Step], None] | None = None,
 ) -> Soup:
@@ -24,7 +24,7 @@ def greedy(
 
     Args:
         candidates: the ingredients.
-        score: held-out score of some weights; larger is better.
+        score: held-out score of some weights, larger is better; or a judge, which may drop hopeless ones early.
         ties: "paper" keeps an ingredient when the score is at least as good (≥, Recipe 1), "official" only when it is
             better (>, the authors' code).
         on_step: called after each decision, for progress.
@@ -50,9 +50,9 @@ def greedy(
     for candidate in order:
         loaded = candidate.load()
         trial = total.mean_with(loaded, where=candidate.name)
-        value = score(trial)
-        kept = not members or reaches(value, best, ties)
-        step = Step(candidate.name, candidate.score, value, best, kept)
+        value, kept, evaluated = decide(score, trial, best, ties)
+        kept = kept or not members
+        step = Step(candidate.name, candidate.score, value, best, kept, evaluated=evaluated)
         steps.append(step)
         if kept:
             total.add(loaded, where=candidate.name)
