@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from soups.evaluation.statistics import negative_flips, right
+
 
 def negative_flip_rate(old: Tensor, new: Tensor, labels: Tensor) -> float:
     """Return the share of samples that `old` has right and `new` wrong (arXiv:2301.10546), in [0, 1].
+
+    `soups.evaluation.statistics.negative_flips` gives it with an interval.
 
     Args:
         old, new: logits (N, classes).
@@ -17,5 +21,4 @@ def negative_flip_rate(old: Tensor, new: Tensor, labels: Tensor) -> float:
     >>> negative_flip_rate(old, new, torch.tensor([0, 1]))
     0.5
     """
-    was_right, is_right = (logits.argmax(dim=1) == labels for logits in (old, new))
-    return int((was_right & ~is_right).sum()) / len(labels)
+    return negative_flips(right(old, labels), right(new, labels)).value
