@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from soups.errors import ConfigError
-from soups.evaluation.statistics import negative_flips, right
+from soups.evaluation.flips import negative_flip_rate
 from soups.recipes.recipe import Candidate, Fisher, Point, Predict, Score, Soup, check_choice, grid, line, ranked
 from soups.recipes.uniform import uniform
 from soups.weights import Weights, accumulation_dtype, check_same, is_averaged, tied_names
@@ -75,12 +75,12 @@ def bcwi(
             return line(new, old, share, where=start.name)
         return fisher_line(new, old, share, importance, where=start.name)
 
-    before = right(predict(old), labels)
+    before = predict(old)
     path: list[Point] = []
     flips: list[float] = []
     for position in positions:
         made = between(position)
-        flips.append(negative_flips(before, right(predict(made), labels)).value)
+        flips.append(negative_flip_rate(before, predict(made), labels))
         path.append(Point(position, score(made), lambda position=position: between(position)))
     if alpha is None:
         enough = path[0].score - tolerance

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from soups.recipes.recipe import TIES, Candidate, Judge, Score, Soup, Step, Ties, Trial, check_choice, ranked
-from soups.weights import RunningSum, Weights
+from soups.recipes.recipe import TIES, Candidate, Judge, Score, Soup, Step, Ties, check_choice, decide, ranked
+from soups.weights import RunningSum
 
 
 def greedy(
@@ -42,7 +42,6 @@ def greedy(
     """
     order = ranked(candidates)
     check_choice("ties", ties, TIES)
-    decide = score.decide if isinstance(score, Judge) else _in_full(score)
     total = RunningSum()
     members: list[str] = []
     steps: list[Step] = []
@@ -51,9 +50,9 @@ def greedy(
     for candidate in order:
         loaded = candidate.load()
         trial = total.mean_with(loaded, where=candidate.name)
-        value, kept, evaluated = decide(trial, best, ties == "paper")
+        value, kept, evaluated = decide(score, trial, best, ties)
         kept = kept or not members
-        step = Step(candidate.name, candidate.score, value, best, kept, evaluated)
+        step = Step(candidate.name, candidate.score, value, best, kept, evaluated=evaluated)
         steps.append(step)
         if kept:
             total.add(loaded, where=candidate.name)
@@ -62,11 +61,3 @@ def greedy(
         if on_step:
             on_step(step)
     return Soup(weights, members, best, steps, {name: 1 / len(members) for name in members})
-
-
-def _in_full(score: Score) -> Callable[[Weights, float, bool], Trial]:
-    def decide(weights: Weights, to_reach: float, keep_equal: bool) -> Trial:
-        value = score(weights)
-        return Trial(value, value > to_reach or (keep_equal and value == to_reach))
-
-    return decide

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from soups.errors import ConfigError
 from soups.evaluation.scores import Batch, predict
 from soups.evaluation.statistics import losses, right
-from soups.recipes.recipe import Step, Trial
+from soups.recipes.recipe import Step, Ties, Trial, reaches
 from soups.seeding import generator
 from soups.weights import Weights
 
@@ -66,7 +66,7 @@ class Race:
         """Return the score of some weights on all samples."""
         return _mean([value for block in self._read(weights) for value in block])
 
-    def decide(self, weights: Weights, to_reach: float, keep_equal: bool) -> Trial:
+    def decide(self, weights: Weights, to_reach: float, ties: Ties) -> Trial:
         """Return whether some weights reach a score, from as few samples as the rules allow.
 
         Raises:
@@ -86,14 +86,14 @@ class Race:
                 continue
             count = len(self._to_beat)
             best_case = math.fsum([*seen, *[self.ceiling] * (count - len(seen))]) / count
-            hopeless = best_case < to_reach or (not keep_equal and best_case <= to_reach)
+            hopeless = not reaches(best_case, to_reach, ties)
             if not hopeless and bet is not None:
                 hopeless = bet.add(block) >= math.log(self.trials / self.delta)
             if hopeless and len(seen) < count:
                 behind = math.fsum(seen) - math.fsum(self._to_beat[: len(seen)].tolist())
                 return Trial(to_reach + behind / count, False, len(seen) / count)
         value = _mean(seen)
-        kept = value > to_reach or (keep_equal and value == to_reach)
+        kept = reaches(value, to_reach, ties)
         if kept:
             self._to_beat = torch.tensor(seen, dtype=torch.float64)
         return Trial(value, kept)
@@ -153,10 +153,23 @@ def hardest_first(scores: Tensor) -> Tensor:
 
 def in_order(batches: Sequence[Batch], order: Tensor, size: int) -> list[Batch]:
     """Return the samples of some batches (inputs, labels) in another order, as batches of `size`."""
-    inputs, labels = torch.cat([batch[0] for batch in batches]), torch.cat([batch[1] for batch in batches])
+    labels = torch.cat([batch[1] for batch in batches])
     if len(order) != len(labels):
         raise ConfigError(f"An order of {len(order)} samples does not fit a split of {len(labels)}.")
-    return [(inputs[part], labels[part]) for part in order.split(size)]
+    parts = order.split(size)
+    whole = [inputs if isinstance(inputs, Tensor) else dict(inputs) for inputs, _ in batches]
+    if isinstance(whole[0], Tensor):
+        rows = _rows([inputs for inputs in whole if isinstance(inputs, Tensor)], parts)
+        return [(inputs, labels[part]) for inputs, part in zip(rows, parts, strict=True)]
+    by_name = {
+        name: _rows([inputs[name] for inputs in whole if not isinstance(inputs, Tensor)], parts) for name in whole[0]
+    }
+    return [({name: rows[k] for name, rows in by_name.items()}, labels[part]) for k, part in enumerate(parts)]
+
+
+def _rows(tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+    joined = torch.cat(list(tensors))
+    return [joined[part] for part in parts]
 
 
 def network_samples(

@@ -31,6 +31,27 @@ Fisher = Callable[[Weights], dict[str, Tensor]]
 """Diagonal Fisher information of some weights, by tensor; tensors without a gradient are left out."""
 
 
+class Trial(NamedTuple):
+    """What became of a trial soup: its score, whether it is kept, and the share of the samples that this took.
+
+    Of one that was dropped early (`soups.recipes.racing`), the score is what it would be if it did like the one to beat
+    on the samples that were not looked at.
+    """
+
+    score: float
+    kept: bool
+    evaluated: float = 1.0
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Decides whether a trial soup reaches a score, if possible from part of the samples; `racing.Race` is one."""
+
+    def decide(self, weights: Weights, to_reach: float, ties: Ties) -> Trial:
+        """Return the decision on some weights; `to_reach` is the last kept one's score, -inf at the start."""
+        ...
+
+
 class Slope(NamedTuple):
     """A loss and its derivatives.
 
@@ -80,33 +101,12 @@ class Candidate:
         return self.open() if self.open else DictStore(self.load(), self.name)
 
 
-class Trial(NamedTuple):
-    """What became of a trial soup: its score, whether it is kept, and the share of the samples that this took.
-
-    Of one that was dropped early (`soups.recipes.racing`), the score is what it would be if it did like the one to beat
-    on the samples that were not looked at.
-    """
-
-    score: float
-    kept: bool
-    evaluated: float = 1.0
-
-
-@runtime_checkable
-class Judge(Protocol):
-    """Decides whether a trial soup reaches a score, if possible from part of the samples; `racing.Race` is one."""
-
-    def decide(self, weights: Weights, to_reach: float, keep_equal: bool) -> Trial:
-        """Return the decision on some weights; `to_reach` is the last kept one's score, -inf at the start."""
-        ...
-
-
 @dataclass(frozen=True)
 class Step:
     """One decision: the candidate, the soup's held-out score with it, the score to reach, and whether it stayed.
 
     For `action` "remove" the score is the soup's without the candidate, and `kept` says whether it was taken out.
-    `evaluated` is the share of the held-out samples that the decision took; `Trial` says what `soup_score` is below 1.
+    `evaluated` is the share of the held-out samples that the decision took; `Trial` says what the score is below 1.
     """
 
     name: str
@@ -114,8 +114,8 @@ class Step:
     soup_score: float
     to_reach: float
     kept: bool
-    evaluated: float = 1.0
     action: Literal["add", "remove"] = "add"
+    evaluated: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,19 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         what = {"ties": "tie rule"}.get(name, name)
         raise ConfigError(f"There is no {what} {value!r}: {did_you_mean(str(value), allowed)}")
+
+
+def reaches(value: float, best: float, ties: str) -> bool:
+    """Tell whether a score is good enough: at least as good for "paper" (≥), better for "official" (>)."""
+    return value > best or (ties == "paper" and value == best)
+
+
+def decide(score: Score | Judge, weights: Weights, to_reach: float, ties: Ties) -> Trial:
+    """Return whether some weights are kept: a judge decides, a plain score is compared."""
+    if isinstance(score, Judge):
+        return score.decide(weights, to_reach, ties)
+    value = score(weights)
+    return Trial(value, reaches(value, to_reach, ties))
 
 
 def mixed(parts: Sequence[tuple[str, Callable[[], Weights], float]]) -> dict[str, Tensor]:

@@ -87,13 +87,13 @@ def test_the_exact_rule_stops_where_counting_says() -> None:
             read.append(number)
             yield value[None]
 
-    for keep_equal, expected in ((True, 4), (False, 2)):
+    for ties, expected in (("paper", 4), ("official", 2)):
         race = Race(blocks, 1.0)
-        assert race.decide({"row": torch.tensor(0)}, -math.inf, keep_equal).kept
+        assert race.decide({"row": torch.tensor(0)}, -math.inf, ties).kept
         read.clear()
-        trial = race.decide({"row": torch.tensor(1)}, 0.9, keep_equal)
+        trial = race.decide({"row": torch.tensor(1)}, 0.9, ties)
         assert len(read) == expected and trial.evaluated == expected / 10 and not trial.kept
-        assert trial.score == pytest.approx(0.9 - (2 if keep_equal else 1) / 10)
+        assert trial.score == pytest.approx(0.9 - (2 if ties == "paper" else 1) / 10)
 
 
 def test_hardest_first_saves_more_than_chance() -> None:
@@ -144,8 +144,8 @@ def test_racing_by_confidence_is_seldom_wrong_and_saves(metric: str) -> None:
         order = random_order(400, run)
         table = {0: to_beat[order], 1: candidate[order]}
         race = Race(lambda weights, table=table: table[int(weights["row"])].split(20), CEILING[metric], delta, 1)
-        first = race.decide({"row": torch.tensor(0)}, -math.inf, True)
-        wrong += race.decide({"row": torch.tensor(1)}, first.score, True).evaluated < 1
+        first = race.decide({"row": torch.tensor(0)}, -math.inf, "paper")
+        wrong += race.decide({"row": torch.tensor(1)}, first.score, "paper").evaluated < 1
     # At most delta on average; three standard deviations of that many runs above it.
     assert wrong / runs <= delta + 3 * math.sqrt(delta * (1 - delta) / runs)
     assert wrong > 0, "a bound that is never reached would be needlessly wide"
@@ -171,7 +171,7 @@ def test_mistakes() -> None:
     with pytest.raises(ConfigError, match=r"above the ceiling of the race, 0\.5"):
         Race(blocks, 0.5)({"w": Problem(0).truth})
     with pytest.raises(ConfigError, match="of another one"):
-        Race(blocks, 1.0).decide({"w": Problem(0).truth}, 0.5, True)
+        Race(blocks, 1.0).decide({"w": Problem(0).truth}, 0.5, "paper")
     with pytest.raises(ConfigError, match="does not fit a split of 4"):
         in_order([(torch.zeros(4, 1), torch.zeros(4))], torch.arange(3), 2)
     with pytest.raises(ConfigError, match="over 'accuracy' or 'loss'"):
