@@ -91,7 +91,9 @@ def close(
     models = [
         *(_Model(start.name, "start", start.weights, start.load) for start in starts),
         *(
-            _Model(record.short, "ingredient", record.weights, lambda name=record.fingerprint: kitchen.pool.weights(name))
+            _Model(
+                record.short, "ingredient", record.weights, lambda name=record.fingerprint: kitchen.pool.weights(name)
+            )
             for record in members
         ),
         *(
@@ -209,14 +211,23 @@ def _differences(
     copies = [split for split in shifted if getattr(reported[split], "source", None) is kitchen.splits.test]
     for name in dict.fromkeys([soup_name(recipe), soup_name("greedy"), soup_name("uniform")]):
         pairs = {
-            split: (right(logits[name][split], kitchen.labels(split)), right(logits[best][split], kitchen.labels(split)))
+            split: (
+                right(logits[name][split], kitchen.labels(split)),
+                right(logits[best][split], kitchen.labels(split)),
+            )
             for split in splits
         }
         test = compare_accuracy(*pairs["test"])
         found.append(
             Difference(
-                name=name, against="best single", split="test", value=test.difference.value, low=test.difference.low,
-                high=test.difference.high, p_value=test.p_value, test=test.test,
+                name=name,
+                against="best single",
+                split="test",
+                value=test.difference.value,
+                low=test.difference.low,
+                high=test.difference.high,
+                p_value=test.p_value,
+                test=test.test,
             )  # fmt: skip
         )
         change = {split: pairs[split][0].double() - pairs[split][1].double() for split in shifted}
@@ -225,9 +236,7 @@ def _differences(
         if groups and min(group.shape[-1] for group in groups) >= 2:
             ood = mean_over_splits(groups)
             found.append(
-                Difference(
-                    name=name, against="best single", split="OOD", value=ood.value, low=ood.low, high=ood.high
-                )
+                Difference(name=name, against="best single", split="OOD", value=ood.value, low=ood.low, high=ood.high)
             )
     return found
 

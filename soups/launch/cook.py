@@ -27,7 +27,7 @@ from soups.reporting import Decision, Report, compare_members, draw_all, page_of
 from soups.stores import write_safetensors
 from soups.stores.files import fingerprint, replacing_folder, write_json
 from soups.stores.pool import Ingredient
-from soups.tasks.images import Splits
+from soups.tasks.data import Splits
 from soups.weights import hash_weights
 
 METRICS = ("accuracy", "loss")
@@ -60,7 +60,7 @@ def cook(settings: Settings) -> tuple[Report, Path]:
         "recipe": {key: value for key, value in options.items() if key not in ("foreign", "exclude", "start")},
         "start": origin.weights if origin else None,
         "ingredients": sorted(member.weights for member in members),
-        "reported": {name: images.digest() for name, images in splits.reported().items()},
+        "reported": {name: samples.digest() for name, samples in splits.reported().items()},
     }
     name = fingerprint(determined)
     folder = Path(settings["paths"]["output"]) / "soups" / f"{options['recipe']}-{name[:8]}"
@@ -221,7 +221,7 @@ def _write(
         metric=kitchen.metric,
         members=[by_short[short].fingerprint for short in soup.members],
         ingredients=[record.fingerprint for record in members],
-        splits={"heldout": len(kitchen.splits.heldout), **{key: len(images) for key, images in reported.items()}},
+        splits={"heldout": len(kitchen.splits.heldout), **{key: len(samples) for key, samples in reported.items()}},
         rows=closing.rows,
         steps=[
             Decision(

@@ -19,7 +19,7 @@ from soups.recipes import RECIPES, Candidate, Soup, Step, needs_of, options_of
 from soups.recipes.racing import Race, hardest_first, in_order, network_samples, random_order
 from soups.stores.pool import Ingredient, Pool
 from soups.stores.pool_of_checkpoints import CheckpointPool
-from soups.tasks.images import Splits
+from soups.tasks.data import Splits
 from soups.weights import Weights, hash_weights
 
 # Samples a backward pass each that the Fisher information is estimated on.
@@ -68,12 +68,12 @@ class Kitchen:
 
     def logits(self, weights: Weights, split: str, weights_hash: str | None = None) -> Tensor:
         """Return logits (N, classes) of some weights on a split; stored in the pool when their hash is given."""
-        images = {"heldout": self.splits.heldout, **self.splits.reported()}[split]
+        samples = {"heldout": self.splits.heldout, **self.splits.reported()}[split]
         if weights_hash and (stored := self.pool.predictions(weights_hash, self.digest(split))) is not None:
             return stored
         if split not in self._batches:
             self._batches = {key: value for key, value in self._batches.items() if key == "heldout"}
-            self._batches[split] = evaluation_batches(self.settings, images, self.network)
+            self._batches[split] = evaluation_batches(self.settings, samples, self.network)
         self.network.module.load_state_dict(weights)
         logits = predict(self.network.module, self._batches[split], self.device)
         self.evaluations += 1

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from soups.errors import ConfigError, WeightsError
 from soups.launch.settings import Settings, build_network, build_splits, from_elsewhere, open_pool
@@ -15,8 +14,8 @@ from soups.launch.start import ensure_probe, ensure_start
 from soups.stores import open_fitted
 from soups.stores.pool import Ingredient, Pool
 from soups.stores.pool_of_checkpoints import CheckpointPool
-from soups.tasks.images import Splits
-from soups.tasks.models import Network
+from soups.tasks.data import Splits
+from soups.tasks.network import Network
 from soups.weights import Weights, check_finite, describe_mismatch, hash_weights
 
 # What `soup.start` may say besides a path.

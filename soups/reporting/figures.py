@@ -110,10 +110,18 @@ def _greedy_path(report: Report, figure: Any) -> bool:
         ]
         if chosen:
             axes.plot(*zip(*chosen, strict=True), marker, color="#d55e00" if kept else "#555555", ms=8, label=label)
-    axes.set_xticks(numbers, [f"−{step.name}" if step.action == "remove" else step.name for step in report.steps], rotation=45, ha="right", fontsize=8)
+    axes.set_xticks(
+        numbers,
+        [f"−{step.name}" if step.action == "remove" else step.name for step in report.steps],
+        rotation=45,
+        ha="right",
+        fontsize=8,
+    )
     axes.set_xlabel("steps of the search in their order")
     axes.set_ylabel(f"held-out {report.metric}" + (", %" if report.metric == "accuracy" else ""))
-    axes.set_title(f"{soup_name(report.search).capitalize()}: {sum(s.kept for s in report.steps)} of {len(report.steps)} kept")
+    axes.set_title(
+        f"{soup_name(report.search).capitalize()}: {sum(s.kept for s in report.steps)} of {len(report.steps)} kept"
+    )
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return True

@@ -284,6 +284,8 @@ def _is_records(value: Any) -> bool:
     items = cast(list[Mapping[str, Any]], value)
     keys = set(items[0])
     return all(
-        isinstance(item, Mapping) and set(item) == keys and not any(isinstance(v, (Mapping, list)) for v in item.values())
+        isinstance(item, Mapping)
+        and set(item) == keys
+        and not any(isinstance(v, (Mapping, list)) for v in item.values())
         for item in items
     )

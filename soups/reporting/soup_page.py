@@ -67,7 +67,9 @@ def read_page(folder: Path) -> Page:
     if (folder / "page.json").is_file():
         return Page.load(folder)
     if not (folder / "report.json").is_file():
-        raise StorageError(f"{folder} holds neither page.json nor report.json: name the folder of a soup or a protocol.")
+        raise StorageError(
+            f"{folder} holds neither page.json nor report.json: name the folder of a soup or a protocol."
+        )
     report = Report.load(folder)
     return page_of(report, _records(report))
 
@@ -235,4 +237,3 @@ def _layout(members: Sequence[Ingredient]) -> dict[str, str]:
         for key in ("accelerator", "strategy", "world_size", "threads")
     }
     return {key: ", ".join(values) for key, values in found.items() if values}
-
