@@ -101,7 +101,7 @@ def _track(settings: Settings, report: Report, folder: Path) -> None:
         settings["tracking"],
         Path(settings["paths"]["output"]),
         f"{report.recipe}-soup-{report.fingerprint[:8]}",
-        group_name(settings["tracking"]["group"], settings["pool"]["path"]),
+        group_name(settings["tracking"]["group"], str(settings["pool"]["path"])),
         settings,
         {
             f"{row.name}/{split}": value

@@ -238,6 +238,10 @@ def check(settings: Settings) -> None:
     rules.append(("task.label_smoothing", 0 <= _number(task["label_smoothing"]) < 1, "a number in [0, 1)"))
     for key in ("size", "batch_size", "eval_batch_size"):
         rules.append((f"loader.{key}", _number(loader[key]) >= 1, "a positive whole number"))
+    if from_elsewhere(settings) and "soup" not in settings:
+        raise ConfigError(
+            f"Checkpoints from elsewhere ({settings['pool']['path']}) are read and never added to: cook them, +soup=greedy."
+        )
     for key, fine, allowed in rules:
         if not fine:
             section, _, leaf = key.partition(".")

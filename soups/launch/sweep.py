@@ -15,11 +15,22 @@ from rich.console import Console
 
 from soups.errors import ConfigError, SoupError
 from soups.launch.app import UserError, finish, leave
-from soups.launch.cook import check_options, refuse_foreign
+from soups.launch.cook import check_options
+from soups.launch.members import refuse_foreign
 from soups.launch.progress import SweepProgress
 from soups.launch.quiet import quiet
 from soups.launch.search_space import expand, parse_space, split_arguments
-from soups.launch.settings import RunError, Settings, build_splits, check, determinants, name_of, open_pool, resolve
+from soups.launch.settings import (
+    RunError,
+    Settings,
+    build_splits,
+    check,
+    determinants,
+    from_elsewhere,
+    name_of,
+    open_pool,
+    resolve,
+)
 from soups.launch.start import ensure_start
 
 
@@ -47,7 +58,7 @@ def run_sweep(
         settings, wanted = compose(config, context, fixed, points)
         check_options(settings)
         refuse_foreign(settings)
-        results, failed = run_missing(settings, wanted, launcher)
+        results, failed = ([], {}) if from_elsewhere(settings) else run_missing(settings, wanted, launcher)
         code = finish(settings, failed)
     except SoupError as error:
         raise UserError(f"\n{error}") from error
@@ -104,6 +115,8 @@ def compose(
 
     settings = compose_one(fixed)
     check(settings)
+    if from_elsewhere(settings):  # those are cooked as they are
+        return settings, []
     splits = build_splits(settings)
     start, _ = ensure_start(settings, splits)
     wanted: dict[str, Wanted] = {}
