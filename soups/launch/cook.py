@@ -60,6 +60,7 @@ def cook(settings: Settings) -> tuple[Report, Path]:
         "recipe": {key: value for key, value in options.items() if key not in ("foreign", "exclude", "start")},
         "start": origin.weights if origin else None,
         "ingredients": sorted(member.weights for member in members),
+        "names": sorted(member.short for member in members) if from_elsewhere(settings) else None,
         "reported": {name: samples.digest() for name, samples in splits.reported().items()},
     }
     name = fingerprint(determined)
