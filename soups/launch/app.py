@@ -28,6 +28,8 @@ class UserError(CompactHydraException):
 def run(config: DictConfig) -> float:
     """Fine-tune one ingredient; return its held-out accuracy in [0, 1], which other sweepers can maximise.
 
+    With `+node=…` the run is one node of a protocol's plan instead; it returns 0.
+
     Raises:
         UserError: for every mistake that the user can put right.
     """
@@ -35,6 +37,11 @@ def run(config: DictConfig) -> float:
     alone = HydraConfig.get().mode == RunMode.RUN
     try:
         settings = resolve(config)
+        if "node" in settings:
+            from soups.launch.protocol import run_node
+
+            run_node(settings, str(settings["node"]))
+            return 0.0
         found = _known(settings)
         record = fine_tune(settings, show_progress=alone)
     except SoupError as error:

@@ -1,4 +1,4 @@
-"""One ingredient's fit, or one soup's search, as a program of its own: `python -m soups.launch.worker job.json`.
+"""One ingredient's fit, one soup's search, or one node of a protocol's plan, as a program of its own: `python -m soups.launch.worker job.json`.
 
 Lightning starts the other processes of a distributed run by repeating the program's command line. Inside a sweep that
 would be the sweep; this program's command line is one job. It ends when the process that started it ends.
@@ -19,7 +19,7 @@ from typing import Any, Literal
 from soups.errors import SoupError
 from soups.launch.settings import RunError, Settings
 
-Job = Literal["fit", "cook"]
+Job = Literal["fit", "cook", "node"]
 _USER_ERROR = 3
 
 
@@ -79,6 +79,10 @@ def main(path: Path) -> int:
 
             splits = build_splits(settings)
             fit(settings, splits, *ensure_start(settings, splits), show_progress=job["show_progress"])
+        elif job["job"] == "node":
+            from soups.launch.protocol import run_node_in_ranks
+
+            run_node_in_ranks(settings, job["node"])
         else:
             from soups.launch.cook import cook_in_ranks
 

@@ -1,6 +1,8 @@
 """Tables and figures from records on disk alone, so that any report can be made again."""
 
 from soups.reporting.figures import draw_all as draw_all
+from soups.reporting.protocol import draw_page as draw_page
+from soups.reporting.protocol import page_tables as page_tables
 from soups.reporting.report import Decision as Decision
 from soups.reporting.report import Report as Report
 from soups.reporting.report import Row as Row
