@@ -13,6 +13,8 @@ from soups.commands.diff import diff
 from soups.commands.inspect import inspect
 from soups.commands.merge import merge
 from soups.commands.methods import methods
+from soups.commands.pool import app as pool
+from soups.commands.report import report
 
 app = typer.Typer(
     name="soups",
@@ -21,8 +23,9 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (merge, inspect, diff, methods):
+for command in (merge, inspect, diff, methods, report):
     app.command()(command)
+app.add_typer(pool, name="pool")
 
 
 def _version(wanted: bool) -> None:

@@ -29,7 +29,7 @@ from soups.launch.settings import (
 )
 from soups.launch.start import device_for, ensure_probe, ensure_start, evaluation_batches
 from soups.recipes import Candidate, Soup, Step, greedy, uniform
-from soups.reporting import Decision, Report, Row, draw_all, write_csv
+from soups.reporting import Decision, Report, Row, compare_members, draw_all, page_of, save_page, write_csv
 from soups.stores import write_safetensors
 from soups.stores.files import fingerprint, replacing_folder, write_json
 from soups.stores.pool import Ingredient, Pool
@@ -431,3 +431,5 @@ def _write(
         write_csv(report, scratch / "results.csv")
         draw_all(report, scratch)
         report.save(scratch)
+        heatmaps = compare_members(kitchen.pool, members, kitchen.splits.heldout.digest())
+        save_page(page_of(report, members, heatmaps), scratch)

@@ -50,6 +50,30 @@ class ReportProgress(lightning.Callback):
                 self._path.unlink(missing_ok=True)
 
 
+class History(lightning.Callback):
+    """Keep what a fit measured at the end of each epoch, for the ingredient's record.
+
+    Attributes:
+        values: one entry an epoch: "epoch" (finished ones), "step", and those of "train/loss", "heldout/accuracy" and
+            "heldout/loss" that were measured in it.
+    """
+
+    def __init__(self) -> None:
+        self.values: list[dict[str, float]] = []
+        self._validated = False
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Note that this epoch has held-out values; metrics of an earlier one stay visible in the trainer."""
+        self._validated = not trainer.sanity_checking
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Add this epoch's values."""
+        names = ["train/loss"] + (["heldout/accuracy", "heldout/loss"] if self._validated else [])
+        found = {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
+        self.values.append({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **found})
+        self._validated = False
+
+
 class SweepProgress:
     """A live display of a sweep: finished ingredients, those in progress, and the time left.
 

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from soups.errors import StorageError, WeightsError
 from soups.stores.files import replacing_folder, sha256_file, storage_errors, write_json
-from soups.stores.safetensors import read_safetensors, write_safetensors
+from soups.stores.safetensors import SafetensorsStore, read_safetensors, write_safetensors
+from soups.stores.store import Store
 from soups.weights import Weights, check_finite, hash_architecture, hash_weights
 
 WEIGHTS, RECORD = "weights.safetensors", "record.json"
@@ -57,6 +58,7 @@ class Ingredient(BaseModel):
         layout: what the run ran on: devices, strategy, threads, host.
         created: UTC, ISO 8601.
         notes: anything else worth keeping (the probe's penalty, the averages' names).
+        history: values by epoch ("epoch", "step", "train/loss", "heldout/accuracy", "heldout/loss"), as far as measured.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -76,11 +78,12 @@ class Ingredient(BaseModel):
     layout: dict[str, Any] = Field(default_factory=dict)
     created: str = Field(default_factory=_now)
     notes: dict[str, Any] = Field(default_factory=dict)
+    history: list[dict[str, float]] = Field(default_factory=list[dict[str, float]])
 
     @property
     def short(self) -> str:
-        """The first eight characters of the fingerprint, as shown to people."""
-        return self.fingerprint[:8]
+        """What people are shown: the name of a checkpoint from elsewhere, else eight characters of the fingerprint."""
+        return str(self.notes.get("name", self.fingerprint[:8]))
 
     def heldout(self, metric: str = "accuracy") -> float:
         """Return a metric on the held-out split."""
@@ -155,6 +158,32 @@ class Pool:
             WeightsError: a tensor holds NaN or infinity, or names and shapes are not the recorded ones.
         """
         return self._weights("ingredients", self.ingredient(fingerprint), verify)
+
+    def store(self, fingerprint: str) -> Store:
+        """Open an ingredient's weights for reading one tensor at a time; the caller closes it.
+
+        Raises:
+            StorageError: the file is absent, truncated or damaged.
+        """
+        path = self._path("ingredients", fingerprint, WEIGHTS)
+        return SafetensorsStore(path if self.local else self._files.unstrip_protocol(path))
+
+    def weights_file(self, fingerprint: str) -> Path | None:
+        """Return where an ingredient's weights are, for reading a part of them; None on storage that is not local.
+
+        Raises:
+            StorageError: the file is absent or has another size than its record says.
+        """
+        return (
+            Path(self._path("ingredients", fingerprint, WEIGHTS)) if self._sized("ingredients", fingerprint) else None
+        )
+
+    def start_file(self, weights_hash: str) -> Path | None:
+        """Return where the weights of a shared start are, by their hash; None if the pool lacks it or is not local."""
+        for name in self._names("starts") if self.local else []:
+            if self._record("starts", name).weights == weights_hash and self._sized("starts", name):
+                return Path(self._path("starts", name, WEIGHTS))
+        return None
 
     def add(self, record: Ingredient, weights: Weights) -> Ingredient:
         """Add a finished ingredient; the fields that describe the weights are filled in. One that is there stays.
@@ -281,16 +310,9 @@ class Pool:
                 ) from error
 
     def _weights(self, kind: str, record: Ingredient, verify: bool = False) -> dict[str, Tensor]:
-        path = self._path(kind, record.fingerprint, WEIGHTS)
-        again = (
-            f"Remove the folder {self._path(kind, record.fingerprint)} and run the same command again: it is made anew."
-        )
+        path, again = self._path(kind, record.fingerprint, WEIGHTS), self._again(kind, record.fingerprint)
         with self._as_local(path) as local:
-            # The size tells a truncated file before it is mapped: a mapped file that is short kills the process.
-            size = local.stat().st_size if local.exists() else -1
-            if size != record.file_bytes:
-                found = "is absent" if size < 0 else f"has {size} bytes"
-                raise StorageError(f"{path} {found}; {record.file_bytes} were written. {again}")
+            self._check_size(path, local, record, again)
             try:
                 weights = read_safetensors(local)
             except StorageError as error:
@@ -301,6 +323,24 @@ class Pool:
         if verify and hash_weights(weights) != record.weights:
             raise StorageError(f"{path} was altered after it was written: its hash is not the recorded one. {again}")
         return weights
+
+    def _sized(self, kind: str, name: str) -> bool:
+        if not self.local:
+            return False
+        path = self._path(kind, name, WEIGHTS)
+        self._check_size(path, Path(path), self._record(kind, name), self._again(kind, name))
+        return True
+
+    def _again(self, kind: str, name: str) -> str:
+        return f"Remove the folder {self._path(kind, name)} and run the same command again: it is made anew."
+
+    @staticmethod
+    def _check_size(path: str, local: Path, record: Ingredient, again: str) -> None:
+        # The size tells a truncated file before it is mapped: a mapped file that is short kills the process.
+        size = local.stat().st_size if local.exists() else -1
+        if size != record.file_bytes:
+            found = "is absent" if size < 0 else f"has {size} bytes"
+            raise StorageError(f"{path} {found}; {record.file_bytes} were written. {again}")
 
     @contextmanager
     def _as_local(self, path: str) -> Generator[Path]:
