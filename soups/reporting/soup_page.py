@@ -67,7 +67,9 @@ def read_page(folder: Path) -> Page:
     if (folder / "page.json").is_file():
         return Page.load(folder)
     if not (folder / "report.json").is_file():
-        raise StorageError(f"{folder} holds neither page.json nor report.json: name the folder of a soup or a protocol.")
+        raise StorageError(
+            f"{folder} holds neither page.json nor report.json: name the folder of a soup or a protocol."
+        )
     report = Report.load(folder)
     return page_of(report, _records(report))
 
@@ -113,7 +115,7 @@ def _percent(row: Row, split: str, count: int) -> Cell:
 def _closing(report: Report) -> Table:
     has_ood = len(report.splits) > 2
     columns = ["model", *(f"{_name(split)}, %" for split in report.splits)]
-    columns += (["OOD mean, %"] if has_ood else []) + ["held-out loss, nats", "note"]
+    columns += (["OOD mean, %"] if has_ood else []) + ["loss, nats", "note"]
     rows: list[list[Cell | float | int | str | None]] = [
         [
             row.name,
@@ -128,7 +130,7 @@ def _closing(report: Report) -> Table:
     return Table(
         title="Accuracy of every model",
         note=f"Samples: {sizes}. Intervals are 95 % (Wilson) for one model by itself; differences between models "
-        f"measured on the same samples are surer than they suggest. Selection saw the held-out split alone.",
+        f"measured on the same samples are surer than they suggest. Loss is on the held-out split. Selection saw the held-out split alone.",
         columns=columns,
         rows=rows,
         highlight=[number for number, row in enumerate(report.rows) if row.name == f"{report.recipe} soup"],
@@ -236,4 +238,3 @@ def _layout(members: Sequence[Ingredient]) -> dict[str, str]:
         for key in ("accelerator", "strategy", "world_size", "threads")
     }
     return {key: ", ".join(values) for key, values in found.items() if values}
-

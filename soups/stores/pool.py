@@ -15,6 +15,7 @@ or not at all. Writers of one name write the same content; whoever comes second 
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import uuid
 from collections.abc import Generator
@@ -29,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from soups.errors import StorageError, WeightsError
-from soups.stores.files import replacing_folder, sha256_file, storage_errors, write_json
+from soups.stores.files import fsync_folder, replacing_folder, sha256_file, storage_errors, write_json
 from soups.stores.safetensors import SafetensorsStore, read_safetensors, write_safetensors
 from soups.stores.store import Store
 from soups.weights import Weights, check_finite, hash_architecture, hash_weights
@@ -121,6 +122,15 @@ class Pool:
     def __contains__(self, fingerprint: str) -> bool:
         return self._exists("ingredients", fingerprint, RECORD)
 
+    @property
+    def files(self) -> Any:
+        """The fsspec file system that the pool is on."""
+        return self._files
+
+    def place(self, *parts: str) -> str:
+        """Return a path of the pool on its file system."""
+        return self._path(*parts)
+
     def check_writable(self) -> None:
         """Write and remove a small file, so that a full or read-only place shows before work is spent.
 
@@ -137,6 +147,28 @@ class Pool:
     def ingredients(self) -> list[Ingredient]:
         """Return the records of all finished ingredients, in the order of their fingerprints."""
         return [self.ingredient(name) for name in self._names("ingredients")]
+
+    def names(self) -> list[str]:
+        """Return the fingerprints of all finished ingredients, without reading their records."""
+        return self._names("ingredients")
+
+    def starts(self) -> list[Ingredient]:
+        """Return the records of all shared starts."""
+        return [self._record("starts", name) for name in self._names("starts")]
+
+    def find(self, beginning: str) -> str:
+        """Return the one fingerprint that begins so.
+
+        Raises:
+            StorageError: there is none, or more than one.
+        """
+        names = self.names()
+        found = [name for name in names if name.startswith(beginning)]
+        if len(found) == 1 and beginning:
+            return found[0]
+        known = ", ".join(name[:8] for name in (found or names)[:8]) or "none"
+        problem = "fits more than one ingredient" if found else "is no ingredient"
+        raise StorageError(f"{beginning!r} {problem} of the pool {self.url}: {known}.")
 
     def ingredient(self, fingerprint: str) -> Ingredient:
         """Return the record of an ingredient.
@@ -180,9 +212,9 @@ class Pool:
 
     def start_file(self, weights_hash: str) -> Path | None:
         """Return where the weights of a shared start are, by their hash; None if the pool lacks it or is not local."""
-        for name in self._names("starts") if self.local else []:
-            if self._record("starts", name).weights == weights_hash and self._sized("starts", name):
-                return Path(self._path("starts", name, WEIGHTS))
+        for record in self.starts() if self.local else []:
+            if record.weights == weights_hash and self._sized("starts", record.fingerprint):
+                return Path(self._path("starts", record.fingerprint, WEIGHTS))
         return None
 
     def add(self, record: Ingredient, weights: Weights) -> Ingredient:
@@ -198,6 +230,25 @@ class Pool:
             if self._files.exists(failure):
                 self._files.rm(failure)
         return added
+
+    def remove(self, fingerprint: str) -> None:
+        """Remove a finished ingredient. It is there whole or gone: what a crash leaves of it, no reader sees.
+
+        Raises:
+            StorageError: there is none, or the place cannot be written.
+        """
+        if fingerprint not in self:
+            self._record("ingredients", fingerprint)  # tells which there are
+        folder = self._path("ingredients", fingerprint)
+        with self._errors():
+            if self.local:
+                hidden = Path(folder).with_name(f".{fingerprint}.{uuid.uuid4().hex[:8]}.tmp")
+                Path(folder).rename(hidden)
+                fsync_folder(hidden.parent)
+                shutil.rmtree(hidden)
+            else:
+                self._files.rm(f"{folder}/{RECORD}")  # without it the ingredient is not there
+                self._files.rm(folder, recursive=True)
 
     def start(self, fingerprint: str) -> tuple[Ingredient, dict[str, Tensor]] | None:
         """Return a shared start by the fingerprint of what determines it, or None."""
@@ -242,6 +293,16 @@ class Pool:
         if fingerprint in self or not self._exists("failures", f"{fingerprint}.json"):
             return None
         return Failure.model_validate_json(self._files.cat_file(self._path("failures", f"{fingerprint}.json")))
+
+    def failures(self) -> list[Failure]:
+        """Return why runs failed whose ingredients are still missing, in the order of their fingerprints."""
+        folder = self._path("failures")
+        with self._errors("read"):
+            if not self._files.exists(folder):
+                return []
+            names = sorted(PurePosixPath(str(place)).name for place in self._files.ls(folder, detail=False))
+        whole = [name.removesuffix(".json") for name in names if name.endswith(".json") and not name.startswith(".")]
+        return [failure for name in whole if (failure := self.failure(name))]
 
     def predictions(self, weights_hash: str, split_hash: str) -> Tensor | None:
         """Return stored logits, float32 (N, classes), of some weights on a split, or None."""
