@@ -10,6 +10,7 @@ from importlib import import_module, metadata
 from typing import Any, cast
 
 import torch
+from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -248,3 +249,7 @@ def _number(value: Any) -> float:
 
 class RunError(SoupError):
     """Some or all runs of a sweep failed."""
+
+
+class UserError(CompactHydraException):
+    """A `SoupError` as Hydra shows it: its message, without a traceback."""
