@@ -178,6 +178,11 @@ def open_pool(settings: Settings) -> Pool:
     return Pool(settings["pool"]["path"])
 
 
+def from_elsewhere(settings: Settings) -> bool:
+    """Tell whether the ingredients are checkpoints that were made elsewhere (`pool=folder`), and not a pool of ours."""
+    return settings["pool"].get("format") == "checkpoints"
+
+
 def versions() -> dict[str, str]:
     """Return the versions of this code and of the libraries that training runs through."""
     names = ("torch", "torchvision", "timm", "lightning", "transformers", "numpy")
@@ -234,6 +239,10 @@ def check(settings: Settings) -> None:
     rules.append(("task.label_smoothing", 0 <= _number(task["label_smoothing"]) < 1, "a number in [0, 1)"))
     for key in ("size", "batch_size", "eval_batch_size"):
         rules.append((f"loader.{key}", _number(loader[key]) >= 1, "a positive whole number"))
+    if from_elsewhere(settings) and "soup" not in settings:
+        raise ConfigError(
+            f"Checkpoints from elsewhere ({settings['pool']['path']}) are read and never added to: cook them, +soup=greedy."
+        )
     for key, fine, allowed in rules:
         if not fine:
             section, _, leaf = key.partition(".")

@@ -16,8 +16,9 @@ from rich.console import Console
 
 from soups.errors import ConfigError, SoupError
 from soups.launch.app import finish, leave, tell_failures
-from soups.launch.cook import check_options, refuse_foreign
+from soups.launch.cook import check_options
 from soups.launch.fits import Evaluation
+from soups.launch.members import refuse_foreign
 from soups.launch.progress import SweepProgress
 from soups.launch.project import Project, ProjectTask, check_metric, ensure_shared_start, see_fit
 from soups.launch.project_soup import cook_project, show
@@ -30,6 +31,7 @@ from soups.launch.settings import (
     build_splits,
     check,
     determinants,
+    from_elsewhere,
     name_of,
     open_pool,
     resolve,
@@ -62,7 +64,8 @@ def run_sweep(
         settings, wanted = compose(config, context, fixed, points)
         check_options(settings)
         refuse_foreign(settings)
-        results, failed = run_missing(open_pool(settings), wanted, launcher)
+        pool = open_pool(settings)
+        results, failed = ([], {}) if from_elsewhere(settings) else run_missing(pool, wanted, launcher)
         code = finish(settings, failed)
     except SoupError as error:
         raise UserError(f"\n{error}") from error
@@ -170,6 +173,8 @@ def compose(
 
     settings = compose_one(fixed)
     check(settings)
+    if from_elsewhere(settings):  # those are cooked as they are
+        return settings, []
     splits = build_splits(settings)
     start, _ = ensure_start(settings, splits)
     wanted: dict[str, Wanted] = {}
