@@ -178,6 +178,11 @@ def open_pool(settings: Settings) -> Pool:
     return Pool(settings["pool"]["path"])
 
 
+def from_elsewhere(settings: Settings) -> bool:
+    """Tell whether the ingredients are checkpoints that were made elsewhere (`pool=folder`), and not a pool of ours."""
+    return settings["pool"].get("format") == "checkpoints"
+
+
 def versions() -> dict[str, str]:
     """Return the versions of this code and of the libraries that training runs through."""
     names = ("torch", "torchvision", "timm", "lightning", "transformers", "numpy")

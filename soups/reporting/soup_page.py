@@ -37,7 +37,7 @@ def page_of(report: Report, members: Sequence[Ingredient] = (), more: Sequence[P
     ]
     versions = report.lineage.get("versions") or {}
     return Page(
-        title=f"{report.recipe.capitalize()} soup of {len(report.ingredients)} ingredients",
+        title=f"{report.soup.capitalize()} of {len(report.ingredients)} ingredients",
         subject="soup",
         summary=summary_sentence(report),
         warnings=_warnings(report),
@@ -133,7 +133,7 @@ def _closing(report: Report) -> Table:
         f"measured on the same samples are surer than they suggest. Loss is on the held-out split. Selection saw the held-out split alone.",
         columns=columns,
         rows=rows,
-        highlight=[number for number, row in enumerate(report.rows) if row.name == f"{report.recipe} soup"],
+        highlight=[number for number, row in enumerate(report.rows) if row.name == report.soup],
     )
 
 
@@ -147,15 +147,14 @@ def _scatter(report: Report) -> Scatter:
         y = row.ood if has_ood else row.accuracy["test"]
         return Point(name=row.name, x=100 * row.accuracy[across], y=100 * y, details=details)
 
-    kept = {name[:8] for name in report.members}
     groups: dict[str, list[Point]] = {"in the soup": [], "left out": []}
     for row in report.rows:
         if row.kind == "ingredient":
-            groups["in the soup" if row.name in kept else "left out"].append(point(row))
+            groups["in the soup" if report.kept(row.name) else "left out"].append(point(row))
     # The soup of the recipe gets the star, which is the fourth look; the best single model rings its ingredient.
     order = {"best": 0, "soup": 1, "ensemble": 2, "start": 3, "mean": 4}
     others = [row for row in report.rows if row.kind != "ingredient"]
-    for row in sorted(others, key=lambda row: (order.get(row.kind, 5), row.name != f"{report.recipe} soup")):
+    for row in sorted(others, key=lambda row: (order.get(row.kind, 5), row.name != report.soup)):
         groups[row.name] = [point(row)]
     return Scatter(
         title="In distribution against out of distribution" if has_ood else "Held-out against test",
