@@ -76,7 +76,7 @@ def test_ls(pool: Pool) -> None:
     ]  # fmt: skip
     assert "3 ingredients" in lines[4] and lines[5] == "failed: cccccccc  it diverged"
     listed = json.loads(run("ls", pool.url, "--json"))
-    assert [item["settings"] for item in listed["ingredients"]][0] == {"optimizer.lr": 3e-4, "seed": 1}
+    assert listed["ingredients"][0]["settings"] == {"optimizer.lr": 3e-4, "seed": 1}
     assert listed["failed"] == [{"fingerprint": "c" * 64, "error": "it diverged"}]
 
 
