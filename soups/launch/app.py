@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
@@ -16,17 +15,15 @@ from soups.errors import SoupError
 from soups.launch.cook import cook
 from soups.launch.fine_tune import fine_tune
 from soups.launch.quiet import quiet
-from soups.launch.settings import Settings, open_pool, resolve
+from soups.launch.settings import Settings, UserError, open_pool, resolve
 from soups.reporting import Report, plain_rows, summary_sentence, tables
 from soups.tracking import group_name, log_soup
 
 
-class UserError(CompactHydraException):
-    """A `SoupError` as Hydra shows it: its message, without a traceback."""
-
-
 def run(config: DictConfig) -> float:
     """Fine-tune one ingredient; return its held-out accuracy in [0, 1], which other sweepers can maximise.
+
+    With `+node=…` the run is one node of a protocol's plan instead; it returns 0.
 
     Raises:
         UserError: for every mistake that the user can put right.
@@ -35,6 +32,11 @@ def run(config: DictConfig) -> float:
     alone = HydraConfig.get().mode == RunMode.RUN
     try:
         settings = resolve(config)
+        if "node" in settings:
+            from soups.launch.protocol import run_node
+
+            run_node(settings, str(settings["node"]))
+            return 0.0
         found = _known(settings)
         record = fine_tune(settings, show_progress=alone)
     except SoupError as error:
@@ -76,11 +78,16 @@ def finish(settings: Settings, failed: dict[str, str]) -> int:
         )
     console.print(f"\n[bold]{folder}/[/]  {', '.join(sorted(path.name for path in folder.iterdir()))}", highlight=False)
     console.print(_how_to_load(settings, report, folder), highlight=False)
-    if failed:
-        lines = "\n".join(f"{name[:8]}  {why}" for name, why in failed.items())
-        console.print(Panel(lines, title=f"{len(failed)} ingredients failed and are not in the soup", style="red"))
-        return 3
-    return 0
+    return tell_failures(console, failed)
+
+
+def tell_failures(console: Console, failed: dict[str, str]) -> int:
+    """Show which ingredients failed and why; return the exit code: 3 if some did."""
+    if not failed:
+        return 0
+    lines = "\n".join(f"{name[:8]}  {why}" for name, why in failed.items())
+    console.print(Panel(lines, title=f"{len(failed)} ingredients failed and are not in the soup", style="red"))
+    return 3
 
 
 def _how_to_load(settings: Settings, report: Report, folder: Path) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import lightning.pytorch as lightning
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from soups.stores.pool import Pool
+from soups.stores.pool import Ingredient, Pool
 
 
 def _file(pool: Pool, name: str) -> Path | None:
@@ -82,10 +82,16 @@ class SweepProgress:
         names: fingerprints that are to be made.
         labels: what to call each.
         found: how many were there before.
+        noun: what they are called together.
+        describe: what is said of a finished one.
     """
 
-    def __init__(self, pool: Pool, names: list[str], labels: dict[str, str], found: int) -> None:
+    def __init__(
+        self, pool: Pool, names: list[str], labels: dict[str, str], found: int, noun: str = "ingredients",
+        describe: Callable[[Ingredient], str] = lambda record: f"held-out {record.heldout():.2%}",
+    ) -> None:  # fmt: skip
         self.pool, self.names, self.labels, self.found = pool, names, labels, found
+        self.noun, self.describe = noun, describe
         self.console = Console(stderr=True)
         self._stop = threading.Event()
         self._done: set[str] = set()
@@ -107,7 +113,7 @@ class SweepProgress:
         )
         with Progress(*columns, console=self.console, refresh_per_second=4) as display:
             total = len(self.names) + self.found
-            main = display.add_task("[bold]ingredients", total=total, completed=self.found, left="")
+            main = display.add_task(f"[bold]{self.noun}", total=total, completed=self.found, left="")
             thread = threading.Thread(target=self._watch, args=(display, main), daemon=True)
             thread.start()
             try:
@@ -149,7 +155,7 @@ class SweepProgress:
         record = self.pool.ingredient(name)
         total = len(self.names) + self.found
         display.console.print(
-            f"[{self.found + len(self._done)}/{total}] {record.short}  held-out {record.heldout():.2%}  "
+            f"[{self.found + len(self._done)}/{total}] {record.short}  {self.describe(record)}  "
             f"{self.labels[name]}  {record.durations.get('total', 0):.0f} s",
             highlight=False,
         )

@@ -1,4 +1,4 @@
-"""One ingredient's fit, or one soup's search, as a program of its own: `python -m soups.launch.worker job.json`.
+"""One ingredient's fit, one soup's search, or one node of a protocol's plan, as a program of its own: `python -m soups.launch.worker job.json`.
 
 Lightning starts the other processes of a distributed run by repeating the program's command line. Inside a sweep that
 would be the sweep; this program's command line is one job. It ends when the process that started it ends.
@@ -19,7 +19,7 @@ from typing import Any, Literal
 from soups.errors import SoupError
 from soups.launch.settings import RunError, Settings
 
-Job = Literal["fit", "cook"]
+Job = Literal["fit", "cook", "node", "project"]
 _USER_ERROR = 3
 
 
@@ -79,6 +79,12 @@ def main(path: Path) -> int:
 
             splits = build_splits(settings)
             fit(settings, splits, *ensure_start(settings, splits), show_progress=job["show_progress"])
+        elif job["job"] == "node":
+            from soups.launch.protocol import run_node_in_ranks
+
+            run_node_in_ranks(settings, job["node"])
+        elif job["job"] == "project":
+            _project(settings, job["module"], job["function"])
         else:
             from soups.launch.cook import cook_in_ranks
 
@@ -88,6 +94,39 @@ def main(path: Path) -> int:
             path.with_suffix(".error").write_text(str(error))
         return _USER_ERROR
     return 0
+
+
+def _project(settings: Settings, place: str, name: str) -> None:
+    """Run the task function of somebody's own program, found again by its place."""
+    import importlib.util
+    from functools import reduce
+
+    from hydra.conf import HydraConf
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import DictConfig, OmegaConf
+
+    from soups.launch.project import Project, make_ingredient
+
+    if place.endswith(".py"):
+        # Not named __main__, so that the script's own main does not run.
+        spec = importlib.util.spec_from_file_location("soups_project", place)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["soups_project"] = module
+        sys.path.insert(0, str(Path(place).parent))
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(place)
+    function: Any = reduce(getattr, name.split("."), module)
+    function = getattr(function, "__wrapped__", function)  # hydra.main's wrapper
+    config, hydra = OmegaConf.create(settings["config"]), OmegaConf.create(settings["hydra"])
+    assert isinstance(config, DictConfig)
+    schema = OmegaConf.create({"hydra": HydraConf})
+    OmegaConf.set_struct(schema["hydra"], False)  # programs add keys of their own there
+    whole = OmegaConf.merge(schema, config, {"hydra": hydra})
+    assert isinstance(whole, DictConfig)
+    HydraConfig.instance().set_config(whole)
+    make_ingredient(function, config, Project.of(config, str(HydraConfig.get().job.name)), alone=False)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from soups.reporting.html import render as render
 from soups.reporting.html import write_html as write_html
 from soups.reporting.page import Page as Page
 from soups.reporting.pairs import compare_members as compare_members
+from soups.reporting.protocol import draw_page as draw_page
+from soups.reporting.protocol import page_tables as page_tables
 from soups.reporting.report import Decision as Decision
 from soups.reporting.report import Report as Report
 from soups.reporting.report import Row as Row

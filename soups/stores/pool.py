@@ -31,7 +31,8 @@ from torch import Tensor
 
 from soups.errors import StorageError, WeightsError
 from soups.stores.files import fsync_folder, replacing_folder, sha256_file, storage_errors, write_json
-from soups.stores.safetensors import read_safetensors, write_safetensors
+from soups.stores.safetensors import SafetensorsStore, read_safetensors, write_safetensors
+from soups.stores.store import Store
 from soups.weights import Weights, check_finite, hash_architecture, hash_weights
 
 WEIGHTS, RECORD = "weights.safetensors", "record.json"
@@ -82,8 +83,8 @@ class Ingredient(BaseModel):
 
     @property
     def short(self) -> str:
-        """The first eight characters of the fingerprint, as shown to people."""
-        return self.fingerprint[:8]
+        """What people are shown: the name of a checkpoint from elsewhere, else eight characters of the fingerprint."""
+        return str(self.notes.get("name", self.fingerprint[:8]))
 
     def heldout(self, metric: str = "accuracy") -> float:
         """Return a metric on the held-out split."""
@@ -189,6 +190,15 @@ class Pool:
             WeightsError: a tensor holds NaN or infinity, or names and shapes are not the recorded ones.
         """
         return self._weights("ingredients", self.ingredient(fingerprint), verify)
+
+    def store(self, fingerprint: str) -> Store:
+        """Open an ingredient's weights for reading one tensor at a time; the caller closes it.
+
+        Raises:
+            StorageError: the file is absent, truncated or damaged.
+        """
+        path = self._path("ingredients", fingerprint, WEIGHTS)
+        return SafetensorsStore(path if self.local else self._files.unstrip_protocol(path))
 
     def weights_file(self, fingerprint: str) -> Path | None:
         """Return where an ingredient's weights are, for reading a part of them; None on storage that is not local.

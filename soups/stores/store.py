@@ -78,6 +78,10 @@ class Store(ABC):
         """Map each name that repeats another tensor's memory to the first name that holds it."""
         return {}
 
+    def identity(self, key: str) -> str | None:
+        """Return text that changes when the tensor's file does; `None` where nothing but the contents could tell."""
+        return None
+
     def will_need(self, key: str, start: int, stop: int) -> None:
         """Say that elements `start:stop` of a tensor are read soon. A no-op where nothing can be done about it."""
 
@@ -139,6 +143,11 @@ class ExtentStore(Store):
         source, offset, meta = self.extent(key)
         stop = meta.numel if stop is None else stop
         return source.read_tensor(offset + start * meta.dtype.itemsize, meta.dtype, stop - start, out)
+
+    def identity(self, key: str) -> str | None:
+        """Return the file's place, size and time of change, and the offset in it."""
+        source, offset, _ = self.extent(key)
+        return f"{source.identity}@{offset}"
 
     def will_need(self, key: str, start: int, stop: int) -> None:
         """Ask the system to read ahead."""
@@ -233,6 +242,10 @@ class RenamedStore(Store):
         """Return elements `start:stop` of a tensor."""
         return self._store.read_flat(self._old(key), start, stop, out)
 
+    def identity(self, key: str) -> str | None:
+        """Return the identity of the tensor underneath."""
+        return self._store.identity(self._old(key))
+
     def will_need(self, key: str, start: int, stop: int) -> None:
         """Pass the hint on."""
         self._store.will_need(self._old(key), start, stop)
@@ -276,6 +289,10 @@ class AliasedStore(Store):
         """Pass the hint on."""
         self.store.will_need(self.aliases.get(key, key), start, stop)
 
+    def identity(self, key: str) -> str | None:
+        """Return the identity of the tensor underneath."""
+        return self.store.identity(self.aliases.get(key, key))
+
     def tied(self) -> dict[str, str]:
         """Map each tied name to the name it repeats, new names included."""
         old = self.store.tied()
@@ -284,3 +301,33 @@ class AliasedStore(Store):
     def close(self) -> None:
         """Close the store underneath."""
         self.store.close()
+
+
+class HeaderStore(Store):
+    """A checkpoint that is not there yet: names, shapes and dtypes, for plans.
+
+    Args:
+        location: what to call it in messages.
+        plan: every tensor.
+        tied: names that repeat another one.
+    """
+
+    def __init__(self, location: str, plan: Mapping[str, TensorMeta], tied: Mapping[str, str] | None = None) -> None:
+        self.location = location
+        self._plan, self._tied = dict(plan), dict(tied or {})
+
+    def keys(self) -> list[str]:
+        """Return the names of all tensors."""
+        return [*self._plan, *self._tied]
+
+    def meta(self, key: str) -> TensorMeta:
+        """Return shape and dtype of a tensor."""
+        return self._plan[self._tied.get(key, key)]
+
+    def read_flat(self, key: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
+        """Refuse: there is nothing to read."""
+        raise WeightsError(f"{self.location} is only planned; its tensor {key!r} cannot be read.")
+
+    def tied(self) -> dict[str, str]:
+        """Map each tied name to the name it repeats."""
+        return dict(self._tied)

@@ -117,3 +117,41 @@ def log_soup(
             artifact = wandb.Artifact(name, type="soup", metadata=dict(lineage))
             artifact.add_file(str(weights))
             run.log_artifact(artifact)
+
+
+def log_page(
+    tracking: Mapping[str, Any],
+    folder: Path,
+    name: str,
+    group: str,
+    page: Mapping[str, Any],
+    figures: Mapping[str, Path],
+) -> None:
+    """Log a protocol's report as a run of its own, its curves over their own x-axis (rounds, members, N).
+
+    Args:
+        tracking: `mode`, `project`, `entity`.
+        folder: where wandb keeps its files.
+        name: of the run; also its id, so that the same plan is one run however often it is reported.
+        group: shared by the protocol's runs.
+        page: a `soups.reporting.page.Page` as plain values.
+        figures: image files by name.
+    """
+    if not require_wandb(str(tracking["mode"])):
+        return
+    import wandb
+
+    config = {"configs": page["configs"], "lineage": page["lineage"], "environment": page["environment"]}
+    with start_run(tracking, folder, name, name, group, "protocol", config) as run:
+        for part in page["parts"]:
+            if part["kind"] == "curves":
+                axis = f"{part['title']}/{part['x_label']}"
+                run.define_metric(f"{part['title']}/*", step_metric=axis)
+                for number, x in enumerate(part["x"]):
+                    values = {f"{part['title']}/{key}": series[number] for key, series in part["series"].items()}
+                    run.log({axis: x, **{key: value for key, value in values.items() if value is not None}})
+            elif part["kind"] == "table":
+                rows = [[cell["value"] if isinstance(cell, dict) else cell for cell in row] for row in part["rows"]]
+                run.log({f"tables/{part['title']}": wandb.Table(columns=part["columns"], data=rows)})
+        run.log({f"figures/{key}": wandb.Image(str(path)) for key, path in figures.items()})
+        run.summary["summary"] = page["summary"]

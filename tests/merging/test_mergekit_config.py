@@ -165,9 +165,9 @@ def test_mistakes_are_named_with_their_line(root, change, message):
         ("models: [{model: ROOT/m1, parameters: {weight: 1}}]\nbase_model: ROOT/base\nmerge_method: linear", "has no weight"),
         ("slices: [{sources: [{model: ROOT/m1, layer_range: [2, 5]}]}]\nmerge_method: passthrough", "after its 4 layers"),
         ("slices: [{sources: [{model: ROOT/m1, layer_range: [2, 1]}]}]\nmerge_method: passthrough", "first < last"),
-        ("modules: {vision: {models: [{model: ROOT/m1}]}}\nmerge_method: passthrough", "only the module 'default'"),
-        ("models: [{model: ROOT/m1}]\nmerge_method: passthrough\ntokenizer: {tokens: {a: b}}", "not supported yet"),
-        ("models: [{model: ROOT/m1}]\nmerge_method: passthrough\nchat_template: chatml", "not supported"),
+        ("modules: {vision: {models: [{model: ROOT/m1}]}}\nmerge_method: passthrough", "no tensor belongs to module 'vision'"),
+        ("models: [{model: ROOT/m1}]\nmerge_method: passthrough\ntokenizer: {tokens: {a: b}}", "line 3: tokenizer.tokens.a"),
+        ("models: [{model: ROOT/m1}]\nmerge_method: passthrough\nchat_template: chatlm", "neither 'auto', nor one of alpaca, chatml"),
         ("[1, 2]\n", "a mapping"),
         ("models: [\n", "no valid YAML"),
         ("\n", "is empty"),
@@ -204,7 +204,7 @@ def test_models_of_other_shapes_are_named(root, tmp_path):
 
 
 def test_a_plan_reads_no_tensor(root):
-    _, planned = describe_plan(LINEAR.replace("ROOT", str(root)))
+    _, (planned,) = describe_plan(LINEAR.replace("ROOT", str(root)))
     with open_store(root / "m1") as store:
         size = sum(store.meta(name).numel for name in store)
     assert planned.plan.bytes_to_read == 2 * 2 * size and planned.plan.bytes_to_write == 4 * size
@@ -293,3 +293,32 @@ def test_mutated_files_give_an_error_or_a_recipe(data):
         text = text[:place] + data.draw(st.text(max_size=3)) + text[place + data.draw(st.integers(0, 5)) :]
     with contextlib.suppress(SoupError):
         read_recipe(text + "\n")
+
+
+def test_an_interrupted_recipe_of_several_documents_goes_on(tmp_path, monkeypatch):
+    from soups.merging.mergekit import run as module
+
+    llama.write_family(tmp_path / "f", count=2)
+    text = (
+        "name: first\nmerge_method: linear\nmodels:\n"
+        "- {model: ROOT/m1, parameters: {weight: 1}}\n- {model: ROOT/m2, parameters: {weight: 1}}\n---\n"
+        "merge_method: slerp\nbase_model: ROOT/base\nmodels: [{model: first}, {model: ROOT/base}]\nparameters: {t: 0.5}\n"
+    ).replace("ROOT", str(tmp_path / "f"))
+    made = []
+    execute = module.execute
+
+    def failing(plan, target, **options):
+        made.append(Path(target).name if target else None)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return execute(plan, target, **options)
+
+    monkeypatch.setattr(module, "execute", failing)
+    with pytest.raises(KeyboardInterrupt):
+        merge_recipe(text, tmp_path / "out")
+    merge_recipe(text, tmp_path / "out")
+    assert made == ["first", "out", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "out"]
+    whole = merge_recipe(text)
+    with open_store(tmp_path / "out") as store:
+        assert all(torch.equal(store.read(name), whole[name]) for name in store)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import uuid
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,37 +16,41 @@ from torch import Tensor
 from soups.errors import ConfigError, StorageError
 from soups.merging.api import execute
 from soups.merging.mergekit.files import folder_files
-from soups.merging.mergekit.planning import Planned, plan_document
+from soups.merging.mergekit.planning import Planned, folder_of, plan_document, references
 from soups.merging.mergekit.schema import Document, Recipe, Reference, read_recipe
-from soups.stores.folder import FolderStore
+from soups.stores.files import fingerprint, write_text
 from soups.stores.opening import open_store
-from soups.stores.store import RenamedStore, Store
+from soups.stores.sources import is_remote
+from soups.stores.store import HeaderStore, Store
 from soups.stores.writer import DEFAULT_SHARD_BYTES
 from soups.weights import Weights
 
 
 def merge_recipe(
     config: str | Path | Mapping[str, Any],
-    out: str | Path | None = None,
+    out: str | os.PathLike[str] | None = None,
     *,
     seed: int = 0,
     strict: bool = False,
     overwrite: bool = False,
+    truncate_embeddings: bool = False,
     copy_tokenizer: bool = True,
     write_card: bool = True,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     warn: Callable[[str], None] = lambda _: None,
     planned: Callable[[Planned], None] = lambda _: None,
     **options: Any,
-) -> dict[str, Tensor] | Path:
+) -> dict[str, Tensor] | Path | str:
     """Merge by a configuration in mergekit's format.
 
     Args:
         config: a file, YAML text, or the mapping that it would hold.
-        out: the folder or `.safetensors` file to make; `None` returns the weights.
+        out: what to make: a folder, a file, or an fsspec URL of one (see `soups.merging.execute`); `None` returns the weights.
         seed: for the methods that draw random masks (mergekit's `--random-seed`).
         strict: make every warning an error.
         overwrite: replace what is at `out`.
+        truncate_embeddings: cut embeddings of different lengths to the shortest, whatever their rows stand for (mergekit's
+            `--unsafe-truncate-embeddings`).
         copy_tokenizer: take the tokenizer along.
         write_card: write a README.md.
         shard_bytes: most bytes in one file.
@@ -64,29 +69,21 @@ def merge_recipe(
     for warning in recipe.warnings:
         report(warning)
     order = document_order(recipe)
-    parts = Path(f".{Path(out).name}.{uuid.uuid4().hex[:8]}.parts") if out else None
-    parts = Path(out).parent / parts if out and parts else None
+    parts = _intermediates(recipe, seed, os.fspath(out)) if out is not None and len(order) > 1 else None
     finished: dict[str, Path | Weights] = {}
     try:
         for number in order:
             document = recipe.documents[number]
             last = number == order[-1]
-            target = (out if last else parts / str(document.name)) if out and parts else None
+            target = out if last else parts / str(document.name) if parts else None
             with ExitStack() as stack:
-                opened: dict[Reference, Store] = {}
-
-                def opener(
-                    reference: Reference, opened: dict[Reference, Store] = opened, stack: ExitStack = stack
-                ) -> Store:
-                    if reference not in opened:
-                        opened[reference] = stack.enter_context(open_reference(reference, finished))
-                    return opened[reference]
-
-                plan = plan_document(recipe, number, opener, seed=seed)
+                stores = _opener(stack, finished)
+                plan = plan_document(recipe, number, stores, seed=seed, truncate_embeddings=truncate_embeddings)
                 for warning in plan.warnings:
                     report(warning)
                 planned(plan)
-                folders = {ref: folder for ref, store in opened.items() if (folder := _folder(store)) is not None}
+                models = {ref: folder_of(stores(ref)) for ref in references(document)}
+                folders = {ref: folder for ref, folder in models.items() if folder is not None}
                 files = folder_files(
                     recipe,
                     document,
@@ -94,25 +91,45 @@ def merge_recipe(
                     folders,
                     layers=plan.layers,
                     untied=plan.untied,
+                    shared=plan.shared,
                     copy_tokenizer=copy_tokenizer,
                     write_card=write_card,
                 )
+                mark = parts / f"{document.name}.sha256" if parts and not last else None
+                wanted = plan.plan.fingerprint(device=str(options.get("device", "cpu")))
+                if mark and mark.is_file() and mark.read_text() == wanted:
+                    finished[str(document.name)] = Path(str(target))
+                    continue
                 result = execute(
                     plan.plan,
                     target,
                     files=files,
                     metadata={"soups.merge": json.dumps({"recipe": recipe.text, "seed": seed})},
                     shard_bytes=shard_bytes,
-                    overwrite=overwrite and last,
+                    overwrite=overwrite or not last,
                     **options,
                 )
+                if mark and wanted:
+                    write_text(mark, wanted)
             if last:
+                if parts:
+                    shutil.rmtree(parts, ignore_errors=True)
                 return result
+            assert not isinstance(result, str)
             finished[str(document.name)] = result
-    finally:
-        if parts:
-            shutil.rmtree(parts, ignore_errors=True)
+    except BaseException:
+        if parts and parts.is_dir() and not any(parts.iterdir()):
+            parts.rmdir()
+        raise
     raise AssertionError("a recipe without documents")
+
+
+def _intermediates(recipe: Recipe, seed: int, out: str) -> Path:
+    """Return where the results of named documents are kept until the last one is made; the same place for the same recipe."""
+    mark = fingerprint({"recipe": recipe.text, "seed": seed})[:16]
+    if is_remote(out):
+        return Path(tempfile.gettempdir()) / f"soups-{mark}.parts"
+    return Path(out).parent / f".{Path(out).name}.{mark}.parts"
 
 
 def describe_plan(
@@ -120,32 +137,44 @@ def describe_plan(
     *,
     seed: int = 0,
     strict: bool = False,
+    truncate_embeddings: bool = False,
     warn: Callable[[str], None] = lambda _: None,
-) -> tuple[Recipe, Planned]:
-    """Plan a configuration of one document without reading or writing a tensor.
+) -> tuple[Recipe, list[Planned]]:
+    """Plan a configuration without reading or writing a tensor.
+
+    Returns:
+        The recipe, and a plan for each of its documents in the order in which they are carried out.
 
     Raises:
-        ConfigError: it has several documents: later ones need the earlier ones' results.
         SoupError: as `merge_recipe`.
     """
     recipe = read_recipe(config)
     report = _reporter(strict, warn)
     for warning in recipe.warnings:
         report(warning)
-    if len(recipe.documents) > 1:
-        raise ConfigError(f"{recipe.where} has {len(recipe.documents)} documents; a dry run plans one. Split the file.")
-    with ExitStack() as stack:
-        opened: dict[Reference, Store] = {}
-
-        def opener(reference: Reference) -> Store:
-            if reference not in opened:
-                opened[reference] = stack.enter_context(open_reference(reference, {}))
-            return opened[reference]
-
-        planned = plan_document(recipe, 0, opener, seed=seed)
-        for warning in planned.warnings:
+    plans: list[Planned] = []
+    finished: dict[str, Store] = {}
+    for number in document_order(recipe):
+        document = recipe.documents[number]
+        with ExitStack() as stack:
+            opener = _opener(stack, finished)
+            plan = plan_document(recipe, number, opener, seed=seed, truncate_embeddings=truncate_embeddings)
+        for warning in plan.warnings:
             report(warning)
-        return recipe, planned
+        plans.append(plan)
+        finished[str(document.name)] = HeaderStore(f"document {document.name}", plan.plan.outputs, plan.plan.tied)
+    return recipe, plans
+
+
+def _opener(stack: ExitStack, finished: Mapping[str, Path | Weights | Store]) -> Callable[[Reference], Store]:
+    opened: dict[Reference, Store] = {}
+
+    def opener(reference: Reference) -> Store:
+        if reference not in opened:
+            opened[reference] = stack.enter_context(open_reference(reference, finished))
+        return opened[reference]
+
+    return opener
 
 
 def _reporter(strict: bool, warn: Callable[[str], None]) -> Callable[[str], None]:
@@ -173,8 +202,6 @@ def document_order(recipe: Recipe) -> list[int]:
         )
     if len(set(names)) != len(names):
         raise ConfigError(f"{recipe.where}: two documents have one name: {names}.")
-    from soups.merging.mergekit.planning import references
-
     order: list[int] = []
     waiting: list[int] = []
 
@@ -195,7 +222,7 @@ def document_order(recipe: Recipe) -> list[int]:
     return order
 
 
-def open_reference(reference: Reference, finished: Mapping[str, Path | Weights]) -> Store:
+def open_reference(reference: Reference, finished: Mapping[str, Path | Weights | Store]) -> Store:
     """Open a model: an earlier document's result, a path, or a repository of the Hugging Face Hub.
 
     Raises:
@@ -223,10 +250,3 @@ def _local(path: str, revision: str | None) -> str:
             f"There is no folder or file {path}, and it could not be had from the Hugging Face Hub either ({error}). "
             f"Check the name, or download it first."[:800]
         ) from error
-
-
-def _folder(store: Store) -> Path | None:
-    if isinstance(store, FolderStore):
-        return store.folder
-    base = getattr(store, "base", None)
-    return _folder(base) if isinstance(base, Store) and not isinstance(store, RenamedStore) else None

@@ -1,0 +1,245 @@
+"""What runs behind `+protocol=…`: the plan's waves through Hydra's launcher, each node a job of its own, then the report.
+
+A job knows the settings and the fingerprint of its node (`+node=…`); it builds the plan again and does that node alone. So a
+job is a single run of the program for every launcher, and what Lightning's DDP repeats is that node, not the plan.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.panel import Panel
+
+from soups.errors import ConfigError, SoupError
+from soups.launch.app import UserError, leave
+from soups.launch.progress import SweepProgress
+from soups.launch.quiet import quiet
+from soups.launch.search_space import split_arguments
+from soups.launch.settings import (
+    RunError,
+    Settings,
+    build,
+    device_count,
+    is_first_process,
+    launched_outside,
+    open_pool,
+    resolve,
+    versions,
+)
+from soups.protocols import Node, Operation, Plan, execute, in_sequence, perform
+from soups.reporting import draw_page, page_tables
+from soups.reporting.page import Page
+from soups.stores.files import fingerprint
+from soups.stores.pool import Failure, Ingredient, Pool
+from soups.tracking import group_name, log_page
+
+
+@runtime_checkable
+class Program(Protocol):
+    """What `protocol._target_` makes of `settings` (all of them) and its own section.
+
+    Attributes:
+        name: of the protocol, for folders and titles.
+    """
+
+    name: str
+
+    def plan(self) -> Plan:
+        """Return the plan; the same in every process that has these settings."""
+        ...
+
+    def operations(self) -> Mapping[str, Operation]:
+        """Return what the plan's nodes can ask for, by name."""
+        ...
+
+    def page(self, plan: Plan, pool: Pool) -> Page:
+        """Return the report of a finished plan, from its results alone."""
+        ...
+
+
+def build_program(settings: Settings) -> Program:
+    """Build the protocol of some settings.
+
+    Raises:
+        ConfigError: it cannot be built, or is no protocol.
+    """
+    settings = copy.deepcopy(settings)
+    settings.pop("node", None)
+    program = build(settings["protocol"], "protocol", settings=settings)
+    if not isinstance(program, Program):
+        raise ConfigError(
+            f"protocol._target_={settings['protocol'].get('_target_')} must make an object with name, plan(), operations() "
+            f"and page(plan, pool)."
+        )
+    return program
+
+
+def find_node(plan: Plan, name: str) -> Node:
+    """Return a node of a plan by its fingerprint.
+
+    Raises:
+        ConfigError: the settings give another plan.
+    """
+    if name not in plan.nodes:
+        raise ConfigError(
+            f"node={name[:16]} is not in the plan of these settings. Nodes are started by the program; leave +node out."
+        )
+    return plan.nodes[name]
+
+
+def run_node(settings: Settings, name: str) -> None:
+    """Do one node of the settings' plan and add its result to the pool; what the launched jobs call.
+
+    Training on several devices runs in processes of its own.
+
+    Raises:
+        SoupError: the node failed; the pool knows why.
+    """
+    program = build_program(settings)
+    pool, node = open_pool(settings), find_node(program.plan(), name)
+    with pool.lock(f"node-{name[:16]}"):
+        if name in pool:
+            return
+        if node.kind == "train" and device_count(settings) > 1 and not launched_outside():
+            from soups.launch.worker import run_in_processes
+
+            try:
+                run_in_processes("node", settings, False, node=name)
+            except RunError as error:
+                pool.fail(Failure(fingerprint=name, error=str(error), determinants=node.determinants))
+                raise
+        else:
+            perform(node, pool, program.operations(), keep=is_first_process())
+
+
+def run_node_in_ranks(settings: Settings, name: str) -> None:
+    """Do one node in this process, one of the ranks of its training; rank 0 keeps the result."""
+    program = build_program(settings)
+    perform(find_node(program.plan(), name), open_pool(settings), program.operations(), keep=is_first_process())
+
+
+def run_protocol(
+    config: DictConfig, context: HydraContext, launcher: Launcher, arguments: Sequence[str]
+) -> Sequence[JobReturn]:
+    """Run a protocol to its report.
+
+    Raises:
+        UserError: a mistake in settings or data; a plan whose targets cannot be reached.
+        SystemExit: 3, when nodes failed.
+    """
+    quiet()
+    try:
+        fixed, swept, _ = split_arguments(arguments)
+        if swept:
+            raise ConfigError(
+                f"A protocol is one plan; {min(swept)} sweeps. Run the command once for each value; they share the pool."
+            )
+        settings = resolve(context.config_loader.load_sweep_config(config, fixed))
+        program = build_program(settings)
+        plan = program.plan()
+        missing, results = _run(settings, program, plan, launcher, fixed)
+        if missing:
+            Console(stderr=True).print(
+                Panel("\n".join(f"{name[:8]}  {why}" for name, why in missing.items()), style="red",
+                      title=f"{len(missing)} of {len(plan.nodes)} nodes are missing; the same command tries them again")
+            )  # fmt: skip
+            if len(missing) == len(plan.nodes) or all(node.fingerprint in missing for node in plan.targets):
+                raise RunError("No target of the plan was reached, so there is nothing to report.")
+        if not missing:
+            _finish(settings, program, plan)
+    except SoupError as error:
+        raise UserError(f"\n{error}") from error
+    leave(3 if missing else 0)
+    return results
+
+
+def _run(
+    settings: Settings, program: Program, plan: Plan, launcher: Launcher, fixed: list[str]
+) -> tuple[dict[str, str], list[JobReturn]]:
+    pool, console = open_pool(settings), Console(stderr=True)
+    waves = plan.waves(pool)
+    left = sum(map(len, waves))
+    console.print(
+        f"{program.name}: {len(plan.nodes)} nodes in the plan, {left} to do in {len(waves)} waves; pool [bold]{pool.url}[/].",
+        highlight=False,
+    )
+    here = in_sequence(pool, program.operations())
+    results: list[JobReturn] = []
+
+    def run(nodes: Sequence[Node]) -> Mapping[str, str]:
+        errors = dict(here([node for node in nodes if node.kind == "merge"]))
+        jobs = [node for node in nodes if node.kind != "merge"]
+        if not jobs:
+            return errors
+        overrides = [[*fixed, f"+node={node.fingerprint}"] for node in jobs]
+        try:
+            returned = launcher.launch(overrides, initial_job_idx=len(results))
+        except SoupError:
+            raise
+        except Exception as error:  # a launcher's own death (a killed worker, a lost cluster) keeps finished work
+            stopped = f"the launcher stopped: {type(error).__name__}: {error}"
+            return {**dict.fromkeys((node.fingerprint for node in jobs), stopped), **errors}
+        results.extend(returned)
+        for node, result in zip(jobs, returned, strict=False):
+            if result.status == JobStatus.FAILED:
+                errors[node.fingerprint] = str(getattr(result, "_return_value", ""))
+        return errors
+
+    if not left:
+        return {}, results
+    names = [node.fingerprint for wave in waves for node in wave]
+    labels = {name: plan.nodes[name].label for name in names}
+    with SweepProgress(pool, names, labels, len(plan.nodes) - left, "nodes", _line).running():
+        return execute(plan, pool, run), results
+
+
+def _line(record: Ingredient) -> str:
+    numbers = [
+        f"{split} {name} {value:.4g}"
+        for split, values in record.metrics.items()
+        for name, value in values.items()
+        if name != "count"
+    ]
+    return ", ".join(numbers[:3]) + (" …" if len(numbers) > 3 else "")
+
+
+def report_folder(settings: Settings, program: Program, plan: Plan) -> Path:
+    """Return where a plan's report is written."""
+    name = fingerprint([node.fingerprint for node in plan.targets])
+    return Path(settings["paths"]["output"]) / "protocols" / f"{program.name}-{name[:8]}"
+
+
+def _finish(settings: Settings, program: Program, plan: Plan) -> None:
+    """Write, show and track the report."""
+    console, folder = Console(), report_folder(settings, program, plan)
+    known = (folder / "page.json").is_file()
+    page = program.page(plan, open_pool(settings))
+    page = page.model_copy(update={"environment": versions(), "configs": {program.name: _plain(settings)}})
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = draw_page(page, folder)
+    page.save(folder)  # last: a folder with this file is whole
+    if not known:
+        log_page(
+            settings["tracking"], Path(settings["paths"]["output"]), folder.name,
+            group_name(settings["tracking"]["group"], settings["pool"]["path"]), page.model_dump(mode="json"), figures,
+        )  # fmt: skip
+    console.print()
+    for table in page_tables(page):
+        console.print(table)
+    for warning in page.warnings:
+        console.print(f"[yellow]{warning}[/]", highlight=False)
+    console.print(page.summary, highlight=False)
+    console.print(f"\n[bold]{folder}/[/]  {', '.join(sorted(path.name for path in folder.iterdir()))}", highlight=False)
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    return cast(dict[str, Any], json.loads(json.dumps(settings, default=str)))

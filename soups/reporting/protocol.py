@@ -1,0 +1,90 @@
+"""A page on the terminal and as figures: its tables as rich ones, its curves and scatters as PNG files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table as RichTable
+
+from soups.reporting.page import Cell, Curves, Page, Scatter, Table
+from soups.stores.files import replacing
+
+# Okabe–Ito colours, and markers for print.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")
+_MARKERS = "os^D*Pvx"
+
+
+def page_tables(page: Page) -> list[RichTable]:
+    """Return the page's tables for a terminal."""
+    tables: list[RichTable] = []
+    for part in page.parts:
+        if isinstance(part, Table):
+            table = RichTable(title=part.title, caption=part.note or None)
+            for column in part.columns:
+                table.add_column(column, justify="left" if column == part.columns[0] else "right")
+            for number, row in enumerate(part.rows):
+                table.add_row(*map(cell_text, row), style="bold" if number in part.highlight else None)
+            tables.append(table)
+    return tables
+
+
+def cell_text(value: Cell | float | int | str | None) -> str:
+    """Return a table's value for people.
+
+    >>> cell_text(Cell(value=1.25, low=1.0, high=1.5)), cell_text(None), cell_text(81.256), cell_text(3)
+    ('1.25 [1.00, 1.50]', '', '81.26', '3')
+    """
+    if value is None:
+        return ""
+    if isinstance(value, Cell):
+        interval = f" [{value.low:.2f}, {value.high:.2f}]" if value.low is not None and value.high is not None else ""
+        return f"{value.value:.2f}{interval}"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def draw_page(page: Page, folder: Path) -> dict[str, Path]:
+    """Draw the page's curves and scatters into a folder; return their files by name."""
+    drawn: dict[str, Path] = {}
+    for part in page.parts:
+        if not isinstance(part, Curves | Scatter):
+            continue
+        # The object interface: a figure of our own, whatever backend or state the user's pyplot is in.
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes: Any = figure.add_subplot()
+        _curves(part, axes) if isinstance(part, Curves) else _scatter(part, axes)
+        axes.set(title=part.title, xlabel=part.x_label, ylabel=part.y_label)
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        name = re.sub(r"[^a-z0-9]+", "_", part.title.lower()).strip("_")
+        drawn[name] = folder / f"{name}.png"
+        with replacing(drawn[name]) as temporary:
+            figure.savefig(temporary, dpi=150, format="png")
+    return drawn
+
+
+def _curves(part: Curves, axes: Any) -> None:
+    for number, (name, values) in enumerate(part.series.items()):
+        colour, marker = _COLOURS[number % 8], _MARKERS[number % 8]
+        points = [(x, y) for x, y in zip(part.x, values, strict=True) if y is not None]
+        axes.plot(*zip(*points, strict=True), color=colour, marker=marker, ms=5, lw=1.4, label=name)
+        low, high = part.low.get(name), part.high.get(name)
+        if low and high:
+            bounds = [(x, a, b) for x, a, b in zip(part.x, low, high, strict=True) if a is not None and b is not None]
+            axes.fill_between(*zip(*bounds, strict=True), color=colour, alpha=0.15, lw=0)
+    if part.log_x:
+        axes.set_xscale("log")
+
+
+def _scatter(part: Scatter, axes: Any) -> None:
+    for number, (name, points) in enumerate(part.groups.items()):
+        line = "-" if name in part.connect else ""
+        axes.plot(
+            [point.x for point in points], [point.y for point in points], line, color=_COLOURS[number % 8],
+            marker=_MARKERS[number % 8], ms=6, label=name,
+        )  # fmt: skip
