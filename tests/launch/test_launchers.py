@@ -1,6 +1,5 @@
 """The same sweep on every launcher: the same ingredients and soup, bit for bit; and what happens when one breaks."""
 
-import glob
 import json
 import os
 import shutil
@@ -100,12 +99,12 @@ def test_a_ray_cluster_and_a_worker_that_dies(basic: Path, train_py: Run, tmp_pa
 
 def running() -> list[str]:
     found = []
-    for path in glob.glob("/proc/[0-9]*/environ"):
+    for path in Path("/proc").glob("[0-9]*/environ"):
         try:
-            command = Path(path).with_name("cmdline").read_bytes() + Path(path).read_bytes()
+            command = path.with_name("cmdline").read_bytes() + path.read_bytes()
         except OSError:  # it has just ended, or is somebody else's
             continue
-        if int(Path(path).parent.name) != os.getpid():
+        if int(path.parent.name) != os.getpid():
             found.append(command.replace(b"\0", b" ").decode(errors="replace"))
     return found
 
