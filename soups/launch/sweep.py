@@ -34,6 +34,7 @@ from soups.launch.settings import (
     from_elsewhere,
     name_of,
     open_pool,
+    refuse_sweeps_in_ranks,
     resolve,
 )
 from soups.launch.start import ensure_start
@@ -60,6 +61,7 @@ def run_sweep(
     """
     quiet()
     try:
+        refuse_sweeps_in_ranks()
         fixed, points = plan(config, arguments)
         settings, wanted = compose(config, context, fixed, points)
         check_options(settings)
@@ -86,6 +88,7 @@ def run_project_sweep(
     job = str(config.hydra.job.name)
     load = context.config_loader.load_sweep_config
     try:
+        refuse_sweeps_in_ranks()
         fixed, points = plan(config, arguments)
         fit = see_fit(program, config, context, fixed)
         shared = ensure_shared_start(fit, Project.of(_compose_one(load, config, fixed), job))
