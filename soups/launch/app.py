@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
@@ -17,13 +16,9 @@ from soups.errors import SoupError
 from soups.launch.cook import cook
 from soups.launch.fine_tune import fine_tune
 from soups.launch.quiet import quiet
-from soups.launch.settings import Settings, open_pool, resolve
+from soups.launch.settings import Settings, UserError, is_first_process, open_pool, resolve
 from soups.reporting import Report, plain_rows, summary_sentence, tables
 from soups.tracking import group_name, log_soup
-
-
-class UserError(CompactHydraException):
-    """A `SoupError` as Hydra shows it: its message, without a traceback."""
 
 
 def run(config: DictConfig) -> float:
@@ -47,7 +42,7 @@ def run(config: DictConfig) -> float:
         record = fine_tune(settings, show_progress=alone)
     except SoupError as error:
         raise UserError(f"\n{error}") from error
-    if alone:
+    if alone and is_first_process():
         verb = "was in the pool already" if record.fingerprint in found else "is finished"
         Console().print(
             f"Ingredient [bold]{record.short}[/] {verb}: held-out accuracy {record.heldout():.2%}, in "
@@ -80,11 +75,16 @@ def finish(settings: Settings, failed: dict[str, str]) -> int:
         console.print(f"[yellow]![/] {escape(warning)}", highlight=False)
     console.print(f"\n[bold]{folder}/[/]  {', '.join(sorted(path.name for path in folder.iterdir()))}", highlight=False)
     console.print(_how_to_load(settings, report, folder), highlight=False)
-    if failed:
-        lines = "\n".join(f"{name[:8]}  {why}" for name, why in failed.items())
-        console.print(Panel(lines, title=f"{len(failed)} ingredients failed and are not in the soup", style="red"))
-        return 3
-    return 0
+    return tell_failures(console, failed)
+
+
+def tell_failures(console: Console, failed: dict[str, str]) -> int:
+    """Show which ingredients failed and why; return the exit code: 3 if some did."""
+    if not failed:
+        return 0
+    lines = "\n".join(f"{name[:8]}  {why}" for name, why in failed.items())
+    console.print(Panel(lines, title=f"{len(failed)} ingredients failed and are not in the soup", style="red"))
+    return 3
 
 
 def _how_to_load(settings: Settings, report: Report, folder: Path) -> str:

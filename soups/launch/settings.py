@@ -10,6 +10,7 @@ from importlib import import_module, metadata
 from typing import Any, cast
 
 import torch
+from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -217,6 +218,20 @@ def launched_outside() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
 
 
+def refuse_sweeps_in_ranks() -> None:
+    """Check that this process, which is to run a sweep, is the only one that does.
+
+    Raises:
+        RunError: torchrun or srun started several.
+    """
+    if launched_outside() and int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1:
+        raise RunError(
+            "This sweep was started by torchrun or srun in several processes, and each of them would run the whole sweep. "
+            "Start it as one process (python train.py …): trainer.devices=2 trainer.strategy=ddp gives each fit its "
+            "processes, and hydra/launcher=slurm or ray_remote its machines. Single runs may be started by torchrun and srun."
+        )
+
+
 def is_first_process() -> bool:
     """Tell whether this process is rank 0, also before Lightning has set anything up."""
     ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
@@ -257,3 +272,7 @@ def _number(value: Any) -> float:
 
 class RunError(SoupError):
     """Some or all runs of a sweep failed."""
+
+
+class UserError(CompactHydraException):
+    """A `SoupError` as Hydra shows it: its message, without a traceback."""

@@ -42,7 +42,7 @@ def greedy_removal(
     while len(members) > 1:
         trials = {name: score(total.mean_with(by_name[name].load(), where=name, factor=-1.0)) for name in members}
         name = max(trials, key=lambda name: trials[name])
-        step = Step(name, by_name[name].score, trials[name], best, trials[name] > best, action="remove")
+        step = Step(name, by_name[name].score, trials[name], best, trials[name] > best, "remove")
         steps.append(step)
         if on_step:
             on_step(step)

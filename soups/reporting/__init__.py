@@ -1,5 +1,7 @@
 """Tables and figures from records on disk alone, so that any report can be made again."""
 
+from soups.reporting.differences import differences as differences
+from soups.reporting.differences import flatten as flatten
 from soups.reporting.figures import draw_all as draw_all
 from soups.reporting.html import render as render
 from soups.reporting.html import write_html as write_html

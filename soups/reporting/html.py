@@ -18,6 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
+from soups.reporting.differences import differences, flatten
 from soups.reporting.page import Cell, Curves, Matrix, Page, Scatter, Steps, Table
 from soups.stores.files import write_text
 
@@ -75,47 +76,6 @@ def embeddable(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def differences(configs: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], dict[str, Any]]:
-    """Split settings, by dotted key, into those that differ between members and those that all share.
-
-    A key that only some have differs.
-
-    >>> differences({"a": {"lr": 1, "seed": 0}, "b": {"lr": 2, "seed": 0}})
-    (['lr'], {'seed': 0})
-    """
-    flat = {name: flatten(config) for name, config in configs.items()}
-    keys = dict.fromkeys(key for values in flat.values() for key in values)
-    absent = object()
-    differing: list[str] = []
-    shared: dict[str, Any] = {}
-    for key in keys:
-        values = [config.get(key, absent) for config in flat.values()]
-        if all(_same(value, values[0]) for value in values):
-            shared[key] = values[0]
-        else:
-            differing.append(key)
-    return differing, shared
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted key; an empty section stays as it is.
-
-    >>> flatten({"optimizer": {"lr": 0.1}, "callbacks": {}})
-    {'optimizer.lr': 0.1, 'callbacks': {}}
-    """
-    result: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            result.update(flatten(cast(Mapping[str, Any], value), f"{prefix}{key}."))
-        else:
-            result[f"{prefix}{key}"] = value
-    return result
-
-
-def _same(one: Any, other: Any) -> bool:
-    return type(one) is type(other) and (one == other or (one != one and other != other))
-
-
 def _settings(configs: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> Table:
     flat = {name: flatten(config) for name, config in configs.items()}
 
@@ -133,6 +93,8 @@ def _settings(configs: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> 
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 

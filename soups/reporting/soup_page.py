@@ -207,7 +207,7 @@ def _percent(row: Row, split: str, count: int) -> Cell:
 def _closing(report: Report) -> Table:
     has_ood = len(report.splits) > 2
     columns = ["model", *(f"{_name(split)}, %" for split in report.splits)]
-    columns += (["OOD mean, %"] if has_ood else []) + ["held-out loss, nats", "note"]
+    columns += (["OOD mean, %"] if has_ood else []) + ["loss, nats", "note"]
     rows: list[list[Cell | float | int | str | None]] = [
         [
             row.name,
@@ -222,7 +222,7 @@ def _closing(report: Report) -> Table:
     return Table(
         title="Accuracy of every model",
         note=f"Samples: {sizes}. Intervals are 95 % (Wilson) for one model by itself; differences between models "
-        f"measured on the same samples are surer than they suggest. Selection saw the held-out split alone.",
+        f"measured on the same samples are surer than they suggest. Loss is on the held-out split. Selection saw the held-out split alone.",
         columns=columns,
         rows=rows,
         highlight=[number for number, row in enumerate(report.rows) if row.name == report.soup],

@@ -74,14 +74,14 @@
     const text = size && (size >= 1e6 || size < 1e-3) ? value.toExponential(2) : String(Number(value.toPrecision(5)));
     return text.replace("-", "−");
   };
-  const withUnit = (value, label) => format(value) + (/, %$/.test(label) ? " %" : "");
+  const withUnit = (value, label) => (/, %$/.test(label) && value !== null ? `${value.toFixed(2).replace("-", "−")} %` : format(value));
   const extent = (values) => values.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [Infinity, -Infinity]);
   const padded = ([low, high], share = 0.07) => {
     const margin = high > low ? share * (high - low) : Math.abs(high) * 0.05 || 1;
     return [low - margin, high + margin];
   };
-  const ticks = ([low, high], count) => {
-    const raw = (high - low) / Math.max(1, count);
+  const ticks = ([low, high], count, whole = false) => {
+    const raw = Math.max((high - low) / Math.max(1, count), whole ? 1 : 0);
     const power = 10 ** Math.floor(Math.log10(raw));
     const step = [1, 2, 2.5, 5, 10].map((f) => f * power).find((s) => s >= raw * 0.999);
     const digits = Math.max(0, Math.ceil(-Math.log10(step)) + (step / power === 2.5 ? 1 : 0));
@@ -155,7 +155,7 @@
     }
     if (!options.noX) {
       let last = -Infinity;
-      for (const [value, text] of options.log ? logTicks(xs) : ticks(xs, (box.right - box.left) / 80)) {
+      for (const [value, text] of options.log ? logTicks(xs) : ticks(xs, (box.right - box.left) / 80, options.whole)) {
         svg.append(make("line", { x1: x(value), x2: x(value), y1: box.bottom, y2: box.bottom + 4, class: "axis" }));
         if (x(value) - last < textWidth(text) + 6) continue;
         last = x(value);
@@ -300,7 +300,7 @@
       interact(plot, { svg, items, nearest: byDistance(items, 28), move: inOrder, mark: ring(11) }, part.title);
       if (far.length || state.whole) {
         if (far.length) {
-          below = html("p", `Outside the frame: ${far.map((p) => `${p.name} (${format(p.x)}, ${format(p.y)})`).join("; ")}.`, "outside");
+          below = html("p", `Outside the frame: ${far.map((p) => `${p.name} (${withUnit(p.x, part.x_label)}, ${withUnit(p.y, part.y_label)})`).join("; ")}.`, "outside");
           plot.after(below);
         }
         const button = html("button", far.length ? "Show all points" : "Zoom in", "reset");
@@ -311,8 +311,9 @@
     },
 
     curves(part, section, plot, state, redraw) {
+      const order = [0, 1, 2, 3, 5, 7, 6, 4]; // the two blues far apart
       const names = Object.keys(part.series);
-      const look = Object.fromEntries(names.map((name, k) => [name, { colour: k % 8, dash: dashes[Math.floor(k / 8) % 4] }]));
+      const look = Object.fromEntries(names.map((name, k) => [name, { colour: order[k % 8], dash: dashes[Math.floor(k / 8) % 4] }]));
       const stroke = (name) => ({ fill: "none", stroke: `var(--c${look[name].colour})`, "stroke-width": 2, "stroke-dasharray": look[name].dash, "stroke-linejoin": "round" });
       legend(section, names.map((name) => [name, [make("line", { x1: -11, x2: 11, y1: 0, y2: 0, ...stroke(name) })]]), state.hidden, redraw);
       const shown = names.filter((name) => !state.hidden.has(name));
@@ -324,7 +325,7 @@
       const used = part.x.filter((_, k) => shown.some((name) => have(part.series[name][k])));
       const span = extent(used);
       const xs = part.log_x ? (span[0] < span[1] ? span : [span[0] / 2, span[0] * 2]) : span[0] < span[1] ? span : padded(span);
-      const { x, y, box } = frame(svg, width, height, xs, padded(extent(values)), [part.x_label, part.y_label], { log: part.log_x });
+      const { x, y, box } = frame(svg, width, height, xs, padded(extent(values)), [part.x_label, part.y_label], { log: part.log_x, whole: used.every(Number.isInteger) });
       const path = (list) => list.filter(([, v]) => have(v)).map(([px, v], k) => `${k ? "L" : "M"}${x(px).toFixed(1)},${y(v).toFixed(1)}`).join("");
       for (const name of shown) {
         if (!part.low[name] || !part.high[name]) continue;
@@ -343,7 +344,7 @@
           marks: shown.filter((name) => have(part.series[name][k])).map((name) => [name, y(part.series[name][k])]),
           rows: shown.filter((name) => have(part.series[name][k])).sort((a, b) => part.series[b][k] - part.series[a][k]).map((name) => {
             const low = part.low[name]?.[k], high = part.high[name]?.[k];
-            return [name, format(part.series[name][k]) + (have(low) && have(high) ? ` (${format(low)} to ${format(high)})` : "")];
+            return [name, withUnit(part.series[name][k], part.y_label) + (have(low) && have(high) ? ` (${format(low)} to ${format(high)})` : "")];
           }),
         }));
       const nearest = (px, py) => {
@@ -405,9 +406,9 @@
       const rows = part.row_labels.length, columns = part.column_labels.length;
       const square = rows === columns && part.row_labels.every((label, k) => label === part.column_labels[k]);
       const width = measure(plot), longest = (labels) => Math.min(16, Math.max(0, ...labels.map((l) => l.length)));
-      const left = Math.min(width * 0.35, longest(part.row_labels) * 6.9 + 12);
+      const left = Math.min(width * 0.35, longest(part.row_labels) * 7.6 + 12);
       const size = Math.min(rows > 14 ? 22 : 54, (width - left - 8) / columns);
-      const upright = size > longest(part.column_labels) * 6.9 + 4;
+      const upright = size > longest(part.column_labels) * 7.6 + 4;
       const top = upright ? 22 : Math.min(110, longest(part.column_labels) * 4.9 + 16);
       const overhang = upright ? 0 : Math.min(60, longest(part.column_labels) * 4.9);
       const height = Math.round(top + rows * size + 46);
@@ -440,7 +441,7 @@
             svg.append(node);
           }
           const title = square && !self ? `${part.row_labels[i]} and ${part.column_labels[j]}` : self ? part.row_labels[i] : `${part.row_labels[i]}, ${part.column_labels[j]}`;
-          items.push({ x: px + size / 2, y: py + size / 2, px, py, title, rows: [[part.value_label || "value", format(value)]] });
+          items.push({ x: px + size / 2, y: py + size / 2, px, py, title, rows: [[(part.value_label || "value").replace(/, %$/, ""), withUnit(value, part.value_label)]] });
         });
       });
       const bar = Math.min(160, width - left - 90), base_ = top + rows * size + 16;
