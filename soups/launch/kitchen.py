@@ -189,6 +189,7 @@ class Kitchen:
         return recipe(candidates, judge or self.score, **given, **chosen)
 
     def heldout_batches(self) -> list[Batch]:
+        """Return the held-out split as batches, read once."""
         if "heldout" not in self._batches:
             self._batches["heldout"] = evaluation_batches(self.settings, self.splits.heldout, self.network)
         return self._batches["heldout"]
