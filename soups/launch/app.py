@@ -16,7 +16,7 @@ from soups.errors import SoupError
 from soups.launch.cook import cook
 from soups.launch.fine_tune import fine_tune
 from soups.launch.quiet import quiet
-from soups.launch.settings import Settings, UserError, open_pool, resolve
+from soups.launch.settings import Settings, UserError, is_first_process, open_pool, resolve
 from soups.reporting import Report, plain_rows, summary_sentence, tables
 from soups.tracking import group_name, log_soup
 
@@ -42,7 +42,7 @@ def run(config: DictConfig) -> float:
         record = fine_tune(settings, show_progress=alone)
     except SoupError as error:
         raise UserError(f"\n{error}") from error
-    if alone:
+    if alone and is_first_process():
         verb = "was in the pool already" if record.fingerprint in found else "is finished"
         Console().print(
             f"Ingredient [bold]{record.short}[/] {verb}: held-out accuracy {record.heldout():.2%}, in "
@@ -101,7 +101,7 @@ def _track(settings: Settings, report: Report, folder: Path) -> None:
         settings["tracking"],
         Path(settings["paths"]["output"]),
         f"{report.recipe}-soup-{report.fingerprint[:8]}",
-        group_name(settings["tracking"]["group"], settings["pool"]["path"]),
+        group_name(settings["tracking"]["group"], str(settings["pool"]["path"])),
         settings,
         {
             f"{row.name}/{split}": value

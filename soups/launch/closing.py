@@ -228,7 +228,7 @@ def _differences(
                 high=test.difference.high,
                 p_value=test.p_value,
                 test=test.test,
-            )  # fmt: skip
+            )
         )
         change = {split: pairs[split][0].double() - pairs[split][1].double() for split in shifted}
         groups = [change[split] for split in shifted if split not in copies]

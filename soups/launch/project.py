@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import numpy
+import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, run_job
@@ -282,7 +282,7 @@ def _seed(*names: str) -> None:
     """Seed what a program that sets no seeds draws from, so that it, too, gives the same twice and on any launcher."""
     seed = derive_seed(0, *names)
     random.seed(seed)
-    numpy.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 

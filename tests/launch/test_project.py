@@ -175,7 +175,7 @@ def test_a_fingerprint_is_what_decides_the_weights() -> None:
 def test_wrong_settings_are_named() -> None:
     with pytest.raises(ConfigError, match="did you mean 'monitor'"):
         project_of(ingredient={"monitr": "val/acc"})
-    with pytest.raises(ConfigError, match="ingredient.mode=maximum"):
+    with pytest.raises(ConfigError, match=r"ingredient\.mode=maximum"):
         project_of(ingredient={"mode": "maximum"})
     with pytest.raises(ConfigError, match="Validation logs val/loss, val/f1"):
         check_metric({"val/loss": 1.0, "val/f1": 0.5}, None)
@@ -211,7 +211,7 @@ def test_a_fit_is_taken_over_and_given_back() -> None:
     assert pl.Trainer.fit is original
     with fits_go_to(seen.append):
         trainer.fit(module, ckpt_path="last.ckpt")
-    with pytest.raises(ConfigError, match="ckpt_path='last.ckpt'"):
+    with pytest.raises(ConfigError, match=r"ckpt_path='last\.ckpt'"):
         seen[1].check()
 
 

@@ -107,7 +107,7 @@ def test_settings_that_differ() -> None:
 def test_a_soups_page_says_what_its_report_says() -> None:
     made = page_of(report())
     table = next(part for part in made.parts if isinstance(part, Table))
-    assert [column for column in table.columns[:3]] == ["model", "held-out, %", "test, %"]
+    assert table.columns[:3] == ["model", "held-out, %", "test, %"]
     row = next(row for row in table.rows if row[0] == "greedy soup")
     low, high = wilson(0.9, 100)
     assert row[1].value == 90.0 and (row[1].low, row[1].high) == (100 * low, 100 * high)  # type: ignore[union-attr]
