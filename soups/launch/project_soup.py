@@ -219,7 +219,9 @@ def show(report: ProjectReport, folder: Path, console: Console) -> None:
         )  # fmt: skip
     console.print()
     console.print(table)
-    console.print(f"The {soup_name(report.recipe)} averages {len(report.members)} of {len(report.ingredients)} ingredients.")
+    console.print(
+        f"The {soup_name(report.recipe)} averages {len(report.members)} of {len(report.ingredients)} ingredients."
+    )
     console.print(f"[bold]{folder}/[/]  report.json, soup.safetensors", highlight=False)
     console.print(
         f"Load it: module.load_state_dict(safetensors.torch.load_file('{folder}/soup.safetensors'))", highlight=False
