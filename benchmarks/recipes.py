@@ -213,11 +213,10 @@ def learned_memory(folder: Path, quick: bool) -> None:
     batches = teacher_labels(module, [torch.randn(64, 256) for _ in range(4)], 0.2)
     size = sum(tensor.numel() * 4 for tensor in module.state_dict().values()) / 2**20
     files = ingredients(module, folder / "perceptron", max(counts))
-    accuracy = accuracy_of(module, batches)
+    accuracy, gradient = accuracy_of(module, batches), HeldoutGradient(module, batches)
     print(f"learned soup of perceptrons of {size:.0f} MiB, 2 epochs of 4 steps:")
     for number in counts:
         some = candidates_of(files[:number], [0.0] * number)
-        gradient = HeldoutGradient(module, batches)
 
         def streamed(some: list[Candidate] = some) -> list[float]:
             soup = learned(some, accuracy, gradient, epochs=2)
