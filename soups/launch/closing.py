@@ -12,6 +12,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from soups.evaluation import diversity, ensemble, score
+from soups.evaluation.barrier import barrier
 from soups.evaluation.cautions import (
     Caution,
     different_basins,
@@ -324,9 +325,8 @@ def _warnings(
             found.append(one_kept(len(soup.members), len(members)))
         first, second = (kitchen.pool.weights(record.fingerprint) for record in order[:2])
         middle = right(kitchen.heldout_logits(line(first, second, 0.5, where=order[1].short)), labels)
-        errors = [1 - float(values.double().mean()) for values in (correct[0], correct[1], middle)]
-        barrier = errors[2] - (errors[0] + errors[1]) / 2
-        found.append(different_basins({(order[0].short, order[1].short): barrier}))
+        errors = [1 - float(values.double().mean()) for values in (correct[0], middle, correct[1])]
+        found.append(different_basins({(order[0].short, order[1].short): barrier([0, 0.5, 1], errors).height}))
         found.append(
             different_heads(
                 {

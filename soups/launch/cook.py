@@ -19,11 +19,13 @@ from soups.launch.closing import Closing, close
 from soups.launch.kitchen import Kitchen
 from soups.launch.members import Origin, choose_members, open_ingredients, origin_of
 from soups.launch.settings import Settings, build_splits, device_count, from_elsewhere, launched_outside, versions
+from soups.launch.shape import shapes
 from soups.launch.start import device_for, ensure_probe, ensure_start
 from soups.recipes import RECIPES, Soup, Step, needs_of, options_of
 from soups.recipes.diwa import SELECTIONS
 from soups.recipes.recipe import TIES
 from soups.reporting import Decision, Report, compare_members, draw_all, page_of, save_page, write_csv
+from soups.reporting.page import Part
 from soups.stores import write_safetensors
 from soups.stores.files import fingerprint, replacing_folder, write_json
 from soups.stores.pool import Ingredient
@@ -32,7 +34,7 @@ from soups.weights import hash_weights
 
 METRICS = ("accuracy", "loss")
 # What a soup's settings hold besides the options of its recipe.
-COMMON = ("recipe", "metric", "foreign", "exclude", "start", "racing")
+COMMON = ("recipe", "metric", "foreign", "exclude", "start", "racing", "barrier", "landscape", "grid")
 # Raise it when the same ingredients and settings would give another soup or another report.
 COOKING_VERSION = 2
 
@@ -94,12 +96,22 @@ def check_options(settings: Settings) -> None:
     for key, names in allowed.items():
         if key in options and options[key] not in names:
             raise ConfigError(f"soup.{key}={options[key]}: {did_you_mean(str(options[key]), names)}")
+    if (racing := options.get("racing")) is not None and not 0 <= _number(racing) < 1:
+        raise ConfigError(
+            f"soup.racing={racing} must be null, 0 (exact) or a chance below 1 that the soup is another: 0.05."
+        )
+    if not _number(options.get("grid", 2)) >= 2:
+        raise ConfigError(f"soup.grid={options['grid']} must be a whole number of at least 2.")
     known = options_of(RECIPES[options["recipe"]])
     for key in options:
         if key not in known and key not in COMMON:
             raise ConfigError(
                 f"soup.{key} is no option of the recipe {options['recipe']}: {did_you_mean(key, [*known, *COMMON])}"
             )
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def cook_in_ranks(settings: Settings, job: dict[str, Any], folder: Path) -> None:
@@ -161,13 +173,23 @@ def _cook(
             evaluations[recipe] = kitchen.asked - asked
         searched = time.perf_counter()
         display.update(search, total=kitchen.asked)
-        closing = close(kitchen, members, cooked, recipe, _starts(settings, splits, origin), tried, display)
+        starts = _starts(settings, splits, origin)
+        closing = close(kitchen, members, cooked, recipe, starts, tried, display)
+        measured = time.perf_counter()
+        around = display.add_task("Looking around the soup", total=None, visible=_looks_around(options))
+        shape = shapes(kitchen, members, cooked[recipe], starts, lambda: display.advance(around))
     if not writes:
         return
-    seconds = {"search": searched - began, "evaluation": time.perf_counter() - searched}
+    seconds = {"search": searched - began, "evaluation": measured - searched}
+    if _looks_around(options):
+        seconds["barriers and landscape"] = time.perf_counter() - measured
     if len(cooked) == 3:
         seconds = {"search of the recipe alone": searched - since, **seconds}
-    _write(settings, job, folder, members, cooked, closing, kitchen, seconds, evaluations[recipe])
+    _write(settings, job, folder, members, cooked, closing, shape, kitchen, seconds, evaluations[recipe])
+
+
+def _looks_around(options: Mapping[str, Any]) -> bool:
+    return bool(options.get("barrier") or options.get("landscape"))
 
 
 def _starts(settings: Settings, splits: Splits, origin: Origin | None) -> list[Origin]:
@@ -192,6 +214,7 @@ def _write(
     members: Sequence[Ingredient],
     cooked: Mapping[str, Soup],
     closing: Closing,
+    shape: tuple[list[Part], list[str]],
     kitchen: Kitchen,
     seconds: dict[str, float],
     evaluations: int,
@@ -247,7 +270,7 @@ def _write(
         optimism=closing.optimism,
         diversity=closing.diversity,
         evaluations=evaluations,
-        warnings=[*job["told"], *closing.warnings],
+        warnings=list(dict.fromkeys([*job["told"], *closing.warnings, *shape[1]])),
         details=soup.details,
     )
     with replacing_folder(folder) as scratch:
@@ -257,4 +280,4 @@ def _write(
         draw_all(report, scratch)
         report.save(scratch)
         heatmaps = compare_members(kitchen.pool, members, kitchen.digest("heldout"))
-        save_page(page_of(report, members, heatmaps), scratch)
+        save_page(page_of(report, members, [*heatmaps, *shape[0]]), scratch)
