@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from soups import __version__
+from soups.commands.dashboard import dashboard
 from soups.commands.diff import diff
 from soups.commands.inspect import inspect
 from soups.commands.merge import merge
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (merge, inspect, diff, methods, report):
+for command in (merge, inspect, diff, methods, report, dashboard):
     app.command()(command)
 app.add_typer(pool, name="pool")
 
