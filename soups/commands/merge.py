@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def merge(
     config: Annotated[Path, typer.Argument(help="A configuration in mergekit's format.")],
-    out: Annotated[Path | None, typer.Argument(help="The folder or .safetensors file to make.")] = None,
+    out: Annotated[str | None, typer.Argument(help="The folder or file to make, or its URL.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read headers only.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Make every warning an error.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")] = False,
@@ -55,7 +55,7 @@ def merge(
             _print_plan(planned, parse_size(memory), threads)
             return
         if out is None:
-            raise ConfigError("Name the folder or .safetensors file to make: soups merge CONFIG OUT.")
+            raise ConfigError("Name the folder or file to make: soups merge CONFIG OUT.")
         from soups.merging.mergekit import merge_recipe
 
         start = time.perf_counter()

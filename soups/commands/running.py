@@ -23,7 +23,9 @@ def reported() -> Generator[None]:
         errors.print(f"[bold red]Error:[/] {_escaped(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
-        errors.print("Interrupted; nothing was written.")
+        errors.print(
+            "Interrupted; there is no output. The same command goes on from finished shards, if there were several."
+        )
         raise typer.Exit(130) from error
 
 

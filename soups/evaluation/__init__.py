@@ -1,4 +1,4 @@
-"""What a model predicts on a split, and the numbers computed from it."""
+"""What a model predicts on a split, the numbers computed from it, and how far they can be trusted."""
 
 from soups.evaluation.scores import Score as Score
 from soups.evaluation.scores import ensemble as ensemble

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import torch
@@ -20,14 +20,18 @@ from soups.merging.methods import make_method
 from soups.merging.operands import Source
 from soups.merging.stream import DEFAULT_BUDGET, Job, MemorySink, run
 from soups.stores.checkpoint import TorchStore
+from soups.stores.files import fingerprint
 from soups.stores.folder import is_folder_of
 from soups.stores.opening import open_store
+from soups.stores.remote import RemoteFolderWriter, uploaded
+from soups.stores.sources import is_remote
 from soups.stores.store import Store, TensorMeta
 from soups.stores.torch_writer import TorchWriter, plain_parts
 from soups.stores.writer import DEFAULT_SHARD_BYTES, FileWriter, FolderWriter, Writer, carried_files
 from soups.weights import describe_mismatch
 
 Place = str | os.PathLike[str] | Mapping[str, Tensor] | Store
+_TORCH = (".pt", ".pth", ".bin", ".ckpt")
 Methods = Method | str | Mapping[str, Method | str]
 
 
@@ -42,6 +46,23 @@ class Plan:
 
     jobs: tuple[Job, ...]
     tied: dict[str, str]
+
+    def fingerprint(self, **more: Any) -> str | None:
+        """Return a hash of what decides the output's bits: methods, tensors, the sources' files and their times of change.
+
+        `None` where a source is in memory, which only a look at its contents could tell from another.
+
+        Args:
+            more: what else decides.
+        """
+        entries: list[Any] = []
+        for job in self.jobs:
+            places = [source.store.identity(source.key) for source in _sources(job)]
+            if any(place is None for place in places):
+                return None
+            dtype = str(job.meta.dtype)
+            entries.append([job.key, job.meta.shape, dtype, repr(job.method), job.base is not None, places])
+        return fingerprint({"format": 1, "torch": torch.__version__, "jobs": entries, "tied": self.tied, **more})
 
     @property
     def outputs(self) -> dict[str, TensorMeta]:
@@ -117,6 +138,10 @@ def plan_merge(
     return Plan(tuple(jobs), tied)
 
 
+def _sources(job: Job) -> list[Source]:
+    return [*job.models, *([job.base] if job.base else [])]
+
+
 def _name(method: Method) -> str:
     return type(method).__name__
 
@@ -145,13 +170,14 @@ def execute(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     **options: Any,
-) -> dict[str, Tensor] | Path:
+) -> dict[str, Tensor] | Path | str:
     """Carry out a plan.
 
     Args:
         plan: from `plan_merge`.
         out: what to make: a `.safetensors`, `.pt`, `.pth` or `.bin` file, a `.ckpt` with the hyperparameters of the base (or
-            the first model) where that is one, or a folder; `None` returns the weights.
+            the first model) where that is one, or a folder; or an fsspec URL of one of these; `None` returns the weights. A folder whose making was
+            interrupted is continued from its finished shards, if nothing that decides its bits has changed.
         files: further files for a folder.
         metadata: text to text, for the file headers.
         shard_bytes: most bytes in one file of a folder.
@@ -159,51 +185,66 @@ def execute(
         options: `run`'s.
 
     Returns:
-        The weights, or the path that was written.
+        The weights, or the path or URL that was written.
     """
     if out is None:
         sink = MemorySink(plan.outputs)
         run(plan.jobs, sink, **options)
         return sink.weights | {name: sink.weights[first] for name, first in plan.tied.items()}
-    path = Path(out)
-    check_output(
-        path, [source.store for job in plan.jobs for source in (*job.models, *([job.base] if job.base else []))]
-    )
-    writer: Writer
+    target = os.fspath(out)
+    check_output(target, [source.store for job in plan.jobs for source in _sources(job)])
+    is_file = Path(target).suffix in (".safetensors", *_TORCH)
+    if is_remote(target) and is_file:
+        with uploaded(target, overwrite=overwrite) as local:
+            _write(plan, _file_writer(plan, local, metadata, overwrite), options)
+        return target
+    if is_file:
+        _write(plan, _file_writer(plan, Path(target), metadata, overwrite), options)
+        return Path(target)
+    device = str(options.get("device", "cpu"))
+    settings = {
+        "metadata": metadata,
+        "tied": plan.tied,
+        "shard_bytes": shard_bytes,
+        "files": files,
+        "overwrite": overwrite,
+        "fingerprint": plan.fingerprint(metadata=dict(metadata or {}), shard_bytes=shard_bytes, device=device),
+    }
+    if is_remote(target):
+        _write(plan, RemoteFolderWriter(target, plan.outputs, **settings), options)
+        return target
+    _write(plan, FolderWriter(target, plan.outputs, **settings), options)
+    return Path(target)
+
+
+def _file_writer(plan: Plan, path: Path, metadata: Mapping[str, str] | None, overwrite: bool) -> Writer:
     if path.suffix == ".safetensors":
-        writer = FileWriter(path, plan.outputs, metadata=metadata, tied=plan.tied, overwrite=overwrite)
-    elif path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
-        donor = plan.jobs[0].base or plan.jobs[0].models[0] if plan.jobs else None
-        beside = plain_parts(donor.store.root) if donor and isinstance(donor.store, TorchStore) else {}
-        writer = TorchWriter(path, plan.outputs, tied=plan.tied, beside=beside, overwrite=overwrite)
-    else:
-        writer = FolderWriter(
-            path,
-            plan.outputs,
-            metadata=metadata,
-            tied=plan.tied,
-            shard_bytes=shard_bytes,
-            files=files,
-            overwrite=overwrite,
-        )
+        return FileWriter(path, plan.outputs, metadata=metadata, tied=plan.tied, overwrite=overwrite)
+    donor = plan.jobs[0].base or plan.jobs[0].models[0] if plan.jobs else None
+    beside = plain_parts(donor.store.root) if donor and isinstance(donor.store, TorchStore) else {}
+    return TorchWriter(path, plan.outputs, tied=plan.tied, beside=beside, overwrite=overwrite)
+
+
+def _write(plan: Plan, writer: Writer, options: Mapping[str, Any]) -> None:
     with writer:
-        run(plan.jobs, writer, **options)
-    return path
+        run(plan.jobs, writer, finished=writer.finished, part=writer.part, **options)
 
 
-def check_output(path: Path, stores: Sequence[Store]) -> None:
+def check_output(target: str, stores: Sequence[Store]) -> None:
     """Check that an output is none of the inputs, nor inside one.
 
     Raises:
         StorageError: it is.
     """
-    target = path.resolve()
+
+    def real(place: str) -> PurePath:
+        return PurePosixPath(place.rstrip("/")) if is_remote(place) else Path(place).resolve()
+
     for location in {store.location for store in stores}:
         for part in location.split("+"):
-            source = Path(part).resolve()
-            if target == source or source in target.parents or target in source.parents:
+            if real(target) == real(part) or real(part) in real(target).parents or real(target) in real(part).parents:
                 raise StorageError(
-                    f"The output {path} and the input {part} are in one place. Inputs are never written to; choose another."
+                    f"The output {target} and the input {part} are in one place. Inputs are never written to; choose another."
                 )
 
 
@@ -220,7 +261,7 @@ def merge(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda _: None,
-) -> dict[str, Tensor] | Path:
+) -> dict[str, Tensor] | Path | str:
     """Merge models: checkpoints of any kind in, weights or a safetensors output out.
 
     Floating tensors are merged; integer and bool ones are copied from the base (or the first model); tied ones are merged
@@ -230,8 +271,8 @@ def merge(
         method: a `Method`, a name of one with its defaults, or either by pattern of tensor names.
         models: whatever `open_store` takes.
         base: the model that the others started from, for methods on task vectors.
-        out: a file (`.safetensors`, `.pt`, `.pth`, `.bin`, `.ckpt`) or a folder to make; `None` returns the weights. A folder gets the configuration and
-            tokenizer files of the base (or the first model) where that is a folder.
+        out: a file (`.safetensors`, `.pt`, `.pth`, `.bin`, `.ckpt`), a folder, or an fsspec URL of one of these to make;
+            `None` returns the weights. A folder gets the configuration and tokenizer files of the base (or the first model) where that is a folder.
         dtype: of the output's floating tensors; the base's (or first model's) when `None`.
         budget: bytes of working memory.
         threads: workers; one a core when `None`.

@@ -13,7 +13,7 @@ from soups.merging.api import merge as merge_models
 from soups.merging.mergekit import merge_recipe
 
 
-def merge(what: Any, *arguments: Any, **options: Any) -> dict[str, Tensor] | Path:
+def merge(what: Any, *arguments: Any, **options: Any) -> dict[str, Tensor] | Path | str:
     """Merge by a configuration in mergekit's format, or by a method.
 
     Args:
@@ -23,7 +23,7 @@ def merge(what: Any, *arguments: Any, **options: Any) -> dict[str, Tensor] | Pat
         options: those of `soups.merging.mergekit.merge_recipe`, or of `soups.merging.merge`.
 
     Returns:
-        The weights, or the path that was written.
+        The weights, or the path or URL that was written.
 
     >>> import torch
     >>> merge("linear", [{"w": torch.zeros(1)}, {"w": torch.ones(1)}])["w"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence, Set
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,6 +95,8 @@ def run(
     threads: int | None = None,
     device: torch.device | str = "cpu",
     chunk: int | None = None,
+    finished: Set[str] = frozenset(),
+    part: Callable[[str], int] = lambda _: 0,
     progress: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Make every job's tensor and put it into `sink`.
@@ -107,6 +109,9 @@ def run(
         threads: workers; as many as the process may use cores when `None`.
         device: where to compute.
         chunk: elements of one model in a chunk, instead of what the budget and the cache suggest.
+        finished: names of tensors that the sink has already; they are looked at where a method needs the whole model, and
+            not made.
+        part: the part of the output (a shard) that a tensor is in; parts are made one after another.
         progress: told the bytes of sources that were finished with, from any thread.
 
     Raises:
@@ -139,7 +144,10 @@ def run(
         for job in jobs:
             if job.method is not None and job.method.scope == "model":
                 wide.setdefault(id(job.method), (job.method, []))[1].append(operands(job, job.method))
+        needed = {id(job.method) for job in jobs if job.key not in finished}
         for method, everything in wide.values():
+            if id(method) not in needed:
+                continue
             seen_all[id(method)] = method.observe_all(everything, _stoppable(pool, stopped))
 
         def work(job: Job, spans: Sequence[tuple[int, int]] | None) -> None:
@@ -165,16 +173,26 @@ def run(
                     sink.write_flat(job.key, start, result)
                     progress(round(share * (stop - start)))
 
-        units: list[tuple[int, Job, Sequence[tuple[int, int]] | None]] = []
+        def careful(job: Job, spans: Sequence[tuple[int, int]] | None) -> None:
+            try:
+                with torch.no_grad():
+                    work(job, spans)
+            except BaseException:
+                stopped.set()  # at once: the others begin nothing new
+                raise
+
+        units: list[tuple[int, int, Job, Sequence[tuple[int, int]] | None]] = []
         for job in jobs:
+            if job.key in finished:
+                continue
             if job.method is not None and job.method.scope in ("row", "tensor"):
-                units.append((-job.meta.numel, job, None))
+                units.append((part(job.key), -job.meta.numel, job, None))
                 continue
             spans = _spans(job.meta.numel, operands(job, job.method).step if job.method else _BEST_CHUNK)
-            units.extend((0, job, spans[i : i + _STRIDE]) for i in range(0, len(spans), _STRIDE))
+            units.extend((part(job.key), 0, job, spans[i : i + _STRIDE]) for i in range(0, len(spans), _STRIDE))
         # Tensors that one worker must do alone go first, the largest before others, so that none is left for the end.
-        units.sort(key=lambda unit: unit[0])
-        _finish([pool.submit(work, job, spans) for _, job, spans in units])
+        units.sort(key=lambda unit: unit[:2])
+        _finish([pool.submit(careful, job, spans) for _, _, job, spans in units])
 
 
 def _spans(numel: int, step: int) -> list[tuple[int, int]]:

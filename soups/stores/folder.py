@@ -11,6 +11,7 @@ from typing import Any, cast
 from soups.errors import StorageError
 from soups.stores.checkpoint import TorchStore
 from soups.stores.safetensors import SafetensorsStore
+from soups.stores.sources import file_system, is_remote
 from soups.stores.store import Extent, ExtentStore, Store
 
 _SINGLE = (
@@ -22,8 +23,60 @@ _SINGLE = (
 _INDEXED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
+class _LocalFolder:
+    """A folder's files; names that lead out of it are refused."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder)
+
+    def exists(self, name: str) -> bool:
+        return (self.path / name).exists()
+
+    def names(self) -> list[str]:
+        return sorted(file.name for file in self.path.iterdir())
+
+    def place(self, name: str) -> str:
+        return str(contained(self.path, name))
+
+    def text(self, name: str) -> str:
+        return contained(self.path, name).read_text(encoding="utf-8")
+
+
+class _RemoteFolder:
+    """A folder behind an fsspec URL."""
+
+    def __init__(self, url: str) -> None:
+        self.path = url.rstrip("/")
+        self._system, root = file_system(self.path)
+        try:
+            self._names = {
+                PurePosixPath(entry["name"]).name: str(entry["name"])
+                for entry in self._system.ls(root, detail=True)
+                if entry["type"] == "file"
+            }
+        except OSError as error:
+            raise StorageError(f"Cannot list {url}: {error}. Check the address and the connection.") from error
+
+    def exists(self, name: str) -> bool:
+        return name in self._names
+
+    def names(self) -> list[str]:
+        return sorted(self._names)
+
+    def place(self, name: str) -> str:
+        if PurePosixPath(name).name != name:
+            raise StorageError(f"{self.path}/{name} leads out of its folder, which was refused.")
+        return f"{self.path}/{name}"
+
+    def text(self, name: str) -> str:
+        return cast("bytes", self._system.cat_file(self._names[name])).decode("utf-8")
+
+
 class FolderStore(ExtentStore):
-    """A model folder in Hugging Face's layout.
+    """A model folder in Hugging Face's layout, on this machine or behind an fsspec URL.
+
+    Attributes:
+        folder: where it is on this machine; `None` for a URL.
 
     Raises:
         StorageError: no weights in it; an index that is damaged, names absent shards or files outside the folder, or does
@@ -31,8 +84,10 @@ class FolderStore(ExtentStore):
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        remote = is_remote(str(folder))
+        self.folder = None if remote else Path(folder)
         self.location = str(folder)
+        self._files = _RemoteFolder(str(folder)) if remote else _LocalFolder(folder)
         self._stores: list[SafetensorsStore | TorchStore] = []
         try:
             names, index = self._find()
@@ -40,7 +95,7 @@ class FolderStore(ExtentStore):
             extents: dict[str, Extent] = {}
             tied: dict[str, str] = {}
             for name in names:
-                store = open_file(contained(self.folder, name))
+                store = open_file(self._files.place(name))
                 self._stores.append(store)
                 for key in store:
                     if key in owner:
@@ -63,35 +118,33 @@ class FolderStore(ExtentStore):
 
     def _find(self) -> tuple[list[str], Mapping[str, str] | None]:
         for name in _INDEXED:
-            if (self.folder / name).exists():
-                index = read_index(contained(self.folder, name))
+            if self._files.exists(name):
+                index = read_index(f"{self.location}/{name}", self._files, name)
                 shards = sorted(set(index.values()))
-                absent = [shard for shard in shards if not (self.folder / shard).exists()]
+                absent = [shard for shard in shards if not self._files.exists(shard)]
                 for shard in shards:
-                    contained(self.folder, shard)
+                    self._files.place(shard)
                 if absent:
                     raise StorageError(
-                        f"{self.folder / name} names {len(absent)} of {len(shards)} shards that are not there, "
+                        f"{self.location}/{name} names {len(absent)} of {len(shards)} shards that are not there, "
                         f"{absent[0]!r} among them. Finish the download or the copy."
                     )
                 return shards, index
         for name in _SINGLE:
-            if (self.folder / name).exists():
+            if self._files.exists(name):
                 return [name], None
-        loose = sorted(
-            file.name for file in self.folder.glob("*.safetensors") if file.name != "adapter_model.safetensors"
-        )
+        there = self._files.names()
+        loose = [name for name in there if name.endswith(".safetensors") and name != "adapter_model.safetensors"]
         if loose:
             self._check_numbered(loose)
             return loose, None
-        if (self.folder / "adapter_config.json").exists():
+        if self._files.exists("adapter_config.json"):
             raise StorageError(
-                f"{self.folder} is a LoRA adapter, not a whole model. Name the model that it belongs to as well: BASE+ADAPTER."
+                f"{self.location} is a LoRA adapter, not a whole model. Name the model that it belongs to as well: BASE+ADAPTER."
             )
-        there = sorted(file.name for file in self.folder.iterdir())[:8]
         raise StorageError(
-            f"{self.folder} holds no weights: neither model.safetensors nor pytorch_model.bin nor an index of shards; "
-            f"it has {there}. Name a model folder, or a single file."
+            f"{self.location} holds no weights: neither model.safetensors nor pytorch_model.bin nor an index of shards; "
+            f"it has {there[:8]}. Name a model folder, or a single file."
         )
 
     def _check_numbered(self, names: list[str]) -> None:
@@ -103,7 +156,7 @@ class FolderStore(ExtentStore):
                 ]
                 absent = [file for file in expected[:10_000] if file not in names]
                 if absent:
-                    raise StorageError(f"{self.folder} lacks shard {absent[0]!r}. Finish the download or the copy.")
+                    raise StorageError(f"{self.location} lacks shard {absent[0]!r}. Finish the download or the copy.")
 
     def _check_index(self, index: Mapping[str, str], owner: Mapping[str, str]) -> None:
         wrong = [key for key, shard in index.items() if owner.get(key) != shard]
@@ -127,19 +180,19 @@ class FolderStore(ExtentStore):
             store.close()
 
 
-def open_file(path: Path) -> SafetensorsStore | TorchStore:
+def open_file(path: str) -> SafetensorsStore | TorchStore:
     """Open one file of weights by its ending."""
-    return SafetensorsStore(path) if path.suffix == ".safetensors" else TorchStore(path)
+    return SafetensorsStore(path) if path.endswith(".safetensors") else TorchStore(path)
 
 
-def read_index(path: Path) -> dict[str, str]:
+def read_index(path: str, files: _LocalFolder | _RemoteFolder, name: str) -> dict[str, str]:
     """Read an index of shards: tensor name to file name.
 
     Raises:
         StorageError: it is no JSON, or has no such map.
     """
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads(files.text(name))
         weight_map = index["weight_map"]
         if not isinstance(weight_map, dict) or not weight_map:
             raise TypeError("no weight_map")

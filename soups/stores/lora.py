@@ -118,6 +118,17 @@ class LoRAStore(Store):
         """Map each tied name to the name it repeats."""
         return self.base.tied()
 
+    def identity(self, key: str) -> str | None:
+        """Return the identity of the base's tensor and of what the adapter does to it."""
+        key = self.base.tied().get(key, key)
+        own = self.base.identity(key)
+        if own is None or (key not in self._pairs and key not in self._replaced):
+            return own
+        parts = self._pairs.get(key, (self._replaced.get(key, ""),))
+        return "+".join(
+            [own, *(str(self._adapter.identity(part)) for part in parts), repr(sorted(self._config.items()))]
+        )
+
     def changed(self) -> list[str]:
         """Return the names of the tensors that the adapter changes."""
         return [*self._pairs, *self._replaced]

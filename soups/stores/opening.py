@@ -13,7 +13,7 @@ from soups.stores.checkpoint import TorchStore, strip_prefix
 from soups.stores.folder import FolderStore
 from soups.stores.lora import LoRAStore
 from soups.stores.safetensors import SafetensorsStore
-from soups.stores.sources import is_remote, open_bytes
+from soups.stores.sources import file_system, is_remote, open_bytes
 from soups.stores.store import DictStore, RenamedStore, Store
 
 _TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar")
@@ -29,8 +29,8 @@ def open_store(
     """Open a checkpoint for lazy reading.
 
     Args:
-        place: a `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` file, a Hugging Face folder, an fsspec URL of a file,
-            weights in memory, or a store (returned as it is).
+        place: a `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` file, a Hugging Face folder, an fsspec URL of
+            either, weights in memory, or a store (returned as it is).
         state: which weights of a training checkpoint (see `TorchStore`): `"average"`, `"average:NAME"`, `"live"`, a path.
         prefix: keep only tensors whose names begin with this, without it: `"model."` turns a LightningModule's names into
             its network's.
@@ -60,7 +60,7 @@ def _open(place: str | os.PathLike[str] | Mapping[str, Tensor] | Store, state: s
         return DictStore(place)
     text = os.fspath(place)
     suffix = Path(text).suffix.lower()
-    if not is_remote(text) and Path(text).is_dir():
+    if _is_folder(text):
         return _no_state(FolderStore(text), state)
     if suffix not in (".safetensors", *_TORCH) and (is_remote(text) or Path(text).is_file()):
         with_source = open_bytes(text)
@@ -75,6 +75,15 @@ def _open(place: str | os.PathLike[str] | Mapping[str, Tensor] | Store, state: s
         f"There is no checkpoint at {text}. Name a .safetensors, .pt, .pth, .bin or .ckpt file, a model folder on this "
         f"machine, or a URL such as s3://bucket/file.safetensors."
     )
+
+
+def _is_folder(place: str) -> bool:
+    if not is_remote(place):
+        return Path(place).is_dir()
+    if Path(place).suffix.lower() in (".safetensors", *_TORCH):
+        return False  # without asking the server
+    system, path = file_system(place)
+    return bool(system.isdir(path))
 
 
 def _no_state(store: Store, state: str | None) -> Store:

@@ -34,6 +34,8 @@ class ByteSource(ABC):
 
     location: str
     size: int
+    identity: str
+    """Text that changes when the file does: its place, its size, and when it was last changed."""
 
     @abstractmethod
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -94,7 +96,9 @@ class LocalBytes(ByteSource):
                 f"Cannot read {self.location}: {error.strerror}. Check the file's permissions."
             ) from error
         self._finalizer = weakref.finalize(self, os.close, self._descriptor)
-        self.size = os.fstat(self._descriptor).st_size
+        status = os.fstat(self._descriptor)
+        self.size = status.st_size
+        self.identity = f"{Path(path).resolve()}|{status.st_size}|{status.st_mtime_ns}"
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes from `offset` on."""
@@ -131,9 +135,10 @@ class RemoteBytes(ByteSource):
 
     def __init__(self, url: str) -> None:
         self.location = url
-        self._system, self._path = _file_system(url)
+        self._system, self._path = file_system(url)
         try:
             self.size = int(self._system.size(self._path))
+            self.identity = f"{url}|{self._system.ukey(self._path)}"
         except (OSError, TypeError) as error:
             raise StorageError(f"There is no file {url}, or it cannot be read ({error}). Check the address.") from error
 
@@ -154,7 +159,12 @@ class RemoteBytes(ByteSource):
         return cast("BinaryIO", io.BufferedReader(self._system.open(self._path, "rb")))
 
 
-def _file_system(url: str) -> tuple[Any, str]:
+def file_system(url: str) -> tuple[Any, str]:
+    """Return the fsspec file system of a URL, and the path in it.
+
+    Raises:
+        StorageError: the protocol needs a package that is not installed.
+    """
     import fsspec.core
 
     try:

@@ -78,6 +78,10 @@ class Store(ABC):
         """Map each name that repeats another tensor's memory to the first name that holds it."""
         return {}
 
+    def identity(self, key: str) -> str | None:
+        """Return text that changes when the tensor's file does; `None` where nothing but the contents could tell."""
+        return None
+
     def will_need(self, key: str, start: int, stop: int) -> None:
         """Say that elements `start:stop` of a tensor are read soon. A no-op where nothing can be done about it."""
 
@@ -139,6 +143,11 @@ class ExtentStore(Store):
         source, offset, meta = self.extent(key)
         stop = meta.numel if stop is None else stop
         return source.read_tensor(offset + start * meta.dtype.itemsize, meta.dtype, stop - start, out)
+
+    def identity(self, key: str) -> str | None:
+        """Return the file's place, size and time of change, and the offset in it."""
+        source, offset, _ = self.extent(key)
+        return f"{source.identity}@{offset}"
 
     def will_need(self, key: str, start: int, stop: int) -> None:
         """Ask the system to read ahead."""
@@ -233,6 +242,10 @@ class RenamedStore(Store):
         """Return elements `start:stop` of a tensor."""
         return self._store.read_flat(self._old(key), start, stop, out)
 
+    def identity(self, key: str) -> str | None:
+        """Return the identity of the tensor underneath."""
+        return self._store.identity(self._old(key))
+
     def will_need(self, key: str, start: int, stop: int) -> None:
         """Pass the hint on."""
         self._store.will_need(self._old(key), start, stop)
@@ -275,6 +288,10 @@ class AliasedStore(Store):
     def will_need(self, key: str, start: int, stop: int) -> None:
         """Pass the hint on."""
         self.store.will_need(self.aliases.get(key, key), start, stop)
+
+    def identity(self, key: str) -> str | None:
+        """Return the identity of the tensor underneath."""
+        return self.store.identity(self.aliases.get(key, key))
 
     def tied(self) -> dict[str, str]:
         """Map each tied name to the name it repeats, new names included."""

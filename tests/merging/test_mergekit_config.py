@@ -293,3 +293,32 @@ def test_mutated_files_give_an_error_or_a_recipe(data):
         text = text[:place] + data.draw(st.text(max_size=3)) + text[place + data.draw(st.integers(0, 5)) :]
     with contextlib.suppress(SoupError):
         read_recipe(text + "\n")
+
+
+def test_an_interrupted_recipe_of_several_documents_goes_on(tmp_path, monkeypatch):
+    from soups.merging.mergekit import run as module
+
+    llama.write_family(tmp_path / "f", count=2)
+    text = (
+        "name: first\nmerge_method: linear\nmodels:\n"
+        "- {model: ROOT/m1, parameters: {weight: 1}}\n- {model: ROOT/m2, parameters: {weight: 1}}\n---\n"
+        "merge_method: slerp\nbase_model: ROOT/base\nmodels: [{model: first}, {model: ROOT/base}]\nparameters: {t: 0.5}\n"
+    ).replace("ROOT", str(tmp_path / "f"))
+    made = []
+    execute = module.execute
+
+    def failing(plan, target, **options):
+        made.append(Path(target).name if target else None)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return execute(plan, target, **options)
+
+    monkeypatch.setattr(module, "execute", failing)
+    with pytest.raises(KeyboardInterrupt):
+        merge_recipe(text, tmp_path / "out")
+    merge_recipe(text, tmp_path / "out")
+    assert made == ["first", "out", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "out"]
+    whole = merge_recipe(text)
+    with open_store(tmp_path / "out") as store:
+        assert all(torch.equal(store.read(name), whole[name]) for name in store)

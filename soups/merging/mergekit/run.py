@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import uuid
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,8 +18,10 @@ from soups.merging.api import execute
 from soups.merging.mergekit.files import folder_files
 from soups.merging.mergekit.planning import Planned, plan_document
 from soups.merging.mergekit.schema import Document, Recipe, Reference, read_recipe
+from soups.stores.files import fingerprint, write_text
 from soups.stores.folder import FolderStore
 from soups.stores.opening import open_store
+from soups.stores.sources import is_remote
 from soups.stores.store import RenamedStore, Store
 from soups.stores.writer import DEFAULT_SHARD_BYTES
 from soups.weights import Weights
@@ -26,7 +29,7 @@ from soups.weights import Weights
 
 def merge_recipe(
     config: str | Path | Mapping[str, Any],
-    out: str | Path | None = None,
+    out: str | os.PathLike[str] | None = None,
     *,
     seed: int = 0,
     strict: bool = False,
@@ -37,12 +40,12 @@ def merge_recipe(
     warn: Callable[[str], None] = lambda _: None,
     planned: Callable[[Planned], None] = lambda _: None,
     **options: Any,
-) -> dict[str, Tensor] | Path:
+) -> dict[str, Tensor] | Path | str:
     """Merge by a configuration in mergekit's format.
 
     Args:
         config: a file, YAML text, or the mapping that it would hold.
-        out: the folder or `.safetensors` file to make; `None` returns the weights.
+        out: what to make: a folder, a file, or an fsspec URL of one (see `soups.merging.execute`); `None` returns the weights.
         seed: for the methods that draw random masks (mergekit's `--random-seed`).
         strict: make every warning an error.
         overwrite: replace what is at `out`.
@@ -64,14 +67,13 @@ def merge_recipe(
     for warning in recipe.warnings:
         report(warning)
     order = document_order(recipe)
-    parts = Path(f".{Path(out).name}.{uuid.uuid4().hex[:8]}.parts") if out else None
-    parts = Path(out).parent / parts if out and parts else None
+    parts = _intermediates(recipe, seed, os.fspath(out)) if out is not None and len(order) > 1 else None
     finished: dict[str, Path | Weights] = {}
     try:
         for number in order:
             document = recipe.documents[number]
             last = number == order[-1]
-            target = (out if last else parts / str(document.name)) if out and parts else None
+            target = out if last else parts / str(document.name) if parts else None
             with ExitStack() as stack:
                 opened: dict[Reference, Store] = {}
 
@@ -97,22 +99,41 @@ def merge_recipe(
                     copy_tokenizer=copy_tokenizer,
                     write_card=write_card,
                 )
+                mark = parts / f"{document.name}.sha256" if parts and not last else None
+                wanted = plan.plan.fingerprint(device=str(options.get("device", "cpu")))
+                if mark and mark.is_file() and mark.read_text() == wanted:
+                    finished[str(document.name)] = Path(str(target))
+                    continue
                 result = execute(
                     plan.plan,
                     target,
                     files=files,
                     metadata={"soups.merge": json.dumps({"recipe": recipe.text, "seed": seed})},
                     shard_bytes=shard_bytes,
-                    overwrite=overwrite and last,
+                    overwrite=overwrite or not last,
                     **options,
                 )
+                if mark and wanted:
+                    write_text(mark, wanted)
             if last:
+                if parts:
+                    shutil.rmtree(parts, ignore_errors=True)
                 return result
+            assert not isinstance(result, str)
             finished[str(document.name)] = result
-    finally:
-        if parts:
-            shutil.rmtree(parts, ignore_errors=True)
+    except BaseException:
+        if parts and parts.is_dir() and not any(parts.iterdir()):
+            parts.rmdir()
+        raise
     raise AssertionError("a recipe without documents")
+
+
+def _intermediates(recipe: Recipe, seed: int, out: str) -> Path:
+    """Return where the results of named documents are kept until the last one is made; the same place for the same recipe."""
+    mark = fingerprint({"recipe": recipe.text, "seed": seed})[:16]
+    if is_remote(out):
+        return Path(tempfile.gettempdir()) / f"soups-{mark}.parts"
+    return Path(out).parent / f".{Path(out).name}.{mark}.parts"
 
 
 def describe_plan(
