@@ -4,13 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
 from torch.nn import functional
 
-Batch = tuple[Tensor, Tensor]
+# What a model takes in: one tensor (images), or named ones (the token ids and attention mask of texts).
+Inputs = Tensor | Mapping[str, Tensor]
+# Inputs of B samples, and their labels (B,).
+Batch = tuple[Inputs, Tensor]
+
+
+def forward(module: nn.Module, inputs: Inputs, device: torch.device | str | None = None) -> Tensor:
+    """Return a model's logits (B, classes) for a batch of inputs, from any library.
+
+    Args:
+        module: returns logits, or an object that holds them under `logits` (Hugging Face).
+        inputs: one tensor, or those of a mapping by name; moved to `device` if one is given.
+        device: where the module is.
+    """
+    if isinstance(inputs, Tensor):
+        output = module(inputs if device is None else inputs.to(device))
+    else:
+        output = module(**{name: value if device is None else value.to(device) for name, value in inputs.items()})
+    return cast(Tensor, getattr(output, "logits", output))
 
 
 @torch.inference_mode()
@@ -21,7 +40,7 @@ def predict(module: nn.Module, batches: Sequence[Batch], device: torch.device | 
     on one rank, so that the result has the same bits for any number of ranks and every sample counts once.
 
     Args:
-        module: maps images to logits, or to an object that holds them under `logits`.
+        module: as `forward` takes it.
         batches: the same on every rank.
         device: where the module is.
     """
@@ -29,10 +48,9 @@ def predict(module: nn.Module, batches: Sequence[Batch], device: torch.device | 
     module.eval()
     rank, world = _ranks()
     mine = [
-        (number, getattr(output, "logits", output).float().cpu())
-        for number, (images, _) in enumerate(batches)
+        (number, forward(module, inputs, device).float().cpu())
+        for number, (inputs, _) in enumerate(batches)
         if number % world == rank
-        for output in (module(images.to(device)),)
     ]
     module.train(was_training)
     if world > 1:

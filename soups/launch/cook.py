@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from soups.errors import ConfigError, WeightsError, did_you_mean
-from soups.evaluation import ensemble, predict, score
+from soups.evaluation import Batch, ensemble, predict, score
 from soups.launch.settings import (
     Settings,
     build_network,
@@ -33,8 +33,8 @@ from soups.reporting import Decision, Report, Row, draw_all, write_csv
 from soups.stores import write_safetensors
 from soups.stores.files import fingerprint, replacing_folder, write_json
 from soups.stores.pool import Ingredient, Pool
-from soups.tasks.images import Splits
-from soups.tasks.models import Network
+from soups.tasks.data import Splits
+from soups.tasks.network import Network
 from soups.weights import Weights, describe_mismatch, hash_weights
 
 RECIPES = ("greedy", "uniform")
@@ -63,7 +63,7 @@ def cook(settings: Settings) -> tuple[Report, Path]:
         "cooking_version": COOKING_VERSION,
         "recipe": {key: options[key] for key in ("recipe", "metric", "ties")},
         "ingredients": sorted(member.weights for member in members),
-        "reported": {name: images.digest() for name, images in build_splits(settings).reported().items()},
+        "reported": {name: samples.digest() for name, samples in build_splits(settings).reported().items()},
     }
     name = fingerprint(determined)
     folder = Path(settings["paths"]["output"]) / "soups" / f"{options['recipe']}-{name[:8]}"
@@ -193,20 +193,20 @@ class _Kitchen:
             {**settings, "model": {**settings["model"], "pretrained": False}}, len(self.splits.classes)
         )
         self.network.module.to(device)
-        self._batches: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._batches: dict[str, list[Batch]] = {}
         self._digests: dict[str, str] = {}
         self.evaluations = 0
 
     def logits(self, weights: Weights, split: str, weights_hash: str | None = None) -> Tensor:
         """Return logits (N, classes) of some weights on a split; stored in the pool when their hash is given."""
-        images = {"heldout": self.splits.heldout, **self.splits.reported()}[split]
+        samples = {"heldout": self.splits.heldout, **self.splits.reported()}[split]
         if split not in self._digests:
-            self._digests[split] = images.digest()
+            self._digests[split] = samples.digest()
         if weights_hash and (stored := self.pool.predictions(weights_hash, self._digests[split])) is not None:
             return stored
         if split not in self._batches:
             self._batches = {key: value for key, value in self._batches.items() if key == "heldout"}
-            self._batches[split] = evaluation_batches(self.settings, images, self.network)
+            self._batches[split] = evaluation_batches(self.settings, samples, self.network)
         self.network.module.load_state_dict(weights)
         logits = predict(self.network.module, self._batches[split], self.device)
         self.evaluations += 1
@@ -410,7 +410,7 @@ def _write(
         metric=options["metric"],
         members=[by_short[short].fingerprint for short in soup.members],
         ingredients=[record.fingerprint for record in members],
-        splits={"heldout": len(kitchen.splits.heldout), **{key: len(images) for key, images in reported.items()}},
+        splits={"heldout": len(kitchen.splits.heldout), **{key: len(samples) for key, samples in reported.items()}},
         rows=rows,
         steps=[
             Decision(

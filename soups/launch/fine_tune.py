@@ -25,7 +25,7 @@ from soups.launch.start import ensure_start, evaluation_batches
 from soups.launch.tracking import close_logger, ingredient_logger
 from soups.launch.training import layout, train
 from soups.stores.pool import Failure, Ingredient
-from soups.tasks.images import Splits
+from soups.tasks.data import Splits
 
 
 def fine_tune(settings: Settings, show_progress: bool = True) -> Ingredient:

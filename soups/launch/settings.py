@@ -17,8 +17,8 @@ import soups
 from soups.errors import ConfigError, SoupError, did_you_mean
 from soups.stores.files import fingerprint
 from soups.stores.pool import Pool
-from soups.tasks.images import Splits
-from soups.tasks.models import Network
+from soups.tasks.data import Splits
+from soups.tasks.network import Network
 
 Settings = dict[str, Any]
 
@@ -94,7 +94,7 @@ def build_splits(settings: Settings) -> Splits:
     """Build the data of some settings, and check that it came as splits."""
     splits = build(settings["data"], "data")
     if not isinstance(splits, Splits):
-        raise ConfigError(f"data._target_={settings['data'].get('_target_')} must return soups.tasks.images.Splits.")
+        raise ConfigError(f"data._target_={settings['data'].get('_target_')} must return soups.tasks.data.Splits.")
     return splits
 
 
@@ -104,7 +104,9 @@ def build_network(settings: Settings, num_classes: int) -> Network:
         torch.default_generator.manual_seed(int(settings["start"]["seed"]))
         network = build(settings["model"], "model", num_classes=num_classes)
     if not isinstance(network, Network):
-        raise ConfigError(f"model._target_={settings['model'].get('_target_')} must return soups.tasks.models.Network.")
+        raise ConfigError(
+            f"model._target_={settings['model'].get('_target_')} must return soups.tasks.network.Network."
+        )
     if settings["task"]["channels_last"]:
         network.module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return network

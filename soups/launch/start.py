@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from soups.evaluation import predict, score
+from soups.evaluation import Batch, predict, score
 from soups.launch.settings import (
     Settings,
     build_network,
@@ -25,16 +25,16 @@ from soups.launch.settings import (
 )
 from soups.launch.training import train
 from soups.stores.pool import Ingredient
-from soups.tasks.images import Batches, Images, OrderedBatches, Splits
-from soups.tasks.models import Network
+from soups.tasks.data import OrderedBatches, Samples, Splits
+from soups.tasks.network import Network
 from soups.tasks.probe import linear_probe
 
 
-def evaluation_batches(settings: Settings, images: Images, network: Network) -> list[tuple[Tensor, Tensor]]:
+def evaluation_batches(settings: Settings, samples: Samples, network: Network) -> list[Batch]:
     """Return a split as a list of evaluation batches, kept in memory for repeated use."""
     loader = settings["loader"]
-    dataset = Batches(images, int(loader["size"]), network.mean, network.std)
-    sampler = OrderedBatches(len(images), int(loader["eval_batch_size"]))
+    dataset = network.input.dataset(samples, int(loader["size"]))
+    sampler = OrderedBatches(len(samples), int(loader["eval_batch_size"]))
     return list(DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=int(loader["workers"])))
 
 
@@ -86,7 +86,7 @@ def ensure_probe(settings: Settings, splits: Splits) -> tuple[Ingredient, dict[s
         network = build_network(settings, len(splits.classes))
         notes: dict[str, float] = {}
         if settings["start"]["probe"]:
-            batches = [evaluation_batches(settings, images, network) for images in (splits.train, splits.heldout)]
+            batches = [evaluation_batches(settings, samples, network) for samples in (splits.train, splits.heldout)]
             probe = linear_probe(network, batches[0], batches[1], len(splits.classes), device_for(settings))
             notes = {"inverse_l2": probe.strength}
         return _record(settings, splits, network, determined, began, notes)

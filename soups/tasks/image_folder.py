@@ -9,7 +9,8 @@ import torch
 
 from soups.errors import DataError
 from soups.seeding import generator
-from soups.tasks.images import FileImages, Images, Splits, with_corruptions
+from soups.tasks.data import Samples, Splits
+from soups.tasks.images import FileImages, with_corruptions
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
 HELDOUT_NAMES = ("heldout", "val", "validation")
@@ -59,7 +60,7 @@ def image_folder(
             # The second share is of what the first draw has left.
             left = share / (1 - heldout) if number == 1 and given["heldout"] is None else share
             chosen[name], rest = _draw(rest, left, split_seed, name)
-    ood: dict[str, Images] = {
+    ood: dict[str, Samples] = {
         place.name: _read(place, classes) for place in sorted(folder.glob("ood*")) if presplit and place.is_dir()
     }
     splits = Splits(rest, chosen["heldout"], chosen["test"], tuple(classes), ood)

@@ -1,47 +1,32 @@
-"""Labelled images: where they come from, how they are split, and how they become batches.
-
-The split that selects (held-out) and the splits that only report (test, out-of-distribution) are named apart here, so
-that the code that chooses cannot reach the numbers that judge it.
-"""
+"""Labelled images: where they come from, how they are corrupted and augmented, and how they become a model's input."""
 
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transform
 
-from soups.errors import DataError, did_you_mean
+from soups.errors import ConfigError, DataError, did_you_mean
 from soups.seeding import derive_seed, generator
 from soups.stores.files import fingerprint
+from soups.tasks.data import Batch, Input, Keys, Samples, Splits
 
 
-class Images(ABC):
-    """A sequence of labelled images.
-
-    Attributes:
-        labels: int64 (N,).
-    """
-
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
+class Images(Samples):
+    """A sequence of labelled images."""
 
     @abstractmethod
     def image(self, index: int) -> Tensor:
         """Return image `index` as uint8 (3, H, W)."""
-
-    @abstractmethod
-    def digest(self) -> str:
-        """Return a hash that changes when the images or labels do."""
 
 
 class TensorImages(Images):
@@ -169,36 +154,12 @@ class CorruptedImages(Images):
         return fingerprint([self.source.digest(), self.kind, self.severity, self.seed])
 
 
-@dataclass(frozen=True)
-class Splits:
-    """The data of one task.
-
-    Attributes:
-        train: what fine-tuning sees.
-        heldout: what selection sees (hyper-parameters, greedy soups); never trained on.
-        test: reported once, after selection.
-        ood: out-of-distribution splits by name, reported once, after selection.
-        classes: class names in the order of the logits.
-    """
-
-    train: Images
-    heldout: Images
-    test: Images
-    classes: tuple[str, ...]
-    ood: dict[str, Images] = field(default_factory=dict[str, Images])
-
-    def hash(self) -> str:
-        """Return the split hash: ingredients are comparable when train, held-out and test splits and classes agree."""
-        return fingerprint([self.train.digest(), self.heldout.digest(), self.test.digest(), list(self.classes)])
-
-    def reported(self) -> dict[str, Images]:
-        """Return the splits that are reported after selection: test first, then the out-of-distribution ones."""
-        return {"test": self.test, **self.ood}
-
-
 def with_corruptions(splits: Splits, kinds: Sequence[str], severity: int, seed: int) -> Splits:
     """Return `splits` with a corrupted copy of the test split for each of `kinds` among the OOD splits."""
-    corrupted = {kind: CorruptedImages(splits.test, kind, severity, seed) for kind in kinds}
+    test = splits.test
+    if not isinstance(test, Images):
+        raise DataError(f"Only images can be corrupted; the test split holds {type(test).__name__}.")
+    corrupted = {kind: CorruptedImages(test, kind, severity, seed) for kind in kinds}
     return Splits(splits.train, splits.heldout, splits.test, splits.classes, {**splits.ood, **corrupted})
 
 
@@ -230,7 +191,7 @@ class Augmentation:
         return v2.Compose([*steps, v2.Identity()])
 
 
-class Batches(Dataset[tuple[Tensor, Tensor]]):
+class Batches(Dataset[Batch]):
     """Images as model input. Indexed by a list of (epoch, index), so that one call makes one batch.
 
     Each training image is augmented by a generator of its own, seeded by (seed, epoch, index): neither the number of
@@ -261,7 +222,7 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, keys: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, keys: Keys) -> Batch:
         """Return float32 (B, 3, size, size) and int64 (B,)."""
         inputs = torch.stack([self._one(epoch, index) for epoch, index in keys])
         return inputs, self.images.labels[[index for _, index in keys]]
@@ -277,53 +238,24 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
         return (image.float() / 255 - self.mean) / self.std
 
 
-class ShuffledBatches(Sampler[list[tuple[int, int]]]):
-    """Training batches of one rank, each a list of (epoch, index).
+@dataclass(frozen=True)
+class ImageInput(Input):
+    """Float images (B, 3, size, size), normalised.
 
-    The batch size is global: with W processes each takes every W-th sample of every batch, so that the same settings
-    train the same way on any number of devices. The last, partial batch of an epoch is dropped.
+    Attributes:
+        mean, std: by channel, for values in [0, 1].
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
-        if length == 0:
-            raise DataError("The train split is empty.")
-        self.batch_size = min(batch_size, length)
-        if self.batch_size < world:
-            raise DataError(
-                f"data.batch_size is {self.batch_size} over all devices together, but there are {world} devices: raise it "
-                f"to at least {world}."
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def dataset(
+        self, samples: Samples, size: int, augment: Mapping[str, Any] | None = None, seed: int = 0
+    ) -> Dataset[Batch]:
+        """Return images of `size` pixels a side; `augment` holds the fields of `Augmentation`."""
+        if not isinstance(samples, Images):
+            raise ConfigError(
+                f"This model reads images, but the data are {type(samples).__name__}: choose another model=… or data=…"
             )
-        self.length, self.seed, self.rank, self.world, self.epoch = length, seed, rank, world, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch's order; Lightning calls this."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length // self.batch_size
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = torch.randperm(self.length, generator=generator(self.seed, "order", self.epoch)).tolist()
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            yield [(self.epoch, index) for index in order[start : start + self.batch_size][self.rank :: self.world]]
-
-
-class OrderedBatches(Sampler[list[tuple[int, int]]]):
-    """Evaluation batches of one rank: every sample on exactly one rank, and the same number of batches on each.
-
-    No sample is repeated to pad, so sums over ranks count each once; equal counts keep collectives in step. When the
-    data are fewer than the ranks, the surplus ranks get no batches, and no collective may be called per batch. A batch
-    holds at most `batch_size` samples (two, where a size of one does not divide evenly).
-    """
-
-    def __init__(self, length: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
-        self.length, self.rank, self.world = length, rank, world
-        self.batches = max(1, min(-(-length // (batch_size * world)), length // world))
-
-    def __len__(self) -> int:
-        return len(list(iter(self)))
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for batch in torch.arange(self.length).tensor_split(self.batches * self.world)[self.rank :: self.world]:
-            if len(batch):
-                yield [(0, index) for index in batch.tolist()]
+        augmentation = None if augment is None else Augmentation(**augment)
+        return Batches(samples, size, self.mean, self.std, augmentation, seed)

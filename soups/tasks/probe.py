@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from soups.errors import DataError
-from soups.tasks.models import Network
+from soups.evaluation import Batch, Inputs, forward
+from soups.tasks.network import Network
 
 # Inverse strengths of the L2 penalty; the held-out split chooses.
 STRENGTHS = (0.001, 0.01, 0.1, 1.0)
@@ -30,31 +31,44 @@ class Probe:
 
 
 @torch.inference_mode()
-def head_inputs(
-    network: Network, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return what enters the head, float32 (N, features), and the labels (N,), for the network in evaluation mode."""
+def head_inputs(network: Network, batches: Iterable[Batch], device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+    """Return what enters the head, float32 (N, features), and the labels (N,), for the network in evaluation mode.
+
+    Where the head reads every token (Hugging Face decoders), the features are those of the last token, which give the
+    logits.
+    """
     features: list[Tensor] = []
     labels: list[Tensor] = []
+    entering: list[Tensor] = []
 
     def keep(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        features.append(inputs[0].flatten(1).float().cpu())
+        entering.append(inputs[0])
 
     module = network.module.to(device).eval()
     hook = network.linear().register_forward_pre_hook(keep)
     try:
-        for images, targets in batches:
-            module(images.to(device))
+        for inputs, targets in batches:
+            entering.clear()
+            forward(module, inputs, device)
+            features.append(_of_each_sample(entering[-1], inputs).float().cpu())
             labels.append(targets)
     finally:
         hook.remove()
     return torch.cat(features).numpy(), torch.cat(labels).numpy()
 
 
+def _of_each_sample(features: Tensor, inputs: Inputs) -> Tensor:
+    """Return features (B, F) of what entered the head: (B, …), or (B, tokens, F) with an attention mask."""
+    if features.ndim == 3 and not isinstance(inputs, Tensor) and "attention_mask" in inputs:
+        last = inputs["attention_mask"].sum(dim=1) - 1
+        return features[torch.arange(len(features), device=features.device), last.to(features.device)]
+    return features.flatten(1)
+
+
 def linear_probe(
     network: Network,
-    train: Iterable[tuple[Tensor, Tensor]],
-    heldout: Iterable[tuple[Tensor, Tensor]],
+    train: Iterable[Batch],
+    heldout: Iterable[Batch],
     num_classes: int,
     device: torch.device | None = None,
 ) -> Probe:
@@ -65,12 +79,12 @@ def linear_probe(
 
     Args:
         network: its head is replaced; everything else is left as it is.
-        train, heldout: batches of images (B, 3, H, W) and labels (B,), not augmented.
+        train, heldout: batches of the network's input and labels (B,), not augmented.
         num_classes: width of the head.
         device: where to compute features.
 
     Raises:
-        DataError: a class has no training image.
+        DataError: a class has no training sample.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -78,7 +92,7 @@ def linear_probe(
     device = device or torch.device("cpu")
     inputs, labels = head_inputs(network, train, device)
     if missing := sorted(set(range(num_classes)) - set(labels.tolist())):
-        raise DataError(f"The train split has no image of class number {missing[0]}; every class needs at least one.")
+        raise DataError(f"The train split has no sample of class number {missing[0]}; every class needs at least one.")
     heldout_inputs, heldout_labels = head_inputs(network, heldout, device)
     # Features of unit scale make the penalty mean the same for every network; the scale is folded back into the head.
     centre, scale = inputs.mean(axis=0), inputs.std(axis=0).mean() + 1e-12

