@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from soups.errors import ConfigError, StorageError, did_you_mean
-from soups.launch.members import Member, body_of, features, frozen_names, load_body, member
+from soups.launch.members import Member, body_of, features, frozen_names, member
 from soups.launch.settings import (
     LAYOUT,
     TRAINING_VERSION,
@@ -42,7 +41,6 @@ class ColdFusion:
         policy: of the repository, see `Policy`; its quorum is set by `per_round`.
         multitask: train the multitask reference.
         repository: folder or URL of the repository; beside the pool's results when None.
-        size: samples that a task uses, by split; larger values of the tasks' own sections are cut down to it.
 
     Raises:
         ConfigError: a setting that does not make sense.
@@ -236,7 +234,9 @@ class ColdFusion:
         one.probe()
         one.fit()
         body = one.body()
-        return Output({name: body[name] for name in body}, notes={"weights": hash_weights(body), "examples": len(joint.train)})
+        return Output(
+            {name: body[name] for name in body}, notes={"weights": hash_weights(body), "examples": len(joint.train)}
+        )
 
     def _pooled_member(
         self, joint: Splits, groups: Sequence[int], weights: Mapping[str, torch.Tensor], parameters: Mapping[str, Any]
@@ -312,9 +312,8 @@ class ColdFusion:
             title="Linear probe by task",
             columns=["model", *(f"{task}, %" for group in tasks.values() for task in group)],
             rows=[
-                [model, *(mean(nodes.probes, model, group, "frozen") if False else
-                          100 * pool.ingredient(nodes.probes[model, task].fingerprint).metrics["frozen"]["accuracy"]
-                          for group, names in tasks.items() for task in names)]
+                [model, *(100 * pool.ingredient(nodes.probes[model, task].fingerprint).metrics["frozen"]["accuracy"]
+                          for group in tasks.values() for task in group)]
                 for model in nodes.models
             ],
         )  # fmt: skip
@@ -327,7 +326,8 @@ class ColdFusion:
             self._log(),
         ]  # fmt: skip
         first, last = (mean(nodes.probes, model, "seen", "frozen") for model in (order[0], order[-1]))
-        assert first is not None and last is not None
+        assert first is not None
+        assert last is not None
         return Page(
             title="ColD Fusion",
             subject="protocol",
@@ -338,7 +338,7 @@ class ColdFusion:
             parts=parts,
             lineage={
                 "repository": self.url,
-                "bases": [base.model_dump() if isinstance(base, Round) else base.hash for base in self.repository("main").bases()],
+                "bases": [base.hash for base in self.repository("main").bases()],
             },
         )
 
@@ -347,7 +347,13 @@ class ColdFusion:
         for record in self.repository("main").rounds():
             for verdict in record.verdicts:
                 rows.append(
-                    [record.number, verdict.contributor, verdict.started, verdict.norm, "fused" if verdict.accepted else verdict.reason]
+                    [
+                        record.number,
+                        verdict.contributor,
+                        verdict.started,
+                        verdict.norm,
+                        "fused" if verdict.accepted else verdict.reason,
+                    ]
                 )
         return Table(
             title="Contributions", columns=["round", "contributor", "from base", "update norm", "outcome"], rows=rows
@@ -376,8 +382,3 @@ def _training(settings: Settings) -> dict[str, Any]:
         "trainer": {key: value for key, value in settings["trainer"].items() if key not in LAYOUT},
         "callbacks": settings.get("callbacks") or {},
     }
-
-
-def open_place(path: str) -> Path:
-    """Return a local path."""
-    return Path(path)

@@ -52,7 +52,9 @@ class Member:
 
     def probe(self) -> None:
         """Fit the head on the frozen body; the held-out split chooses its penalty."""
-        batches = [evaluation_batches(self.settings, part, self.network) for part in (self.splits.train, self.splits.heldout)]
+        batches = [
+            evaluation_batches(self.settings, part, self.network) for part in (self.splits.train, self.splits.heldout)
+        ]
         linear_probe(self.network, *batches, len(self.splits.classes), device_for(self.settings))
 
     def fit(self, show_progress: bool = False, callbacks: Sequence[lightning.Callback] = ()) -> lightning.Trainer:
@@ -67,7 +69,11 @@ class Member:
 
 
 def member(
-    settings: Settings, data: Mapping[str, Any], body: Weights | None = None, splits: Splits | None = None, **changes: Any
+    settings: Settings,
+    data: Mapping[str, Any],
+    body: Weights | None = None,
+    splits: Splits | None = None,
+    **changes: Any,
 ) -> Member:
     """Build a member.
 

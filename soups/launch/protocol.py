@@ -127,6 +127,16 @@ def run_node_in_ranks(settings: Settings, name: str) -> None:
     perform(find_node(program.plan(), name), open_pool(settings), program.operations(), keep=is_first_process())
 
 
+def contribute_in_ranks(settings: Settings, job: Mapping[str, Any]) -> None:
+    """Make one contribution to a repository in this process, one of the ranks of its training."""
+    from soups.launch.cold_fusion import ColdFusion
+
+    program = build_program(settings)
+    if not isinstance(program, ColdFusion):
+        raise ConfigError(f"The protocol {program.name} has no contributors.")
+    program.contribute(job)
+
+
 def run_protocol(
     config: DictConfig, context: HydraContext, launcher: Launcher, arguments: Sequence[str]
 ) -> Sequence[JobReturn]:

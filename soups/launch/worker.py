@@ -19,7 +19,7 @@ from typing import Any, Literal
 from soups.errors import SoupError
 from soups.launch.settings import RunError, Settings
 
-Job = Literal["fit", "cook", "node"]
+Job = Literal["fit", "cook", "node", "contribute"]
 _USER_ERROR = 3
 
 
@@ -83,6 +83,10 @@ def main(path: Path) -> int:
             from soups.launch.protocol import run_node_in_ranks
 
             run_node_in_ranks(settings, job["node"])
+        elif job["job"] == "contribute":
+            from soups.launch.protocol import contribute_in_ranks
+
+            contribute_in_ranks(settings, job["contribution"])
         else:
             from soups.launch.cook import cook_in_ranks
 

@@ -74,7 +74,9 @@ class Study:
             raise ConfigError(f"protocol.rounds={self.rounds} must be at least 1.")
         most = len(self.seen) if self.mode == "synchronous" else self.contributors
         if not 1 <= self.per_round <= most:
-            raise ConfigError(f"protocol.per_round={self.per_round} must be between 1 and {most}, the contributors there are.")
+            raise ConfigError(
+                f"protocol.per_round={self.per_round} must be between 1 and {most}, the contributors there are."
+            )
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,12 @@ def layout(study: Study) -> Layout:
     judged = {"pretrained" if name == "round 0" else name for name in judged} | {"fused once", "multitask"}
     for model, node in models.items():
         for task, data in (*study.seen.items(), *study.unseen.items()):
-            parameters = {"data": dict(data), "input": study.training["input"], "shots": study.shots, "seed": study.seed}
+            parameters = {
+                "data": dict(data),
+                "input": study.training["input"],
+                "shots": study.shots,
+                "seed": study.seed,
+            }
             found.probes[model, task] = Node("score", "cold.probe", parameters, (node,), f"probe {task}, {model}")
             if model in judged:
                 seed = derive_seed(study.seed, "judge", task) % 2**31
