@@ -99,7 +99,8 @@ def find_node(plan: Plan, name: str) -> Node:
 def run_node(settings: Settings, name: str) -> None:
     """Do one node of the settings' plan and add its result to the pool; what the launched jobs call.
 
-    Training on several devices runs in processes of its own.
+    Training on several devices runs in processes of its own, and so does a node that the others can do without: whatever
+    kills it leaves the job, and the launcher's other jobs, alive.
 
     Raises:
         SoupError: the node failed; the pool knows why.
@@ -109,7 +110,8 @@ def run_node(settings: Settings, name: str) -> None:
     with pool.lock(f"node-{name[:16]}"):
         if name in pool:
             return
-        if node.kind == "train" and device_count(settings) > 1 and not launched_outside():
+        several = node.kind == "train" and device_count(settings) > 1 and not launched_outside()
+        if several or node.optional:
             from soups.launch.worker import run_in_processes
 
             try:
