@@ -56,6 +56,7 @@ class Node:
     parameters: Mapping[str, Any] = field(default_factory=dict[str, Any])
     inputs: tuple[Node, ...] = ()
     name: str = ""
+    optional: bool = False
 
     determinants: dict[str, Any] = field(init=False, repr=False)
     fingerprint: str = field(init=False)
