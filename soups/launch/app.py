@@ -17,8 +17,8 @@ from soups.launch.cook import cook
 from soups.launch.fine_tune import fine_tune
 from soups.launch.quiet import quiet
 from soups.launch.settings import Settings, UserError, is_first_process, open_pool, resolve
-from soups.reporting import Report, plain_rows, summary_sentence, tables
-from soups.tracking import group_name, log_soup
+from soups.launch.tracking import track_soup
+from soups.reporting import Report, summary_sentence, tables
 
 
 def run(config: DictConfig) -> float:
@@ -66,7 +66,7 @@ def finish(settings: Settings, failed: dict[str, str]) -> int:
     before = {path.parent for path in Path(settings["paths"]["output"]).glob("soups/*/report.json")}
     report, folder = cook(settings)
     if folder not in before:
-        _track(settings, report, folder)
+        track_soup(settings, report, folder)
     console.print()
     for table in tables(report, console.width):
         console.print(table)
@@ -93,29 +93,6 @@ def _how_to_load(settings: Settings, report: Report, folder: Path) -> str:
         classes = len(report.lineage["classes"])
         return f"Load it: timm.create_model({model['name']!r}, num_classes={classes}, checkpoint_path='{path}')"
     return f"Load it: model.load_state_dict(safetensors.torch.load_file('{path}'))"
-
-
-def _track(settings: Settings, report: Report, folder: Path) -> None:
-    header, rows = plain_rows(report)
-    log_soup(
-        settings["tracking"],
-        Path(settings["paths"]["output"]),
-        f"{report.recipe}-soup-{report.fingerprint[:8]}",
-        group_name(settings["tracking"]["group"], str(settings["pool"]["path"])),
-        settings,
-        {
-            f"{row.name}/{split}": value
-            for row in report.rows
-            if row.kind != "ingredient"
-            for split, value in (*row.accuracy.items(), ("ood", row.ood))
-        },
-        header,
-        rows,
-        [step.model_dump() for step in report.steps],
-        {path.stem: path for path in sorted(folder.glob("*.png"))},
-        report.lineage,
-        folder / "soup.safetensors",
-    )
 
 
 def leave(code: int) -> None:

@@ -102,9 +102,10 @@ def fit(
             notes={"train_loss": float(cast(Any, trainer.callback_metrics.get("train/loss", float("nan"))))},
             history=history.values,
         )
+        added: Ingredient | None = None
         try:
             added = pool.add(record, weights)
             pool.add_predictions(added.weights, splits.heldout.digest(), logits)
         finally:
-            close_logger(logger, {"heldout/accuracy": numbers.accuracy, "heldout/loss": numbers.loss})
+            close_logger(logger, added)
     trainer.strategy.barrier("ingredient")

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from soups.errors import SoupError
 from soups.launch.settings import RunError, Settings
 
-Job = Literal["fit", "cook", "node", "project"]
+Job = Literal["fit", "cook", "node", "contribute", "project"]
 _USER_ERROR = 3
 
 
@@ -89,6 +89,10 @@ def main(path: Path) -> int:
             run_node_in_ranks(settings, job["node"])
         elif job["job"] == "project":
             _project(settings, job["module"], job["function"])
+        elif job["job"] == "contribute":
+            from soups.launch.protocol import contribute_in_ranks
+
+            contribute_in_ranks(settings, job["contribution"])
         else:
             from soups.launch.cook import cook_in_ranks
 

@@ -40,7 +40,8 @@ def test_what_the_readme_names_is_there() -> None:
             key, _, value = word.lstrip("+").partition("=")
             if (ROOT / "conf" / key).is_dir():
                 for choice in value.strip("[]").split(","):
-                    assert (ROOT / "conf" / key / f"{choice}.yaml").is_file(), word
+                    ours = (ROOT / "conf" / key / f"{choice}.yaml").is_file()
+                    assert ours or word in ("hydra/launcher=joblib",), word
     for dotted in set(re.findall(r"`(soups\.[a-z_.]+)`", readme)):
         module, _, name = dotted.rpartition(".")
         parent = import_module(module)
