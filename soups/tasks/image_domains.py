@@ -37,7 +37,9 @@ def image_domains(
         raise DataError(f"data.root={root} is not a folder. Give the folder that holds one folder a domain.")
     domains = sorted(place.name for place in folder.iterdir() if place.is_dir() and not place.name.startswith("."))
     if leave_out not in domains:
-        raise DataError(f"data.leave_out={leave_out}: there is no such domain below {root}; {did_you_mean(leave_out, domains)}")
+        raise DataError(
+            f"data.leave_out={leave_out}: there is no such domain below {root}; {did_you_mean(leave_out, domains)}"
+        )
     seen = [name for name in domains if name != leave_out]
     if not seen:
         raise DataError(f"{root} has the domain {leave_out} alone: nothing is left to train on.")

@@ -31,6 +31,7 @@ def test_a_recipe_has_its_configuration_and_its_row(name: str) -> None:
     assert {key: value for key, value in section.items() if key not in COMMON} == options_of(recipe), "same defaults"
     assert ("start" in section) == ("start" in needs_of(recipe))
     assert f"| `soups.recipes.{name}` | `+soup={name}` |" in (ROOT / "README.md").read_text()
+    assert f"| `{name}` |" in (ROOT / "soups" / "recipes" / "README.md").read_text(), "a card"
 
 
 def test_what_the_readme_names_is_there() -> None:
