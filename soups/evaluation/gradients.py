@@ -58,11 +58,12 @@ class HeldoutGradient:
             if len(labels):
                 logits = forward(self.module, inputs, self.device)
                 loss = functional.cross_entropy(factor * logits, labels, reduction="sum") / whole
-                *gradients, by_beta = torch.autograd.grad(loss, [*parameters, factor], allow_unused=True)
+                *gradients, by_beta = _derivatives(loss, [*parameters, factor])
             else:
                 loss, by_beta = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-                gradients = [torch.zeros_like(parameter) for parameter in parameters]
+                gradients: list[Tensor | None] = [torch.zeros_like(parameter) for parameter in parameters]
         found = {name: value for name, value in zip(names, gradients, strict=True) if value is not None}
+        assert by_beta is not None  # the logits are multiplied by it
         numbers = torch.stack([loss.detach().double(), by_beta.detach().double()])
         if world > 1:
             for value in (*found.values(), numbers):
@@ -101,7 +102,7 @@ def diagonal_fisher(
             for number in range(min(len(labels), samples - seen)):
                 logits = forward(module, _rows(inputs, slice(number, number + 1)), device)
                 loss = functional.cross_entropy(logits, logits.argmax(dim=1))
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                gradients = _derivatives(loss, parameters)
                 for total, value in zip(sums, gradients, strict=True):
                     if value is not None:
                         total.add_(value.detach().float().square().cpu())
@@ -117,6 +118,11 @@ def _trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     for _, parameter in found:
         parameter.requires_grad_(True)
     return found
+
+
+def _derivatives(loss: Tensor, by: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Return the derivatives of a loss; None by what it does not depend on."""
+    return torch.autograd.grad(loss, by, allow_unused=True)
 
 
 @contextlib.contextmanager
