@@ -58,12 +58,11 @@ class HeldoutGradient:
             if len(labels):
                 logits = forward(self.module, inputs, self.device)
                 loss = functional.cross_entropy(factor * logits, labels, reduction="sum") / whole
-                *gradients, by_beta = _derivatives(loss, [*parameters, factor])
+                *gradients, by_beta = torch.autograd.grad(loss, [*parameters, factor], materialize_grads=True)
             else:
                 loss, by_beta = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-                gradients: list[Tensor | None] = [torch.zeros_like(parameter) for parameter in parameters]
-        found = {name: value for name, value in zip(names, gradients, strict=True) if value is not None}
-        assert by_beta is not None  # the logits are multiplied by it
+                gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        found = dict(zip(names, gradients, strict=True))
         numbers = torch.stack([loss.detach().double(), by_beta.detach().double()])
         if world > 1:
             for value in (*found.values(), numbers):
@@ -102,10 +101,9 @@ def diagonal_fisher(
             for number in range(min(len(labels), samples - seen)):
                 logits = forward(module, _rows(inputs, slice(number, number + 1)), device)
                 loss = functional.cross_entropy(logits, logits.argmax(dim=1))
-                gradients = _derivatives(loss, parameters)
+                gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
                 for total, value in zip(sums, gradients, strict=True):
-                    if value is not None:
-                        total.add_(value.detach().float().square().cpu())
+                    total.add_(value.detach().float().square().cpu())
                 seen += 1
     if not seen:
         raise ConfigError(f"The Fisher information needs samples; {samples} were asked for.")
@@ -118,11 +116,6 @@ def _trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     for _, parameter in found:
         parameter.requires_grad_(True)
     return found
-
-
-def _derivatives(loss: Tensor, by: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """Return the derivatives of a loss; None by what it does not depend on."""
-    return torch.autograd.grad(loss, by, allow_unused=True)
 
 
 @contextlib.contextmanager
