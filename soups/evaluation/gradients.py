@@ -63,7 +63,7 @@ class HeldoutGradient:
                 loss, by_beta = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
                 gradients = [torch.zeros_like(parameter) for parameter in parameters]
         found = dict(zip(names, gradients, strict=True))
-        numbers = torch.stack([loss.detach().double(), by_beta.detach().double()])
+        numbers = torch.stack([loss.detach().to(factor.dtype), by_beta.detach().to(factor.dtype)])
         if world > 1:
             for value in (*found.values(), numbers):
                 distributed.all_reduce(value)
