@@ -120,8 +120,6 @@ def test_a_soups_page_says_what_its_report_says() -> None:
     assert [point.name for point in scatter.groups["in the soup"]] == ["a1000000"]
     assert scatter.groups["greedy soup"][0].x == pytest.approx(80.0)
     assert page_of(report().model_copy(update={"warnings": ["few samples"]})).warnings == ["few samples"]
-    three = page_of(report().model_copy(update={"ingredients": ["x"] * 3}))
-    assert any("100 samples for 3 candidates" in warning for warning in three.warnings)
     render(made)
     without_ood = page_of(report(ood=False))
     assert next(part for part in without_ood.parts if isinstance(part, Scatter)).x_label == "held-out accuracy, %"
