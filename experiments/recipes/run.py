@@ -1,7 +1,7 @@
 """Every recipe on the same sweeps: what it gains, and what it costs.
 
     python -m experiments.recipes.run trainer.threads=1        three sweeps of the default task, then the table
-    python -m experiments.recipes.run --name movies +experiment=movies trainer.threads=1        the text task
+    python -m experiments.recipes.run --name movies experiment=movies trainer.threads=1        the text task
 
 Each sweep is `experiments.model_soups.run`'s: a split, a shared start and a draw of the search space of its own; what its
 pool holds is found, not redone. Every recipe then runs in a process of its own, forked from one that has the data, so that
@@ -46,15 +46,15 @@ RECIPES: list[tuple[str, str, dict[str, Any]]] = [
     ("greedy, ≥", "greedy", {"ties": "paper"}),
     ("greedy, >", "greedy", {"ties": "official"}),
     ("greedy with removal", "greedy_removal", {}),
-    ("greedy with weights", "greedy_weights", {}),
+    ("greedy with weights", "greedy_weights", {"rounds": 3}),
     ("top-k", "top_k", {}),
     ("learned, by model", "learned", {"per": "model"}),
     ("learned, by tensor", "learned", {"per": "tensor"}),
-    ("WiSE-FT, best single", "wise_ft", {"end": "best"}),
-    ("WiSE-FT, uniform", "wise_ft", {"end": "uniform"}),
-    ("BCWI, plain", "bcwi", {"form": "plain"}),
-    ("BCWI, soup", "bcwi", {"form": "soup"}),
-    ("BCWI, Fisher", "bcwi", {"form": "fisher"}),
+    ("WiSE-FT, best single", "wise_ft", {"end": "best", "points": 6}),
+    ("WiSE-FT, uniform", "wise_ft", {"end": "uniform", "points": 6}),
+    ("BCWI, plain", "bcwi", {"form": "plain", "points": 6}),
+    ("BCWI, soup", "bcwi", {"form": "soup", "points": 6}),
+    ("BCWI, Fisher", "bcwi", {"form": "fisher", "points": 6}),
     ("interpolation of two", "interpolation", {}),
 ]
 # On these a path is shown in and out of distribution.
