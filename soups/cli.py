@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from soups import __version__
+from soups.commands import cold
 from soups.commands.dashboard import dashboard
 from soups.commands.diff import diff
 from soups.commands.inspect import inspect
@@ -27,6 +28,7 @@ app = typer.Typer(
 for command in (merge, inspect, diff, methods, report, dashboard):
     app.command()(command)
 app.add_typer(pool, name="pool")
+app.add_typer(cold.app, name="cold")
 
 
 def _version(wanted: bool) -> None:

@@ -19,5 +19,6 @@ class SoupsSearchPath(SearchPathPlugin):
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Append the folder, found without importing the package."""
         spec = find_spec("soups")
-        assert spec is not None and spec.origin is not None
+        assert spec is not None
+        assert spec.origin is not None
         search_path.append("soups", f"file://{Path(spec.origin).parent / 'conf'}")

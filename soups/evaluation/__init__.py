@@ -2,7 +2,9 @@
 
 from soups.evaluation.diversity import Decomposition as Decomposition
 from soups.evaluation.diversity import Diversity as Diversity
+from soups.evaluation.diversity import agreement as agreement
 from soups.evaluation.diversity import decompose as decompose
+from soups.evaluation.diversity import distances as distances
 from soups.evaluation.diversity import diversity as diversity
 from soups.evaluation.flips import negative_flip_rate as negative_flip_rate
 from soups.evaluation.gradients import HeldoutGradient as HeldoutGradient

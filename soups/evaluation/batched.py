@@ -35,9 +35,9 @@ def predict_many(
 ) -> Tensor:
     """Return the logits of several models, float32 (models, N, classes), as `predict` does those of one.
 
-    All models are in memory, and the activations of all for one batch. Whether that is faster than one after the other
-    depends on the network and the machine: it helps small layers on a GPU, where launching kernels is the cost, and
-    costs time for convolutions on a CPU; `python -m benchmarks.racing` measures it.
+    All models are in memory, and the activations of all for one batch. It pays where the work of a layer is small against
+    the cost of starting it: on a CPU for small perceptrons, not for convolutions or transformers, which take longer than
+    one model after the other (`python -m benchmarks.racing` measures it). On a GPU, measure before use.
 
     Args:
         module: the network; its own weights are not touched.

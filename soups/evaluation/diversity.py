@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from soups.errors import ConfigError
+from soups.stores import Store
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,29 @@ def _q(one: Tensor, two: Tensor) -> float:
     return (right * wrong - first * second) / below if below else float("nan")
 
 
+def agreement(logits: Sequence[Tensor]) -> Tensor:
+    """Return the share of samples on which each pair of models predicts the same class, float64 (M, M)."""
+    predictions = torch.stack([values.argmax(dim=1) for values in logits])
+    return (predictions[:, None] == predictions[None]).double().mean(dim=2)
+
+
+def distances(models: Sequence[Store]) -> Tensor:
+    """Return the Euclidean distances between models over all averaged tensors, float64 (M, M); tied ones count once.
+
+    One tensor of every model is in memory at a time.
+    """
+    squares = torch.zeros(len(models), len(models), dtype=torch.float64)
+    tied = models[0].tied()
+    for name in models[0]:
+        if name in tied or not models[0].meta(name).dtype.is_floating_point:
+            continue
+        flat = torch.stack([model.read_flat(name).double() for model in models])
+        # Inner products of differences from the first model: of the weights themselves they would cancel.
+        inner = (flat - flat[0]) @ (flat - flat[0]).T
+        squares += inner.diagonal()[:, None] + inner.diagonal()[None] - 2 * inner
+    return squares.clamp_min_(0).fill_diagonal_(0).sqrt()
+
+
 @dataclass(frozen=True)
 class Decomposition:
     """The squared error of an ensemble's probabilities, taken apart (DiWA, arXiv:2205.09739).
@@ -94,8 +119,7 @@ def decompose(logits: Tensor, labels: Tensor) -> Decomposition:
     Raises:
         ConfigError: fewer than two runs.
 
-    DiWA adds the locality term O(Δ²) for an average of weights in place of predictions, where Δ is the largest
-    distance of a member from the average.
+    DiWA adds the locality term O(Δ²) for an average of weights in place of predictions; `distances` gives Δ.
     """
     runs, members = logits.shape[:2]
     if runs < 2:

@@ -9,13 +9,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 
 from soups.errors import SoupError
 from soups.launch.cook import cook
 from soups.launch.fine_tune import fine_tune
 from soups.launch.quiet import quiet
-from soups.launch.settings import Settings, UserError, open_pool, resolve
+from soups.launch.settings import Settings, UserError, is_first_process, open_pool, resolve
 from soups.launch.tracking import track_soup
 from soups.reporting import Report, summary_sentence, tables
 
@@ -41,7 +42,7 @@ def run(config: DictConfig) -> float:
         record = fine_tune(settings, show_progress=alone)
     except SoupError as error:
         raise UserError(f"\n{error}") from error
-    if alone:
+    if alone and is_first_process():
         verb = "was in the pool already" if record.fingerprint in found else "is finished"
         Console().print(
             f"Ingredient [bold]{record.short}[/] {verb}: held-out accuracy {record.heldout():.2%}, in "
@@ -70,12 +71,8 @@ def finish(settings: Settings, failed: dict[str, str]) -> int:
     for table in tables(report, console.width):
         console.print(table)
     console.print(summary_sentence(report), highlight=False)
-    if len(report.members) == 1 and len(report.ingredients) > 1:
-        console.print(
-            "[yellow]Every ingredient but one was left out, so this soup is the best single model.[/] The members are "
-            "too far apart for averaging: try lower learning rates, fewer epochs or more data.",
-            highlight=False,
-        )
+    for warning in report.warnings:
+        console.print(f"[yellow]![/] {escape(warning)}", highlight=False)
     console.print(f"\n[bold]{folder}/[/]  {', '.join(sorted(path.name for path in folder.iterdir()))}", highlight=False)
     console.print(_how_to_load(settings, report, folder), highlight=False)
     return tell_failures(console, failed)

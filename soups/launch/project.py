@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import numpy
+import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, run_job
@@ -146,11 +146,11 @@ def _plain(config: DictConfig, key: str) -> dict[str, Any]:
 
 
 def _remove(tree: dict[str, Any], path: Sequence[str]) -> None:
+    branch: Any = tree
     for part in path[:-1]:
-        tree = tree.get(part, {})
-        if not isinstance(tree, dict):
-            return
-    tree.pop(path[-1], None)
+        branch = branch.get(part) if isinstance(branch, dict) else None
+    if isinstance(branch, dict):
+        cast(dict[str, Any], branch).pop(path[-1], None)
 
 
 def _quote(text: str) -> str:
@@ -282,7 +282,7 @@ def _seed(*names: str) -> None:
     """Seed what a program that sets no seeds draws from, so that it, too, gives the same twice and on any launcher."""
     seed = derive_seed(0, *names)
     random.seed(seed)
-    numpy.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 

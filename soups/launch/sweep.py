@@ -16,8 +16,9 @@ from rich.console import Console
 
 from soups.errors import ConfigError, SoupError
 from soups.launch.app import finish, leave, tell_failures
-from soups.launch.cook import check_options, refuse_foreign
+from soups.launch.cook import check_options
 from soups.launch.fits import Evaluation
+from soups.launch.members import refuse_foreign
 from soups.launch.progress import SweepProgress
 from soups.launch.project import Project, ProjectTask, check_metric, ensure_shared_start, see_fit
 from soups.launch.project_soup import cook_project, show
@@ -30,8 +31,10 @@ from soups.launch.settings import (
     build_splits,
     check,
     determinants,
+    from_elsewhere,
     name_of,
     open_pool,
+    refuse_sweeps_in_ranks,
     resolve,
 )
 from soups.launch.start import ensure_start
@@ -58,11 +61,13 @@ def run_sweep(
     """
     quiet()
     try:
+        refuse_sweeps_in_ranks()
         fixed, points = plan(config, arguments)
         settings, wanted = compose(config, context, fixed, points)
         check_options(settings)
         refuse_foreign(settings)
-        results, failed = run_missing(open_pool(settings), wanted, launcher)
+        pool = open_pool(settings)
+        results, failed = ([], {}) if from_elsewhere(settings) else run_missing(pool, wanted, launcher)
         code = finish(settings, failed)
     except SoupError as error:
         raise UserError(f"\n{error}") from error
@@ -83,6 +88,7 @@ def run_project_sweep(
     job = str(config.hydra.job.name)
     load = context.config_loader.load_sweep_config
     try:
+        refuse_sweeps_in_ranks()
         fixed, points = plan(config, arguments)
         fit = see_fit(program, config, context, fixed)
         shared = ensure_shared_start(fit, Project.of(_compose_one(load, config, fixed), job))
@@ -170,6 +176,8 @@ def compose(
 
     settings = compose_one(fixed)
     check(settings)
+    if from_elsewhere(settings):  # those are cooked as they are
+        return settings, []
     splits = build_splits(settings)
     start, _ = ensure_start(settings, splits)
     wanted: dict[str, Wanted] = {}

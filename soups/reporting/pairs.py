@@ -10,13 +10,14 @@ from torch import Tensor
 from soups.merging.compare import products
 from soups.reporting.page import Matrix
 from soups.stores.pool import Ingredient, Pool
+from soups.stores.pool_of_checkpoints import CheckpointPool
 
 # Inner products of N models cost N² multiplications a parameter; above this many (minutes on one core) they are left out.
 _MOST = 2e11
 _MOST_MODELS = 64
 
 
-def compare_members(pool: Pool, members: Sequence[Ingredient], heldout: str) -> list[Matrix]:
+def compare_members(pool: Pool | CheckpointPool, members: Sequence[Ingredient], heldout: str) -> list[Matrix]:
     """Return heatmaps of a soup's ingredients, best first: distances and angles of their weights, agreement of their answers.
 
     Distances are left out for pools that are not local and where they would cost minutes; agreement where the pool lacks

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from soups.errors import StorageError
+from soups.evaluation import ood_mean
+from soups.evaluation.statistics import wilson
 from soups.reporting.html import write_html
-from soups.reporting.page import Cell, Curves, Page, Part, Point, Scatter, Steps, Table
+from soups.reporting.page import Cell, Curves, Matrix, Page, Part, Point, Scatter, Steps, Table
 from soups.reporting.report import Report, Row
 from soups.reporting.table import summary_sentence
 from soups.stores.pool import Ingredient, Pool
-
-# Below this many held-out samples for each candidate, the best of them is mostly the luckiest.
-_SAMPLES_A_CANDIDATE = 50
 
 
 def page_of(report: Report, members: Sequence[Ingredient] = (), more: Sequence[Part] = ()) -> Page:
@@ -28,8 +27,14 @@ def page_of(report: Report, members: Sequence[Ingredient] = (), more: Sequence[P
     """
     parts: list[Part | None] = [
         _closing(report),
+        _differences(report),
         _scatter(report),
+        _path(report),
         _steps(report),
+        _shares(report),
+        _shares_by_tensor(report),
+        _optimism(report),
+        _diversity(report),
         _history(report, members, "heldout/accuracy", "Held-out accuracy while fine-tuning", "accuracy, %", 100.0),
         _history(report, members, "heldout/loss", "Held-out loss while fine-tuning", "cross-entropy, nats", 1.0),
         *more,
@@ -37,10 +42,10 @@ def page_of(report: Report, members: Sequence[Ingredient] = (), more: Sequence[P
     ]
     versions = report.lineage.get("versions") or {}
     return Page(
-        title=f"{report.recipe.capitalize()} soup of {len(report.ingredients)} ingredients",
+        title=f"{report.soup.capitalize()} of {len(report.ingredients)} ingredients",
         subject="soup",
         summary=summary_sentence(report),
-        warnings=_warnings(report),
+        warnings=report.warnings,
         parts=[part for part in parts if part is not None],
         configs={record.short: record.determinants or record.config for record in members},
         lineage={key: value for key, value in report.lineage.items() if key != "versions"},
@@ -89,15 +94,101 @@ def _records(report: Report) -> list[Ingredient]:
     return [pool.ingredient(name) for name in report.ingredients if name in pool]
 
 
-def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a share of `count` samples.
+def _differences(report: Report) -> Table | None:
+    if not report.differences:
+        return None
+    rows: list[list[Cell | float | int | str | None]] = [
+        [
+            f"{change.name} − {change.against}",
+            _name(change.split),
+            Cell(value=100 * change.value, low=100 * change.low, high=100 * change.high),
+            change.p_value,
+            change.test,
+        ]
+        for change in report.differences
+    ]
+    return Table(
+        title="Soups against the best single model",
+        note="On the same samples, in points, with 95 % intervals. The best single model was chosen on the held-out split.",
+        columns=["models", "split", "difference, points", "p", "test"],
+        rows=rows,
+    )
 
-    >>> [round(bound, 4) for bound in wilson(0.9, 100)]
-    [0.8256, 0.9448]
-    """
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return centre - half, centre + half
+
+def _path(report: Report) -> Curves | None:
+    if len(report.path) < 2:
+        return None
+    series: dict[str, list[float | None]] = {
+        _name(split): [100 * point.accuracy[split] for point in report.path] for split in report.splits
+    }
+    if len(report.splits) > 2:
+        series["OOD mean"] = [100 * ood_mean(point.accuracy) for point in report.path]
+    return Curves(
+        title="Along the path",
+        note="Every point was evaluated after the held-out split had chosen one of them.",
+        x_label=report.path_label,
+        y_label="accuracy, %",
+        x=[point.position for point in report.path],
+        series=series,
+    )
+
+
+def _shares(report: Report) -> Table | None:
+    """Return the shares of the members, where they are not all equal."""
+    if len({round(value, 9) for value in report.coefficients.values()}) < 2:
+        return None
+    rows: list[list[Cell | float | int | str | None]] = [
+        [name, 100 * value] for name, value in sorted(report.coefficients.items(), key=lambda item: -item[1])
+    ]
+    return Table(title="Shares in the soup", columns=["ingredient", "share, %"], rows=rows)
+
+
+def _shares_by_tensor(report: Report) -> Matrix | None:
+    if not report.by_tensor:
+        return None
+    names = list(report.coefficients)
+    return Matrix(
+        title="Shares by tensor",
+        row_labels=list(report.by_tensor),
+        column_labels=names,
+        values=[[100 * shares[name] for name in names] for shares in report.by_tensor.values()],
+        value_label="share, %",
+    )
+
+
+def _optimism(report: Report) -> Table | None:
+    if not report.optimism:
+        return None
+    scale, unit = (100.0, "points") if report.metric == "accuracy" else (1.0, "nats")
+    rows: list[list[Cell | float | int | str | None]] = [
+        [
+            effect.name,
+            Cell(value=scale * effect.value, low=scale * effect.low, high=scale * effect.high),
+            effect.samples,
+            effect.note,
+        ]
+        for effect in report.optimism
+    ]
+    return Table(
+        title="What choosing did to the held-out score",
+        note="Reported minus true, estimated by choosing again on random halves of the held-out split; the whole split "
+        "flatters less. The interval holds 95 % of the halves.",
+        columns=["choice", f"too good by, {unit}", "samples", "note"],
+        rows=rows,
+    )
+
+
+def _diversity(report: Report) -> Table | None:
+    if not report.diversity:
+        return None
+    measures = list(next(iter(report.diversity.values())))
+    return Table(
+        title="How differently the ingredients err",
+        note="Means over pairs. Ratio of errors: different mistakes over equal ones. Q: 1 where both are right and wrong "
+        "together, 0 where independent.",
+        columns=["split", *measures],
+        rows=[[_name(split), *(values[name] for name in measures)] for split, values in report.diversity.items()],
+    )
 
 
 def _name(split: str) -> str:
@@ -108,7 +199,8 @@ def _percent(row: Row, split: str, count: int) -> Cell:
     value = row.accuracy[split]
     if row.kind == "mean" or not count:  # a mean of models is no share of samples
         return Cell(value=100 * value)
-    low, high = wilson(value, count)
+    interval = wilson(round(value * count), count)
+    low, high = interval.low, interval.high
     return Cell(value=100 * value, low=100 * low, high=100 * high)
 
 
@@ -133,7 +225,7 @@ def _closing(report: Report) -> Table:
         f"measured on the same samples are surer than they suggest. Loss is on the held-out split. Selection saw the held-out split alone.",
         columns=columns,
         rows=rows,
-        highlight=[number for number, row in enumerate(report.rows) if row.name == f"{report.recipe} soup"],
+        highlight=[number for number, row in enumerate(report.rows) if row.name == report.soup],
     )
 
 
@@ -147,15 +239,14 @@ def _scatter(report: Report) -> Scatter:
         y = row.ood if has_ood else row.accuracy["test"]
         return Point(name=row.name, x=100 * row.accuracy[across], y=100 * y, details=details)
 
-    kept = {name[:8] for name in report.members}
     groups: dict[str, list[Point]] = {"in the soup": [], "left out": []}
     for row in report.rows:
         if row.kind == "ingredient":
-            groups["in the soup" if row.name in kept else "left out"].append(point(row))
+            groups["in the soup" if report.kept(row.name) else "left out"].append(point(row))
     # The soup of the recipe gets the star, which is the fourth look; the best single model rings its ingredient.
     order = {"best": 0, "soup": 1, "ensemble": 2, "start": 3, "mean": 4}
     others = [row for row in report.rows if row.kind != "ingredient"]
-    for row in sorted(others, key=lambda row: (order.get(row.kind, 5), row.name != f"{report.recipe} soup")):
+    for row in sorted(others, key=lambda row: (order.get(row.kind, 5), row.name != report.soup)):
         groups[row.name] = [point(row)]
     return Scatter(
         title="In distribution against out of distribution" if has_ood else "Held-out against test",
@@ -166,17 +257,24 @@ def _scatter(report: Report) -> Scatter:
     )
 
 
+_ORDER = {
+    "greedy": "Candidates join in the order of their own held-out score; one stays if the soup with it is no worse. ",
+    "greedy_removal": "After the greedy search, members are taken out as long as that raises the score. ",
+    "greedy_weights": "Each step adds the ingredient that helps most, also one that is in the soup already. ",
+    "top_k": "Each step averages one candidate more, in the order of their own held-out score. ",
+}
+
+
 def _steps(report: Report) -> Steps | None:
     if not report.steps:
         return None
     scale, unit = (100.0, ", %") if report.metric == "accuracy" else (1.0, ", nats")
     kept = sum(step.kept for step in report.steps)
     return Steps(
-        title="The greedy search",
-        note=f"Candidates join in the order of their own held-out score; one stays if the soup with it is no worse. "
-        f"{kept} of {len(report.steps)} stayed.",
+        title="The search" if report.search != "greedy" else "The greedy search",
+        note=f"{_ORDER.get(report.search, '')}{kept} of {len(report.steps)} stayed.",
         score_label=f"held-out {report.metric}{unit}",
-        names=[step.name for step in report.steps],
+        names=[f"without {step.name}" if step.action == "remove" else step.name for step in report.steps],
         scores=[scale * step.soup_score for step in report.steps],
         to_reach=[None if step.to_reach is None else scale * step.to_reach for step in report.steps],
         kept=[step.kept for step in report.steps],
@@ -213,22 +311,6 @@ def _cost(report: Report, members: Sequence[Ingredient]) -> Table | None:
         rows.append([f"fine-tuning, {len(fits)} ingredients", math.fsum(fits)])
     rows += [[name, seconds] for name, seconds in report.seconds.items()]
     return Table(title="Cost", columns=["phase", "time, s"], rows=rows) if rows else None
-
-
-def _warnings(report: Report) -> list[str]:
-    found = list(getattr(report, "warnings", []))
-    count, tried = report.splits.get("heldout", 0), len(report.ingredients)
-    if len(report.members) == 1 and tried > 1:
-        found.append(
-            "Every ingredient but one was left out, so this soup is the best single model: the ingredients are too far "
-            "apart for averaging. Lower learning rates, fewer epochs or more shared epochs bring them together."
-        )
-    if tried > 1 and count < _SAMPLES_A_CANDIDATE * tried:
-        found.append(
-            f"The held-out split has {count} samples for {tried} candidates: its numbers flatter what was chosen by them. "
-            f"Judge by the test split."
-        )
-    return list(dict.fromkeys(found))
 
 
 def _layout(members: Sequence[Ingredient]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -113,10 +113,13 @@ class CheckpointPool:
                 orders[self._records[identity].short] = recorded
         return orders
 
-    def without(self, names: Mapping[str, object]) -> None:
-        """Leave ingredients out by name."""
-        for identity in [identity for identity, record in self._records.items() if record.short in names]:
-            del self._records[identity]
+    def weights_file(self, fingerprint: str) -> None:
+        """Return None: the file's tensors may have other names than the network's."""
+        del fingerprint
+
+    def start_file(self, weights_hash: str) -> None:
+        """Return None: nobody knows the start."""
+        del weights_hash
 
     def _read(self, place: str) -> dict[str, Tensor]:
         with open_fitted(place, self._like, self._state, self._prefix) as store:
