@@ -60,10 +60,9 @@ class Swap:
                     self._copied[name] = own.clone()
                     own.copy_(new)
                     continue
-                own = tensor.data
-                self._own[name] = own
-                same = new.dtype == own.dtype and new.device == own.device
-                tensor.data = new.data if same else new.data.to(own.device, own.dtype)
+                self._own[name] = own = tensor.data
+                same = new.dtype is own.dtype and new.device == own.device
+                tensor.data = new if same else new.to(own.device, own.dtype)
 
     def exit(self) -> None:
         """Bring the module's own weights back. Does nothing when they are in place."""

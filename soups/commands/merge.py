@@ -29,6 +29,10 @@ def merge(
     cuda: Annotated[bool, typer.Option("--cuda", help="The same as --device cuda.")] = False,
     copy_tokenizer: Annotated[bool, typer.Option(help="Take the tokenizer along.")] = True,
     write_model_card: Annotated[bool, typer.Option(help="Write a README.md.")] = True,
+    unsafe_truncate_embeddings: Annotated[
+        bool,
+        typer.Option("--unsafe-truncate-embeddings", help="Cut embeddings of different lengths to the shortest."),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     lora_merge_cache: Annotated[str | None, typer.Option(hidden=True)] = None,
     lazy_unpickle: Annotated[bool, typer.Option(hidden=True)] = True,
@@ -50,9 +54,16 @@ def merge(
             raise ConfigError("Outputs are always safetensors; leave --no-safe-serialization out.")
         if dry_run:
             from soups.merging.mergekit import describe_plan
+            from soups.merging.mergekit.run import document_order
 
-            _, planned = describe_plan(config, seed=random_seed, strict=strict, warn=warn)
-            _print_plan(planned, parse_size(memory), threads)
+            recipe, plans = describe_plan(
+                config, seed=random_seed, strict=strict, truncate_embeddings=unsafe_truncate_embeddings, warn=warn
+            )
+            for number, planned in enumerate(plans):
+                if len(plans) > 1:
+                    name = recipe.documents[document_order(recipe)[number]].name
+                    console.print(f"[bold]{name or 'result'}[/]")
+                _print_plan(planned, parse_size(memory), threads)
             return
         if out is None:
             raise ConfigError("Name the folder or file to make: soups merge CONFIG OUT.")
@@ -77,6 +88,7 @@ def merge(
                 seed=random_seed,
                 strict=strict,
                 overwrite=overwrite,
+                truncate_embeddings=unsafe_truncate_embeddings,
                 copy_tokenizer=copy_tokenizer,
                 write_card=write_model_card,
                 shard_bytes=parse_size(out_shard_size),
@@ -110,6 +122,11 @@ def _print_plan(planned: Planned, budget: int, threads: int | None) -> None:
     whole = [job for job in plan.jobs if job.method is not None and job.method.unit == "tensor"]
     largest = max((job.meta.numel * 4 * (2 * len(job.models) + 6) for job in whole), default=0)
     console.print(f"configuration and tokenizer from {planned.donor}", soft_wrap=True)
+    if planned.shared:
+        vocabulary = planned.shared.vocabulary
+        console.print(
+            f"vocabulary of {len(vocabulary.ids)} tokens, {planned.shared.size} rows, begun from {vocabulary.folder}"
+        )
     console.print(
         f"to read  {readable(plan.bytes_to_read)} (once; methods that look at tensors first read more than once)"
     )

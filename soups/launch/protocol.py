@@ -20,13 +20,14 @@ from rich.console import Console
 from rich.panel import Panel
 
 from soups.errors import ConfigError, SoupError
-from soups.launch.app import UserError, leave
+from soups.launch.app import leave
 from soups.launch.progress import SweepProgress
 from soups.launch.quiet import quiet
 from soups.launch.search_space import split_arguments
 from soups.launch.settings import (
     RunError,
     Settings,
+    UserError,
     build,
     device_count,
     is_first_process,
@@ -108,7 +109,8 @@ def find_node(plan: Plan, name: str) -> Node:
 def run_node(settings: Settings, name: str) -> None:
     """Do one node of the settings' plan and add its result to the pool; what the launched jobs call.
 
-    Training on several devices runs in processes of its own.
+    Training on several devices runs in processes of its own, and so does a node that the others can do without: whatever
+    kills it leaves the job, and the launcher's other jobs, alive.
 
     Raises:
         SoupError: the node failed; the pool knows why.
@@ -118,7 +120,8 @@ def run_node(settings: Settings, name: str) -> None:
     with pool.lock(f"node-{name[:16]}"):
         if name in pool:
             return
-        if node.kind == "train" and device_count(settings) > 1 and not launched_outside():
+        several = node.kind == "train" and device_count(settings) > 1 and not launched_outside()
+        if several or node.optional:
             from soups.launch.worker import run_in_processes
 
             try:
@@ -134,6 +137,16 @@ def run_node_in_ranks(settings: Settings, name: str) -> None:
     """Do one node in this process, one of the ranks of its training; rank 0 keeps the result."""
     program = build_program(settings)
     perform(find_node(program.plan(), name), open_pool(settings), program.operations(), keep=is_first_process())
+
+
+def contribute_in_ranks(settings: Settings, job: Mapping[str, Any]) -> None:
+    """Make one contribution to a repository in this process, one of the ranks of its training."""
+    from soups.launch.cold_fusion import ColdFusion
+
+    program = build_program(settings)
+    if not isinstance(program, ColdFusion):
+        raise ConfigError(f"The protocol {program.name} has no contributors.")
+    program.contribute(job)
 
 
 def run_protocol(

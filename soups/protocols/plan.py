@@ -46,6 +46,7 @@ class Node:
         parameters: plain JSON values; everything that decides the result and is not in an input.
         inputs: nodes whose results it needs, in the order that the operation expects.
         name: shown to people; decides nothing.
+        optional: nodes that need this one go on without it when it fails; decides nothing.
         determinants: what decides the result.
         fingerprint: SHA-256 (hex) of the determinants.
     """
@@ -55,6 +56,7 @@ class Node:
     parameters: Mapping[str, Any] = field(default_factory=dict[str, Any])
     inputs: tuple[Node, ...] = ()
     name: str = ""
+    optional: bool = False
 
     determinants: dict[str, Any] = field(init=False, repr=False)
     fingerprint: str = field(init=False)
@@ -239,7 +241,7 @@ def execute(
         on_wave(number, waves)
         ready: list[Node] = []
         for node in wave:
-            lost = next((one for one in node.inputs if one.fingerprint in missing), None)
+            lost = next((one for one in node.inputs if one.fingerprint in missing and not one.optional), None)
             if lost is None:
                 ready.append(node)
             else:

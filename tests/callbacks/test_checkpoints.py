@@ -25,6 +25,7 @@ def callbacks(tmp_path, folder="snapshots"):
         SWA(start="25%", every="1ep"),
         LAWA(k=3, every="4st"),
         EMA(decay=0.99, name="rounded", dtype="bfloat16"),
+        EMA(decay=0.5, name="behind", background=True),
         PostHocEMA(snapshot_every="5st", folder=tmp_path / folder),
     ]
 

@@ -100,6 +100,19 @@ def test_a_failure_is_recorded_stops_only_its_heirs_and_is_forgotten_when_it_suc
     assert execute(plan, pool, run) == {} and pool.failure(failed) is None
 
 
+def test_heirs_of_an_optional_node_do_without_it(tmp_path: Path) -> None:
+    pool = Pool(tmp_path)
+    contributor = Node("train", "dies", {}, name="contributor", optional=True)
+    target = Node("merge", "constant", {"value": 1}, (contributor,))
+
+    def dies(work: Work) -> Output:
+        raise WeightsError("killed")
+
+    missing = execute(Plan((target,)), pool, in_sequence(pool, {**OPERATIONS, "dies": dies}))
+    assert missing == {contributor.fingerprint: "(contributor) killed"} and target.fingerprint in pool
+    assert Plan((target,)).waves(pool) == [], "nothing needs it any more"
+
+
 def test_results_that_are_not_finite_and_operations_that_do_not_exist_are_errors(tmp_path: Path) -> None:
     pool = Pool(tmp_path)
     node = Node("train", "constant", {"value": float("inf")})

@@ -1,0 +1,186 @@
+"""`soups cold …`: a ColD Fusion repository from the command line, for contributors with any training code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from soups.commands.running import console, readable, reported
+
+app = typer.Typer(
+    help="ColD Fusion: one model, many contributors, no server (arXiv:2212.01378).", no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+Where = Annotated[str, typer.Argument(metavar="REPO", help="A folder, or an fsspec URL such as s3://bucket/model.")]
+
+
+@app.command()
+def init(
+    repo: Where,
+    base: Annotated[str, typer.Argument(help="The model everybody starts from: a checkpoint or model folder.")],
+    prefix: Annotated[str | None, typer.Option(help="Keep only tensors with this prefix, without it: 'bert.'.")] = None,
+    state: Annotated[str | None, typer.Option(help="Which weights of a training checkpoint.")] = None,
+    frozen: Annotated[
+        list[str] | None, typer.Option(help="Tensors nobody trains, by pattern; may be repeated.")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer; BASE's own by default.")] = None,
+    quorum: Annotated[int, typer.Option(min=1, help="Contributions that make a round.")] = 2,
+    method: Annotated[
+        str, typer.Option(help="Reduction: linear (mean), median, trimmed_mean, or any merge method.")
+    ] = "linear",
+    parameter: Annotated[list[str] | None, typer.Option(help="Of the method, as name=number; may be repeated.")] = None,
+    clip: Annotated[float | None, typer.Option(help="Shorten updates to this multiple of the median norm.")] = None,
+    max_norm: Annotated[
+        float, typer.Option(help="Refuse updates above this multiple of the median norm; 0: none.")
+    ] = 4.0,
+    stale: Annotated[
+        str, typer.Option(help="Contributions that started from an earlier base: rebase or refuse.")
+    ] = "rebase",
+    max_age: Annotated[int | None, typer.Option(min=0, help="Refuse those that started more rounds ago.")] = None,
+) -> None:
+    """Make a repository."""
+    with reported():
+        from pydantic import ValidationError
+
+        from soups.errors import ConfigError
+        from soups.protocols.cold_fusion import Policy, Repository
+        from soups.stores import open_store
+
+        try:
+            policy = Policy(
+                quorum=quorum, method=method, parameters=_parameters(parameter or []), clip=clip,
+                max_norm=max_norm or None, stale=stale, max_age=max_age,  # pyright: ignore[reportArgumentType]
+            )  # fmt: skip
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ConfigError(
+                f"--{str(first['loc'][0]).replace('_', '-')}={first['input']}: {first['msg']}."
+            ) from error
+        with open_store(base, prefix=prefix, state=state) as store:
+            repository = Repository.create(repo, store, policy, frozen=frozen or (), tokenizer=tokenizer or base)
+        numbers = repository.manifest.tensors
+        console.print(f"{repo}: base 0 with {len(numbers)} shared tensors; {policy!r}", soft_wrap=True, highlight=False)
+
+
+def _parameters(texts: list[str]) -> dict[str, Any]:
+    from soups.errors import ConfigError
+
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            values[name] = float(value)
+        except ValueError:
+            raise ConfigError(f"--parameter {text}: write name=number.") from None
+    return values
+
+
+@app.command()
+def pull(
+    repo: Where,
+    out: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    base: Annotated[int | None, typer.Option(min=0, help="Its number; the current one by default.")] = None,
+) -> None:
+    """Fetch the current base."""
+    with reported():
+        from soups.protocols.cold_fusion import Repository
+        from soups.stores import write_safetensors
+
+        found, weights = Repository(repo).pull(base)
+        write_safetensors(out, weights, {"cold.base": found.hash, "cold.number": str(found.number)})
+        console.print(f"{out}: base {found.number}. Fine-tune it, then: soups cold push {repo} CHECKPOINT "
+                      f"--base {found.number} --contributor NAME", soft_wrap=True, highlight=False)  # fmt: skip
+
+
+@app.command()
+def push(
+    repo: Where,
+    checkpoint: Annotated[str, typer.Argument(help="Weights of any kind: .ckpt, .pt, .safetensors, a model folder.")],
+    base: Annotated[str, typer.Option(help="The base it started from: its number or hash.")],
+    contributor: Annotated[str, typer.Option(help="Your name in the log.")],
+    prefix: Annotated[
+        str | None, typer.Option(help="Of the shared tensors' names in the checkpoint: 'model.'.")
+    ] = None,
+    state: Annotated[str | None, typer.Option(help="Which weights of a training checkpoint.")] = None,
+    task: Annotated[str | None, typer.Option(help="What it was trained on, for the log.")] = None,
+) -> None:
+    """Contribute fine-tuned weights; heads and whatever the repository does not share stay at home."""
+    with reported():
+        from soups.protocols.cold_fusion import Repository
+
+        repository = Repository(repo)
+        record = repository.push(
+            checkpoint, int(base) if base.isdigit() and len(base) < 20 else base, contributor,
+            {"task": task} if task else None, prefix=prefix, state=state,
+        )  # fmt: skip
+        waiting, quorum = len(repository.pending()), repository.manifest.policy.quorum
+        console.print(
+            f"Contribution {record.id[:8]}, {readable(record.nbytes)}; {waiting} waiting, a round needs {quorum}."
+        )
+
+
+@app.command()
+def fuse(repo: Where) -> None:
+    """Make the next round, if enough contributions pass."""
+    with reported():
+        from soups.protocols.cold_fusion import Repository
+
+        repository = Repository(repo)
+        record = repository.fuse()
+        if record is None:
+            quorum = repository.manifest.policy.quorum
+            console.print(
+                f"No round: {len(repository.pending())} waiting, {quorum} must pass (or another fuser was first)."
+            )
+            return
+        _print_round(record)
+
+
+@app.command()
+def log(repo: Where) -> None:
+    """Print rounds, what went into them and what did not, and what waits."""
+    with reported():
+        from soups.protocols.cold_fusion import Repository
+
+        repository = Repository(repo)
+        console.print(f"base 0  {repository.manifest.base[:12]}  {repository.manifest.created}", highlight=False)
+        for record in repository.rounds():
+            _print_round(record)
+        for record in repository.pending():
+            console.print(f"waiting {record.id[:8]}  {record.contributor}  {record.note or ''}", highlight=False)
+
+
+def _print_round(record: Any) -> None:
+    console.print(
+        f"base {record.number}  {record.result[:12]}  {record.created}  {len(record.accepted)} of {len(record.verdicts)} by "
+        f"{record.policy.method}, fused by {record.fuser}",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
+    for verdict in record.verdicts:
+        norm = "" if verdict.norm is None else f"norm {verdict.norm:.4g}"
+        scale = "" if verdict.scale == 1 else f" × {verdict.scale:.3g}"
+        how = f"from base {verdict.started} {norm}{scale}" if verdict.accepted else f"refused: {verdict.reason}"
+        console.print(f"   {verdict.id[:8]}  {verdict.contributor}  {how}", soft_wrap=True, highlight=False)
+
+
+@app.command("replay")
+def replay_(
+    repo: Where, number: Annotated[int | None, typer.Option("--round", min=1, help="Only this round.")] = None
+) -> None:
+    """Make rounds again from the log and compare every bit; ends with 1 when one differs."""
+    with reported():
+        from soups.errors import StorageError
+        from soups.protocols.cold_fusion import Repository, replay
+
+        differ = 0
+        for result in replay(Repository(repo), number):
+            console.print(
+                f"round {result.number}  {result.accepted} contributions  {'same bits' if result.same else 'DIFFERS'}"
+            )
+            differ += not result.same
+        if differ:
+            raise StorageError(
+                f"{differ} rounds of {repo} did not come out as the log says; it was changed after the fact."
+            )

@@ -1,0 +1,384 @@
+"""`+protocol=cold_fusion`: contributors on real tasks, a repository between them, and how good its bases are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+
+from soups.errors import ConfigError, StorageError, did_you_mean
+from soups.launch.bodies import Member, body_of, features, frozen_names, member
+from soups.launch.settings import (
+    LAYOUT,
+    TRAINING_VERSION,
+    Settings,
+    build_network,
+    check,
+    device_count,
+    is_first_process,
+    launched_outside,
+)
+from soups.protocols import Node, Operation, Output, Plan, Work
+from soups.protocols.cold_fusion import Contribution, Policy, Repository, Round
+from soups.protocols.cold_fusion.rounds import Layout, Study, layout
+from soups.reporting.page import Curves, Page, Part, Table
+from soups.seeding import derive_seed
+from soups.stores.pool import Pool
+from soups.tasks.data import Splits
+from soups.tasks.pooled import pooled
+from soups.weights import hash_weights
+
+
+class ColdFusion:
+    """The protocol of `conf/protocol/cold_fusion.yaml`.
+
+    Args:
+        settings: all settings; optimiser, trainer, loader and augmentation are those of every fit.
+        tasks: `data` sections of the contributors' tasks, by name.
+        unseen: `data` sections of tasks that nobody contributes.
+        rounds, per_round, mode, contributors, seed, fine_tuned, shots: see `Study`.
+        policy: of the repository, see `Policy`; its quorum is set by `per_round`.
+        multitask: train the multitask reference.
+        repository: folder or URL of the repository; beside the pool's results when None.
+
+    Raises:
+        ConfigError: a setting that does not make sense.
+    """
+
+    name = "cold_fusion"
+
+    def __init__(
+        self,
+        settings: Settings,
+        tasks: Mapping[str, Mapping[str, Any] | None],
+        unseen: Mapping[str, Mapping[str, Any] | None],
+        rounds: int = 3,
+        per_round: int = 3,
+        mode: str = "synchronous",
+        contributors: int = 4,
+        seed: int = 0,
+        policy: Mapping[str, Any] | None = None,
+        fine_tuned: Sequence[int] = (0, -1),
+        shots: int = 50,
+        multitask: bool = True,
+        repository: str | None = None,
+    ) -> None:
+        check(settings)
+        self.settings = settings
+        self.url = repository or f"{settings['pool']['path']}/repository"
+        rules = dict(policy or {})
+        if "quorum" in rules:
+            raise ConfigError("protocol.policy.quorum is set by protocol.per_round; leave it out.")
+        if unknown := sorted(set(rules) - set(Policy.model_fields)):
+            raise ConfigError(
+                f"protocol.policy.{unknown[0]} is no rule of a repository: {did_you_mean(unknown[0], Policy.model_fields)}"
+            )
+        seen = {name: dict(data) for name, data in tasks.items() if data is not None}
+        contributions = rounds * per_round
+        self.study = Study(
+            model=dict(settings["model"]),
+            training=_training(settings),
+            seen=seen,
+            unseen={name: dict(data) for name, data in unseen.items() if data is not None},
+            rounds=rounds,
+            per_round=per_round,
+            policy=rules,
+            seed=seed,
+            fine_tuned=list(fine_tuned),
+            shots=shots,
+            # As many passes over the data, in all, as the contributors make.
+            multitask_epochs=max(1, round(contributions / len(seen))) * int(settings["trainer"]["max_epochs"])
+            if multitask and seen
+            else 0,
+            mode=cast(Any, mode),
+            contributors=contributors,
+        )
+
+    def plan(self) -> Plan:
+        """Return the plan."""
+        return self.layout().plan()
+
+    def layout(self) -> Layout:
+        """Return the plan's nodes by what they mean."""
+        return layout(self.study)
+
+    def operations(self) -> Mapping[str, Operation]:
+        """Return what the plan asks for."""
+        return {
+            "cold.init": self._init,
+            "cold.contribute": self._contribute,
+            "cold.fuse": self._fuse,
+            "cold.contributor": self._contributor,
+            "cold.base": self._base,
+            "cold.multitask": self._multitask,
+            "cold.probe": self._probe,
+            "cold.fine_tune": self._fine_tune,
+        }
+
+    # Operations
+
+    def repository(self, name: str) -> Repository:
+        """Open one of the study's repositories."""
+        return Repository(f"{self.url}/{name}")
+
+    def _init(self, work: Work) -> Output:
+        network = build_network(self.settings, 2)
+        body = body_of(network)
+        name = str(work.parameters["repository"])
+        repository = Repository.create(
+            f"{self.url}/{name}", body, Policy(**work.parameters["policy"]), frozen=frozen_names(network)
+        )
+        return Output(notes={"repository": name, "base": repository.manifest.base, "number": 0})
+
+    def _start(self, work: Work) -> tuple[Repository, int, str]:
+        """Return the repository, number and hash of the base that the first input left."""
+        notes = work.record(0).notes
+        repository = self.repository(notes["repository"])
+        bases = repository.bases()
+        if not any(base.hash == notes["base"] and base.number == notes["number"] for base in bases):
+            raise StorageError(
+                f"The pool knows base {notes['number']} ({notes['base'][:12]}), but the repository {repository.place.url} has "
+                f"another or none. Use the repository that goes with the pool, or another pool (pool.path=…) for a new one."
+            )
+        return repository, notes["number"], notes["base"]
+
+    def _contribute(self, work: Work) -> Output:
+        repository, number, _ = self._start(work)
+        parameters = work.parameters
+        record, accuracy = self._fit_and_push(
+            repository, number, parameters["task"], parameters["data"], parameters["seed"], f"{parameters['task']}"
+        )
+        notes = {"contribution": record.id} if record else {}
+        return Output(metrics={"heldout": accuracy}, notes=notes)
+
+    def _fit_and_push(
+        self, repository: Repository, number: int, task: str, data: Mapping[str, Any], seed: int, contributor: str
+    ) -> tuple[Contribution | None, dict[str, float]]:
+        """Fine-tune a base on a task in this process (one of the ranks); rank 0 pushes."""
+        base, weights = repository.pull(number)
+        one = member(self.settings, data, weights, seed=seed)
+        one.probe()
+        one.fit()
+        accuracy = one.accuracy(one.splits.heldout)
+        if not is_first_process():
+            return None, accuracy
+        note = {"task": task, "examples": len(one.splits.train), "heldout_accuracy": accuracy["accuracy"]}
+        return repository.push(one.body(), base, contributor, note), accuracy
+
+    def _fuse(self, work: Work) -> Output:
+        repository, number, _ = self._start(work)
+        wanted = [work.record(index).notes["contribution"] for index in range(1, len(work.node.inputs))]
+        record = repository.fuse(only=wanted, fuser="synchronous round")
+        if record is None:
+            # A killed driver may have made the round and not noted it; the log has it then, with these contributions.
+            rounds = repository.rounds()
+            found = rounds[number] if len(rounds) > number else None
+            if found is None or {verdict.id for verdict in found.verdicts} != set(wanted):
+                raise StorageError(
+                    f"Round {number + 1} of {repository.place.url} cannot be made: no contribution passed the screening, or "
+                    f"the repository has another round. `soups cold log {repository.place.url}` shows what there is."
+                )
+            record = found
+        return Output(notes=_round_notes(work, record))
+
+    def _contributor(self, work: Work) -> Output:
+        """Come, fine-tune and push again and again, fuse when there is enough, and go when all rounds are there."""
+        repository, _, _ = self._start(work)
+        parameters, pushed = work.parameters, 0
+        name = f"contributor {parameters['number']}"
+        tasks = list(parameters["tasks"])
+        turn = sum(record.contributor == name for record in repository.pushed())
+        while True:
+            while repository.fuse(fuser=name):
+                pass
+            base = repository.current()
+            if base.number >= parameters["rounds"]:
+                return Output(notes={"pushed": pushed})
+            task = tasks[(parameters["number"] + turn) % len(tasks)]
+            seed = derive_seed(parameters["seed"], name, turn) % 2**31
+            if device_count(self.settings) > 1 and not launched_outside():
+                from soups.launch.worker import run_in_processes
+
+                job = {"base": base.number, "task": task, "seed": seed, "contributor": name, "repository": "main"}
+                run_in_processes("contribute", self.settings, False, contribution=job)
+            else:
+                self._fit_and_push(repository, base.number, task, parameters["tasks"][task], seed, name)
+            turn, pushed = turn + 1, pushed + 1
+
+    def contribute(self, job: Mapping[str, Any]) -> None:
+        """Make one contribution in this process, one of the ranks of its training."""
+        data = self.study.seen[job["task"]]
+        repository = self.repository(job["repository"])
+        self._fit_and_push(repository, job["base"], job["task"], data, job["seed"], job["contributor"])
+
+    def _base(self, work: Work) -> Output:
+        repository, _, _ = self._start(work)
+        number, rounds = work.parameters["round"], repository.rounds()
+        while len(rounds) < number and repository.fuse(fuser="driver"):
+            rounds = repository.rounds()
+        if len(rounds) < number:
+            raise StorageError(
+                f"The contributors left after {len(rounds)} rounds; {number} were wanted. The same command goes on from there."
+            )
+        return Output(notes=_round_notes(work, rounds[number - 1]))
+
+    def _multitask(self, work: Work) -> Output:
+        """Train one body on all tasks at once, each sample's loss over its own task's classes."""
+        parameters = work.parameters
+        repository, number, _ = self._start(work)
+        _, weights = repository.pull(number)
+        parts = [member(self.settings, data).splits for data in parameters["data"].values()]
+        joint, groups = pooled(parts)
+        one = self._pooled_member(joint, groups, weights, parameters)
+        one.probe()
+        one.fit()
+        body = one.body()
+        return Output(
+            {name: body[name] for name in body}, notes={"weights": hash_weights(body), "examples": len(joint.train)}
+        )
+
+    def _pooled_member(
+        self, joint: Splits, groups: Sequence[int], weights: Mapping[str, torch.Tensor], parameters: Mapping[str, Any]
+    ) -> Member:
+        trainer = {**self.settings["trainer"], "max_epochs": parameters["epochs"]}
+        task = {**self.settings["task"], "class_groups": list(groups)}
+        first = next(iter(parameters["data"].values()))
+        return member(self.settings, first, weights, joint, trainer=trainer, task=task, seed=parameters["seed"])
+
+    def _judged(self, work: Work) -> Member:
+        """Return the first input's body on the node's task."""
+        notes = work.record(0).notes
+        weights = work.tensors(0) if "repository" not in notes else self._weights(work)
+        seed = work.parameters.get("seed", 0)
+        return member(self.settings, work.parameters["data"], weights, seed=seed)
+
+    def _weights(self, work: Work) -> dict[str, torch.Tensor]:
+        repository, number, _ = self._start(work)
+        return repository.pull(number)[1]
+
+    def _probe(self, work: Work) -> Output:
+        one = self._judged(work)
+        found, classes = features(one), len(one.splits.classes)
+        shots = work.parameters["shots"]
+        return Output(
+            metrics={"frozen": found.probe(classes), "few": found.probe(classes, shots, work.parameters["seed"])},
+            notes={"split": one.splits.hash()},
+        )
+
+    def _fine_tune(self, work: Work) -> Output:
+        one = self._judged(work)
+        one.probe()
+        one.fit()
+        return Output(metrics={"fine-tuned": one.accuracy(one.splits.test)}, notes={"split": one.splits.hash()})
+
+    # Report
+
+    def page(self, plan: Plan, pool: Pool) -> Page:
+        """Return the report: curves over rounds, the table of all models, and what the repository logged."""
+        study, nodes = self.study, self.layout()
+        tasks = {"seen": list(study.seen), "unseen": list(study.unseen)}
+
+        def mean(found: Mapping[tuple[str, str], Node], model: str, group: str, split: str) -> float | None:
+            values = [
+                100 * pool.ingredient(found[model, task].fingerprint).metrics[split]["accuracy"]
+                for task in tasks[group]
+                if (model, task) in found
+            ]
+            return sum(values) / len(values) if values else None
+
+        order = ["pretrained", *(f"round {number}" for number in range(1, study.rounds + 1))]
+        curves = {
+            f"{group}, {label}": [mean(nodes.probes, model, group, split) for model in order]
+            for group in tasks
+            if tasks[group]
+            for split, label in (("frozen", "linear probe"), ("few", f"{study.shots}-shot probe"))
+        }
+        for group in tasks:
+            if tasks[group]:
+                curves[f"{group}, fine-tuned"] = [mean(nodes.fine_tuned, model, group, "fine-tuned") for model in order]
+        columns = ["model"]
+        rows: list[list[Any]] = [[model] for model in nodes.models]
+        for group in tasks:
+            for found, split, label in (
+                (nodes.probes, "frozen", "probe"), (nodes.probes, "few", f"{study.shots}-shot"),
+                (nodes.fine_tuned, "fine-tuned", "fine-tuned"),
+            ):  # fmt: skip
+                if tasks[group]:
+                    columns.append(f"{group} {label}, %")
+                    for row, model in zip(rows, nodes.models, strict=True):
+                        row.append(mean(found, model, group, split))
+        each = Table(
+            title="Linear probe by task",
+            columns=["model", *(f"{task}, %" for group in tasks.values() for task in group)],
+            rows=[
+                [model, *(100 * pool.ingredient(nodes.probes[model, task].fingerprint).metrics["frozen"]["accuracy"]
+                          for group in tasks.values() for task in group)]
+                for model in nodes.models
+            ],
+        )  # fmt: skip
+        parts: list[Part] = [
+            Table(title="ColD Fusion: test accuracy", columns=columns, rows=rows, highlight=[rows.index(row) for row in rows if row[0] == order[-1]],
+                  note="Means over tasks. Fine-tuned: not all rounds."),
+            Curves(title="Accuracy by round", x_label="round", y_label="test accuracy, %",
+                   x=[float(number) for number in range(len(order))], series=curves),
+            each,
+            self._log(),
+        ]  # fmt: skip
+        first, last = (mean(nodes.probes, model, "seen", "frozen") for model in (order[0], order[-1]))
+        assert first is not None
+        assert last is not None
+        return Page(
+            title="ColD Fusion",
+            subject="protocol",
+            summary=(
+                f"After {study.rounds} {study.mode} rounds the base's linear probes on the {len(tasks['seen'])} seen tasks are "
+                f"right on {last:.1f} % of the test texts, pretrained {first:.1f} %."
+            ),
+            parts=parts,
+            lineage={
+                "repository": self.url,
+                "bases": [base.hash for base in self.repository("main").bases()],
+            },
+        )
+
+    def _log(self) -> Table:
+        rows: list[list[Any]] = []
+        for record in self.repository("main").rounds():
+            for verdict in record.verdicts:
+                rows.append(
+                    [
+                        record.number,
+                        verdict.contributor,
+                        verdict.started,
+                        verdict.norm,
+                        "fused" if verdict.accepted else verdict.reason,
+                    ]
+                )
+        return Table(
+            title="Contributions", columns=["round", "contributor", "from base", "update norm", "outcome"], rows=rows
+        )
+
+
+def _round_notes(work: Work, record: Round) -> dict[str, Any]:
+    return {
+        "repository": work.record(0).notes["repository"],
+        "base": record.result,
+        "number": record.number,
+        "accepted": len(record.accepted),
+        "refused": {verdict.contributor: verdict.reason for verdict in record.verdicts if not verdict.accepted},
+    }
+
+
+def _training(settings: Settings) -> dict[str, Any]:
+    """Return what decides a fit, its data, start and seed apart."""
+    return {
+        "training_version": TRAINING_VERSION,
+        "input": {"size": settings["loader"]["size"]},
+        "task": settings["task"],
+        "optimizer": settings["optimizer"],
+        "augment": settings["augment"],
+        "batch_size": settings["loader"]["batch_size"],
+        "trainer": {key: value for key, value in settings["trainer"].items() if key not in LAYOUT},
+        "callbacks": settings.get("callbacks") or {},
+    }

@@ -1,0 +1,96 @@
+"""Fusing: each contribution as an update of the current base, then any merge method, in float64 and in one order.
+
+A contribution θ that started from base b counts as  B + s · (θ − b)  on the current base B. For a fresh one (b = B) that was
+not clipped (s = 1) this is θ itself, bit for bit, so that `linear` is the paper's mean of weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from soups.merging import make_method
+from soups.merging.api import execute, plan_merge
+from soups.protocols.cold_fusion.records import Policy
+from soups.stores.store import Store, TensorMeta
+
+
+class UpdateStore(Store):
+    """A contribution as it counts on the current base, in float64.
+
+    Args:
+        weights: what was pushed.
+        start: the base it started from.
+        current: the current base.
+        scale: factor on the update.
+        fresh: whether it started from the current base.
+    """
+
+    def __init__(self, weights: Store, start: Store, current: Store, scale: float, *, fresh: bool) -> None:
+        self.location = weights.location
+        self._weights, self._start, self._current = weights, start, current
+        self._scale, self._as_it_is = scale, fresh and scale == 1
+
+    def keys(self) -> list[str]:
+        """Return the names of all tensors."""
+        return self._weights.keys()
+
+    def meta(self, key: str) -> TensorMeta:
+        """Return the shape, and float64."""
+        return TensorMeta(self._weights.meta(key).shape, torch.float64)
+
+    def read_flat(self, key: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
+        """Return elements `start:stop` of B + s (θ − b)."""
+        value = self._weights.read_flat(key, start, stop).double()
+        if self._as_it_is:
+            return value
+        update = value - self._start.read_flat(key, start, stop).double()
+        return update.mul_(self._scale).add_(self._current.read_flat(key, start, stop).double())
+
+
+def update_norm(weights: Store, start: Store) -> float:
+    """Return the L2 norm of θ − b over all tensors; NaN or infinity where the weights hold such."""
+    total = 0.0
+    for key in sorted(weights.keys()):
+        difference = weights.read(key).double() - start.read(key).double()
+        total += float(difference.square_().sum())
+    return math.sqrt(total) if math.isfinite(total) else total
+
+
+@dataclass(frozen=True)
+class Part:
+    """One accepted contribution: what was pushed, the base it started from, its factor, and whether that base is current."""
+
+    open: Callable[[], Store]
+    open_start: Callable[[], Store]
+    scale: float
+    fresh: bool
+
+
+def fuse_parts(policy: Policy, current: Store, parts: Sequence[Part]) -> dict[str, Tensor]:
+    """Return the new base from the accepted contributions, in the dtypes of the current one.
+
+    The arithmetic is in float64 whatever the dtype, in the order given, with one rounding at the end; the bits depend on
+    neither the machine's number of threads nor on who fuses.
+
+    Raises:
+        soups.errors.SoupError: the method does not exist, or does not take so many models.
+    """
+    method = make_method(policy.method, **policy.parameters)
+    models: list[Store] = []
+    opened: list[Store] = []
+    try:
+        for part in parts:
+            weights, start = part.open(), part.open_start()
+            opened += [weights, start]
+            models.append(UpdateStore(weights, start, current, part.scale, fresh=part.fresh))
+        fused = execute(plan_merge(method, models, current), None)
+    finally:
+        for store in opened:
+            store.close()
+    assert isinstance(fused, dict)
+    return fused

@@ -1,0 +1,273 @@
+"""ColD Fusion from configuration to report, on tiny text tasks: rounds, resuming, processes that die, several devices."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from soups.errors import ConfigError, StorageError
+from soups.launch.cold_fusion import ColdFusion
+from soups.launch.protocol import build_program, run_node
+from soups.launch.settings import Settings, open_pool
+from soups.protocols import execute, in_sequence
+from soups.protocols.cold_fusion import Repository, replay
+from soups.reporting.page import Page
+from tests.launch.conftest import ROOT, compose_settings
+from tests.tiny_text import sentences, write_bert, write_csv
+
+TASKS = ("a", "b", "c", "new")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four files and a model; the task c has other labels than the rest, and three of them."""
+    folder = tmp_path_factory.mktemp("data")
+    write_bert(folder / "bert")
+    for number, task in enumerate(TASKS):
+        rows = sentences(60, seed=number)
+        if task == "c":
+            rows = [(text, f"{label} and long" if len(text.split()) > 7 else label) for text, label in rows]
+        write_csv(folder / f"{task}.csv", rows)
+    return folder
+
+
+def overrides(data: Path, place: Path, *more: str) -> list[str]:
+    def task(name: str) -> str:
+        return f"{{_target_: soups.tasks.text_files.text_files, train: {data}/{name}.csv, heldout: 0.2, test: 0.3}}"
+
+    none = [f"protocol.tasks.{name}=null" for name in ("movies", "amazon", "tweets", "news")]
+    none += [f"protocol.unseen.{name}=null" for name in ("nyt", "newsgroups")]
+    return [
+        "+protocol=cold_fusion", "model=huggingface_text", f"model.name={data}/bert", "model.pooling=mean", *none,
+        *(f"+protocol.tasks.{name}={task(name)}" for name in TASKS[:3]), f"+protocol.unseen.new={task('new')}",
+        "protocol.rounds=2", "protocol.per_round=2", "protocol.shots=6", "loader.size=16", "loader.batch_size=8",
+        "optimizer.lr=1e-3", "trainer.accelerator=cpu", "trainer.threads=1", "tracking=off",
+        f"pool.path={place}/pool", f"paths.output={place}/outputs", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def settings(data: Path, tmp_path: Path) -> Settings:
+    return compose_settings(overrides(data, tmp_path))
+
+
+def program_of(settings: Settings) -> ColdFusion:
+    program = build_program(settings)
+    assert isinstance(program, ColdFusion)
+    return program
+
+
+def run(settings: Settings) -> tuple[ColdFusion, Page]:
+    program, pool = program_of(settings), open_pool(settings)
+    plan = program.plan()
+    assert execute(plan, pool, in_sequence(pool, program.operations())) == {}
+    return program, program.page(plan, pool)
+
+
+def test_synchronous_rounds_are_the_mean_of_the_sampled_contributions(settings: Settings) -> None:
+    program, page = run(settings)
+    nodes, repository = program.layout(), program.repository("main")
+    rounds = repository.rounds()
+    assert [[v.contributor for v in sorted(r.verdicts, key=lambda v: v.contributor)] for r in rounds] == nodes.chosen
+    assert all(len(chosen) == 2 for chosen in nodes.chosen)
+    for record in rounds:
+        pushed = {entry.id: entry for entry in repository.pushed()}
+        weights = [repository._load(pushed[v.id].weights) for v in record.accepted]
+        base = repository.pull(record.number)[1]
+        for name in weights[0]:
+            exact = torch.stack([one[name].double() for one in weights]).mean(0).float()
+            assert torch.equal(base[name], exact), name
+    moved = [name for name in weights[0] if not torch.equal(repository.pull(0)[1][name], base[name])]
+    assert len(moved) == len(weights[0]), "every shared tensor was trained"
+    assert not any("classifier" in name or "embeddings" in name for name in repository.manifest.tensors)
+    assert all(result.same for result in replay(repository))
+    # The references: everybody fused once, in a repository of its own, and one body trained on all tasks.
+    assert len(program.repository("once").rounds()[0].accepted) == 3
+    table = page.parts[0]
+    assert table.kind == "table" and [row[0] for row in table.rows] == [
+        "pretrained", "round 1", "round 2", "fused once", "multitask"]  # fmt: skip
+    pool = open_pool(settings)
+    frozen = [pool.ingredient(nodes.probes["round 2", task].fingerprint).metrics["frozen"] for task in "abc"]
+    assert table.rows[2][1] == pytest.approx(sum(100 * one["accuracy"] for one in frozen) / 3)
+    assert frozen[0]["count"] == 18 and program.plan().waves(pool) == []
+
+    # Another rule for the rounds is another plan; what does not depend on it is found.
+    other = {**settings, "protocol": {**settings["protocol"], "policy": {"method": "median"}}}
+    assert sum(map(len, program_of(other).plan().waves(pool))) > 10
+    # Fitting the repository to another pool's plan is refused.
+    Path(f"{settings['pool']['path']}/repository/main/rounds/000001.json").unlink()
+    for node in nodes.probes.values():
+        (Path(settings["pool"]["path"]) / "ingredients" / node.fingerprint / "record.json").unlink()
+    missing = execute(program.plan(), pool, in_sequence(pool, program.operations()))
+    assert missing and any("round 2" in why or "not whole" in why for why in missing.values())
+
+
+def test_a_driver_that_died_between_fusing_and_noting_it_goes_on(settings: Settings) -> None:
+    program, _ = run(settings)
+    pool, nodes = open_pool(settings), program.layout()
+    before = program.repository("main").current()
+    for node in (nodes.bases[2], *nodes.probes.values(), *nodes.fine_tuned.values()):
+        (Path(settings["pool"]["path"]) / "ingredients" / node.fingerprint / "record.json").unlink()
+    assert execute(program.plan(), pool, in_sequence(pool, program.operations())) == {}
+    assert program.repository("main").current() == before and len(program.repository("main").rounds()) == 2
+
+
+def test_mistakes(data: Path, tmp_path: Path) -> None:
+    for wrong, message in (
+        ("protocol.mode=async", "synchronous or asynchronous"),
+        ("protocol.per_round=4", "between 1 and 3"),
+        ("protocol.rounds=0", "at least 1"),
+        ("+protocol.policy.metod=median", "did you mean 'method'"),
+        ("+protocol.policy.quorum=2", "set by protocol.per_round"),
+        ("+protocol.round=2", "did you mean 'rounds'"),
+        ("optimizer.lr=-1", "positive"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            program_of(compose_settings(overrides(data, tmp_path, wrong))).plan()
+    with pytest.raises(ConfigError, match="is not in the plan"):
+        run_node(compose_settings(overrides(data, tmp_path)), "0" * 64)
+
+
+def command(data: Path, place: Path, *more: str) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), *overrides(data, place, *more)]
+
+
+LIGHT = ("protocol.multitask=false", "protocol.fine_tuned=[]", "~protocol.tasks.c", "~protocol.unseen.new")
+
+
+def train_py(data: Path, place: Path, *more: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
+    return subprocess.run(
+        command(data, place, *more), cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, check=False, timeout=400,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_command_killed_and_resumed_ends_in_the_same_base(data: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command(data, tmp_path, *LIGHT), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    pushed, deadline = tmp_path / "pool" / "repository" / "main" / "pushed", time.monotonic() + 200
+    while not list(pushed.glob("*.json")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = {path.name: path.stat().st_mtime_ns for path in pushed.glob("*.json")}
+    done = train_py(data, tmp_path, *LIGHT)
+    assert done.returncode == 0, done.stdout
+    assert "ColD Fusion: test accuracy" in done.stdout and "Traceback" not in done.stdout
+    assert all((pushed / name).stat().st_mtime_ns == when for name, when in kept.items()), "pushes are not redone"
+    # The same plan, never killed, in this process.
+    settings = compose_settings(overrides(data, tmp_path / "whole", *LIGHT))
+    program, _ = run(settings)
+    repository = Repository(tmp_path / "pool" / "repository" / "main")
+    assert repository.current() == program.repository("main").current()
+    (folder,) = (tmp_path / "outputs" / "protocols").iterdir()
+    assert {"page.json", "accuracy_by_round.png"} <= {path.name for path in folder.iterdir()}
+    assert Page.load(folder).subject == "protocol"
+
+
+@pytest.mark.slow
+def test_contributors_on_two_processes_each(data: Path, tmp_path: Path) -> None:
+    more = ("protocol.rounds=1", "protocol.per_round=1", "trainer.devices=2", "trainer.strategy=ddp")
+    done = train_py(data, tmp_path, *LIGHT, *more, "~protocol.tasks.b")
+    assert done.returncode == 0, done.stdout
+    single = compose_settings(overrides(data, tmp_path / "one", *LIGHT, *more[:2], "~protocol.tasks.b"))
+    program, _ = run(single)
+    one, two = program.repository("main").pull()[1], Repository(tmp_path / "pool" / "repository" / "main").pull()[1]
+    for name, tensor in one.items():
+        assert torch.allclose(tensor.float(), two[name].float(), rtol=1e-3, atol=1e-4), name
+
+
+@pytest.mark.slow
+def test_asynchronous_contributors_and_one_that_is_killed(data: Path, tmp_path: Path) -> None:
+    """Two processes on one folder; one is killed when it has pushed once. The other makes the rounds that are wanted."""
+    more = (
+        "protocol.mode=asynchronous", "protocol.contributors=2", "protocol.rounds=3", "protocol.per_round=2",
+        "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
+    )  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
+    process = subprocess.Popen(
+        command(data, tmp_path, *LIGHT, *more), cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    place, deadline = tmp_path / "pool" / "repository" / "main", time.monotonic() + 300
+    victim = None
+    while victim is None:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+        if list((place / "pushed").glob("*.json")):
+            victim = worker_of(process.pid)
+    os.kill(victim, signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    repository = Repository(place)
+    assert len(repository.rounds()) >= 3, output
+    assert process.returncode == 3 and "ended with code" in " ".join(output.split()), output
+    assert "ColD Fusion: test accuracy" in output
+    assert all(result.same for result in replay(repository))
+    ids = [verdict.id for record in repository.rounds() for verdict in record.verdicts]
+    assert len(ids) == len(set(ids))
+
+
+def worker_of(pid: int) -> int | None:
+    """Return one of the contributors' processes below a process."""
+    for status in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if b"soups.launch.worker" in status.read_bytes() and pid in ancestors(int(status.parent.name)):
+                return int(status.parent.name)
+        except FileNotFoundError:
+            continue
+    return None
+
+
+def ancestors(pid: int) -> set[int]:
+    found: set[int] = set()
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        found.add(pid)
+    return found
+
+
+def test_asynchronous_contributors_side_by_side_in_threads_of_work(data: Path, tmp_path: Path) -> None:
+    """One after the other, the first contributor makes all rounds alone; the second finds nothing left to do."""
+    settings = compose_settings(
+        overrides(
+            data, tmp_path, *LIGHT, "protocol.mode=asynchronous", "protocol.contributors=2", "protocol.per_round=2"
+        )
+    )
+    program, page = run(settings)
+    repository, pool = program.repository("main"), open_pool(settings)
+    assert len(repository.rounds()) == 2
+    first, second = program.layout().bases[1].inputs[1:]
+    assert pool.ingredient(first.fingerprint).notes["pushed"] == 4
+    assert pool.ingredient(second.fingerprint).notes["pushed"] == 0
+    assert [row[1] for row in page.parts[3].rows] == ["contributor 0"] * 4
+    assert (
+        json.loads((tmp_path / "pool" / "repository" / "main" / "repository.json").read_text())["policy"]["quorum"] == 2
+    )
+
+
+def test_too_few_rounds_say_so_and_the_same_plan_goes_on(data: Path, tmp_path: Path) -> None:
+    settings = compose_settings(
+        overrides(
+            data, tmp_path, *LIGHT, "protocol.mode=asynchronous", "protocol.contributors=2", "protocol.per_round=2"
+        )
+    )
+    program, pool = program_of(settings), open_pool(settings)
+
+    def killed(work):
+        raise StorageError("killed")
+
+    plan = program.plan()
+    missing = execute(plan, pool, in_sequence(pool, {**program.operations(), "cold.contributor": killed}))
+    assert any("left after 0 rounds; 1 were wanted" in why for why in missing.values())
+    assert execute(plan, pool, in_sequence(pool, program.operations())) == {}
