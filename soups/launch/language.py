@@ -9,19 +9,22 @@ from typing import Any
 import lightning.pytorch as lightning
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader
 
 from soups.launch.settings import Settings
 from soups.protocols import Node, Operation, Output, Plan, Work
 from soups.protocols.branch_train_merge import Branching, Family, Layout, domain_posterior, layout, mixture_loss
 from soups.reporting.page import Curves, Page, Table
+from soups.seeding import generator
 from soups.stores.pool import Pool
-from soups.tasks.characters import (
-    CharacterModel,
+from soups.tasks.language_modelling import (
+    Corpus,
     LanguageModelling,
-    load_domain,
-    log_likelihoods,
+    Transformer,
+    corpus,
+    random_windows,
     spread_windows,
-    training_windows,
+    token_losses,
 )
 
 
@@ -71,45 +74,46 @@ class BranchTrainMerge:
 
     def _train(self, work: Work) -> Output:
         parameters = work.parameters
-        options, text = parameters["optimizer"], parameters["text"]
+        options = dict(parameters["optimizer"])
+        batch, clip = int(options.pop("batch")), options.pop("clip")
         model = _model(parameters, parameters["initial_seed"])
         if work.node.inputs:
             model.load_state_dict(work.tensors(0))
-        domains = [load_domain(name, text["characters"]) for name in parameters["domains"]]
-        loader = training_windows(domains, parameters["steps"], options["batch"], model.context, parameters["seed"])
-        module = LanguageModelling(
-            model, parameters["steps"], float(options["lr"]), options["warmup"], float(options["weight_decay"])
-        )
+        texts = [_text(parameters, name).train for name in parameters["domains"]]
+        # Equally many windows of each domain; the loader's order mixes them.
+        count = parameters["steps"] * batch
+        shares = [count // len(texts) + (number < count % len(texts)) for number in range(len(texts))]
+        parts = [
+            random_windows(text, share, model.context, parameters["seed"], "windows", name)
+            for text, share, name in zip(texts, shares, parameters["domains"], strict=True)
+        ]
+        order = generator(parameters["seed"], "order")
+        loader = DataLoader(ConcatDataset(parts), batch_size=batch, shuffle=True, generator=order)
         settings = self.settings["trainer"]
         if settings.get("threads"):
             torch.set_num_threads(int(settings["threads"]))
         trainer = lightning.Trainer(
-            max_epochs=1, accelerator=settings["accelerator"], devices=settings["devices"], strategy=settings["strategy"],
-            precision=settings["precision"], gradient_clip_val=options["clip"], logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False,
+            max_epochs=1, accelerator=settings["accelerator"], devices=1, precision=settings["precision"],
+            gradient_clip_val=clip, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False,
         )  # fmt: skip
-        trainer.fit(module, loader)
+        trainer.fit(LanguageModelling(model, options), loader)
         if trainer.interrupted:
             raise KeyboardInterrupt
         return Output({name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()})
 
     def _posterior(self, work: Work) -> Output:
         parameters = work.parameters
-        dev = load_domain(parameters["domain"], parameters["text"]["characters"]).dev
+        dev = _text(parameters, parameters["domain"]).heldout
         models = [_loaded(work, number) for number in range(len(work.node.inputs))]
-        windows = spread_windows(dev, parameters["samples"], models[0].context)
-        likelihoods = torch.stack([log_likelihoods(model, windows).sum(1) for model in models])
-        return Output({"weights": domain_posterior(likelihoods, parameters["decay"])})
-
-    def _test(self, work: Work, domain: str, context: int) -> Tensor:
-        text = work.parameters["text"]
-        return spread_windows(load_domain(domain, text["characters"]).test, text["windows"], context)
+        found = torch.stack([_log_likelihoods(model, dev, parameters["samples"]).sum(1) for model in models])
+        return Output({"weights": domain_posterior(found, parameters["decay"])})
 
     def _score(self, work: Work) -> Output:
-        model = _loaded(work, 0)
+        model, windows = _loaded(work, 0), work.parameters["text"]["windows"]
         return Output(
             metrics={
-                domain: _metrics(-float(log_likelihoods(model, self._test(work, domain, model.context)).mean()))
+                domain: _metrics(-float(_log_likelihoods(model, _text(work.parameters, domain).test, windows).mean()))
                 for domain in work.parameters["domains"]
             }
         )
@@ -117,8 +121,8 @@ class BranchTrainMerge:
     def _ensemble(self, work: Work) -> Output:
         weights, domain = work.tensors(0)["weights"], work.parameters["domain"]
         models = [_loaded(work, number) for number in range(1, len(work.node.inputs))]
-        windows = self._test(work, domain, models[0].context)
-        loss = mixture_loss(torch.stack([log_likelihoods(model, windows) for model in models]), weights)
+        test, windows = _text(work.parameters, domain).test, work.parameters["text"]["windows"]
+        loss = mixture_loss(torch.stack([_log_likelihoods(model, test, windows) for model in models]), weights)
         return Output(metrics={domain: _metrics(loss)}, notes={"weights": weights.tolist()})
 
     def losses(self, pool: Pool) -> dict[str, dict[str, float]]:
@@ -180,11 +184,23 @@ def _metrics(loss: float) -> dict[str, float]:
     return {"loss": loss, "perplexity": math.exp(loss)}
 
 
-def _model(parameters: Mapping[str, Any], seed: int = 0) -> CharacterModel:
-    return CharacterModel(**parameters["model"], seed=seed)
+def _text(parameters: Mapping[str, Any], domain: str) -> Corpus:
+    return corpus(domain, parameters["text"]["characters"])
 
 
-def _loaded(work: Work, number: int) -> CharacterModel:
+@torch.inference_mode()
+def _log_likelihoods(model: Transformer, text: Tensor, count: int) -> Tensor:
+    """Return the log-probability, float64 (count, context), in nats of each character in windows spread over a text."""
+    windows = spread_windows(text, count, model.context)
+    batches = torch.stack([windows[number] for number in range(count)]).split(64)
+    return -torch.cat([token_losses(model.eval(), batch).double() for batch in batches])
+
+
+def _model(parameters: Mapping[str, Any], seed: int = 0) -> Transformer:
+    return Transformer(**parameters["model"], seed=seed)
+
+
+def _loaded(work: Work, number: int) -> Transformer:
     model = _model(work.parameters)
     model.load_state_dict(work.tensors(number))
     return model
