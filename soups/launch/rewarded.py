@@ -98,7 +98,9 @@ class RewardedSoups:
         size = self.sizes["texts" if part == "members" else "test_texts"]
         found = parts(self.domain, self.split_seed)[part][:size]
         if len(found) < size:
-            raise ConfigError(f"{self.domain} has only {len(found)} texts for this part, fewer than the {size} asked for.")
+            raise ConfigError(
+                f"{self.domain} has only {len(found)} texts for this part, fewer than the {size} asked for."
+            )
         return found if part == "members" else sorted(found, key=lambda one: len(one.text))
 
     def rewards(self, part: str) -> Tensor:
@@ -210,9 +212,13 @@ class RewardedSoups:
             f"rewards (smallest margin {min(above):+.3f} sd)."
         )
         if gaps:
-            summary += f" Their λ-weighted reward less that of multi-objective training is {sum(gaps) / len(gaps):+.3f} sd."
+            summary += (
+                f" Their λ-weighted reward less that of multi-objective training is {sum(gaps) / len(gaps):+.3f} sd."
+            )
         lineage = {
-            "weights": {f"{share:g}": pool.ingredient(node.inputs[0].fingerprint).weights for share, node in found.soups.items()}
+            "weights": {
+                f"{share:g}": pool.ingredient(node.inputs[0].fingerprint).weights for share, node in found.soups.items()
+            }
         }
         return Page(title="Rewarded soups", subject="protocol", summary=summary, parts=[table, front], lineage=lineage)
 

@@ -47,7 +47,9 @@ def test_cross_entropy_over_two_rewards_is_bradley_terry(tmp_path: Path) -> None
     logits = forward(network.module, batch)
     loss = functional.cross_entropy(logits, labels)
     alone = {
-        name: predict(network.module, [network.input.dataset(Texts(texts, [0] * 6), 16)[[(0, i) for i in range(6)]]])[:, 0]
+        name: predict(network.module, [network.input.dataset(Texts(texts, [0] * 6), 16)[[(0, i) for i in range(6)]]])[
+            :, 0
+        ]
         for name, texts in (("first", pairs.first), ("second", pairs.second))
     }
     sign = 1 - 2 * labels
@@ -138,7 +140,9 @@ def test_a_reward_model_is_fine_tuned_by_the_main_job(tmp_path: Path) -> None:
     ])  # fmt: skip
     record = fine_tune(settings, show_progress=False)
     assert record.heldout() > 0.9
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert", num_labels=1, ignore_mismatched_sizes=True)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "bert", num_labels=1, ignore_mismatched_sizes=True
+    )
     assert model.load_state_dict(open_pool(settings).weights(record.fingerprint)).missing_keys == []
 
 
