@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import lightning.pytorch as lightning
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -195,6 +194,14 @@ class Evaluation:
         module, before = self.fit.module, getattr(self.fit.module, "_trainer", None)
         if weights is not None:
             module.load_state_dict(weights)
+        # Only this process evaluates: a torchmetrics.Metric must not wait for the other ranks of the fit to gather from.
+        gathering: dict[Any, Any] = {
+            part: part.distributed_available_fn
+            for part in module.modules()
+            if hasattr(part, "distributed_available_fn")
+        }
+        for part in gathering:
+            part.distributed_available_fn = _alone
         try:
             found = loop(module, dataloaders=loaders, datamodule=self.fit.arguments.get("datamodule"), verbose=False)
         except MisconfigurationException as error:
@@ -202,6 +209,8 @@ class Evaluation:
                 f"trainer.{name} does not run on this project, and a soup is chosen by its validation: {error}"
             ) from error
         finally:
+            for part, available in gathering.items():
+                part.distributed_available_fn = available
             if before is not None:
                 module.trainer = before
                 if (data := self.fit.arguments.get("datamodule")) is not None:
@@ -209,6 +218,5 @@ class Evaluation:
         return {key: float(value) for row in found for key, value in row.items()}
 
 
-def accelerator_of(trainer: lightning.Trainer) -> str:
-    """Return the name of a trainer's accelerator, for the record."""
-    return f"{cast(Any, trainer).accelerator.name()}, torch {torch.__version__}"
+def _alone() -> bool:
+    return False

@@ -143,7 +143,7 @@ def cluster(options: Mapping[str, Any]) -> Generator[Any]:
         raise ConfigError(
             f"Cannot {where}: {error}. Check that the head node runs (`ray start --head`), that its port can be reached "
             f"from here, that Ray's version there is {ray.__version__}, and that RAY_AUTH_MODE and RAY_AUTH_TOKEN are those "
-            f"of the cluster; or run here: hydra/launcher=ray_local. Nothing was started and the pool is as it was."
+            f"of the cluster; or run here: hydra/launcher=ray_local. No job was started."
         ) from error
     try:
         yield ray
