@@ -6,6 +6,7 @@ Hydra's `submitit_local` starts all jobs of a sweep within the same second, whic
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 from hydra.core.utils import JobReturn
@@ -25,13 +26,13 @@ class CappedLauncher(Launcher):
 
     def __init__(self, jobs: int = 2, **settings: Any) -> None:
         try:
-            from hydra_plugins.hydra_submitit_launcher.submitit_launcher import LocalLauncher
+            submitit: Any = import_module("hydra_plugins.hydra_submitit_launcher.submitit_launcher")
         except ModuleNotFoundError as error:
             raise CompactHydraException(
                 f"hydra/launcher=submitit_local_capped needs submitit ({error}): pip install 'soups[slurm]'"
             ) from error
         self.jobs = max(1, int(jobs))
-        self.local: Any = LocalLauncher(**settings)
+        self.local: Any = submitit.LocalLauncher(**settings)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Hand on what Hydra hands over."""

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import lightning.pytorch as lightning
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
 from soups.callbacks import Averaging
@@ -106,10 +107,7 @@ def cpu_copy(weights: Weights) -> dict[str, Tensor]:
 def monitor_of(trainer: lightning.Trainer) -> tuple[str | None, str]:
     """Return the metric that the trainer's checkpoints or early stopping watch, with "min" or "max"; None without one."""
     for callback in cast(list[Any], cast(Any, trainer).callbacks):
-        if (
-            isinstance(callback, lightning.callbacks.ModelCheckpoint | lightning.callbacks.EarlyStopping)
-            and callback.monitor
-        ):
+        if isinstance(callback, ModelCheckpoint | EarlyStopping) and callback.monitor:
             return str(callback.monitor), str(callback.mode)
     return None, "max"
 

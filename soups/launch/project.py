@@ -146,11 +146,11 @@ def _plain(config: DictConfig, key: str) -> dict[str, Any]:
 
 
 def _remove(tree: dict[str, Any], path: Sequence[str]) -> None:
+    branch: Any = tree
     for part in path[:-1]:
-        tree = tree.get(part, {})
-        if not isinstance(tree, dict):
-            return
-    tree.pop(path[-1], None)
+        branch = branch.get(part) if isinstance(branch, dict) else None
+    if isinstance(branch, dict):
+        cast(dict[str, Any], branch).pop(path[-1], None)
 
 
 def _quote(text: str) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Generator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -114,8 +115,7 @@ def cluster(options: Mapping[str, Any]) -> Generator[Any]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        import ray
-        import ray.exceptions
+        ray: Any = import_module("ray")
     except ModuleNotFoundError as error:
         raise ConfigError(f"hydra/launcher=ray_… needs Ray ({error}): pip install 'soups[ray]'") from error
     address = options["address"]

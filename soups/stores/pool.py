@@ -121,7 +121,7 @@ class Pool:
         except (ImportError, ValueError) as error:
             raise StorageError(
                 f"Cannot open the pool {self.url}: {error}. Install what the protocol needs (for s3:// that is `pip "
-                f"install s3fs`), or use a local folder: pool.path=…"
+                f"install 'soups[s3]'`), or use a local folder: pool.path=…"
             ) from error
         self.root = PurePosixPath(root)
         self.local = isinstance(self._files, LocalFileSystem)
