@@ -76,7 +76,7 @@ def cook_project(project: Project, options: Mapping[str, Any], fit: Fit, output:
         raise ConfigError(f"soup.recipe={recipe} is not for programs of your own yet: {did_you_mean(recipe, RECIPES)}")
     pool = Pool(project.pool)
     members = belongs(project, pool, str(options["foreign"]), [str(name) for name in options["exclude"]])
-    monitor = check_metric(members[0].metrics["heldout"], project.monitor)
+    (monitor,) = {check_metric(member.metrics["heldout"], project.monitor) for member in members}
     name = fingerprint(
         {
             "recipe": recipe,
