@@ -144,11 +144,12 @@ def measure(model_name: str, rounds: int, clock: Callable[[], float]) -> None:
     share = parameters / FLOOR_ELEMENTS
     floor = [t * share for t in times.pop("floor")]
     print(f"\n{model_name}: {parameters / 1e6:.1f} M parameters, floor {1e3 * statistics.median(floor):.2f} ms")
-    print(f"  {'':36}{'median':>8}{'minima':>8}{'  x one EMA':>12}")
-    one = statistics.median(times["soups EMA"])
+    print(f"  {'':36}{'median':>8}{'minima':>8}{'x one EMA':>12}{'minima':>8}")
+    one = times["soups EMA"]
     for name, taken in times.items():
         ratio = statistics.median(t / f for t, f in zip(taken, floor, strict=True))
-        print(f"  {name:36}{ratio:8.2f}{min(taken) / min(floor):8.2f}{statistics.median(taken) / one:12.2f}")
+        of_one = statistics.median(t / o for t, o in zip(taken, one, strict=True))
+        print(f"  {name:36}{ratio:8.2f}{min(taken) / min(floor):8.2f}{of_one:12.2f}{min(taken) / min(one):8.2f}")
 
 
 def training_step(rounds: int, clock: Callable[[], float]) -> None:
