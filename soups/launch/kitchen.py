@@ -15,7 +15,7 @@ from soups.evaluation.statistics import losses, right
 from soups.launch.members import Origin, empty_network
 from soups.launch.settings import Settings, build_splits
 from soups.launch.start import evaluation_batches
-from soups.recipes import RECIPES, Candidate, Soup, Step, needs_of, options_of
+from soups.recipes import RECIPES, Candidate, Soup, Step, is_required, needs_of, options_of
 from soups.recipes.racing import Race, hardest_first, in_order, network_samples, random_order
 from soups.stores.pool import Ingredient, Pool
 from soups.stores.pool_of_checkpoints import CheckpointPool
@@ -166,12 +166,12 @@ class Kitchen:
         needs = needs_of(recipe)
         given: dict[str, Any] = {}
         if "start" in needs:
-            if origin is None:
+            if origin is None and is_required(recipe, "start"):
                 raise ConfigError(
                     f"The recipe {name} needs the model that fine-tuning started from, which nobody knows of checkpoints "
                     f"made elsewhere: soup.start=/path/of/a/checkpoint."
                 )
-            given["start"] = Candidate(origin.name, float("nan"), origin.load)
+            given["start"] = origin and Candidate(origin.name, float("nan"), origin.load)
         if "on_step" in needs:
             given["on_step"] = on_step
         if "labels" in needs:

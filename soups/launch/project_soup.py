@@ -81,7 +81,7 @@ def cook_project(project: Project, options: Mapping[str, Any], fit: Fit, output:
         )
     pool = Pool(project.pool)
     members = belongs(project, pool, str(options["foreign"]), [str(name) for name in options["exclude"]])
-    monitor = check_metric(members[0].metrics["heldout"], project.monitor)
+    (monitor,) = {check_metric(member.metrics["heldout"], project.monitor) for member in members}
     chosen_options = {key: options[key] for key in options_of(RECIPES[recipe]) if key in options}
     name = fingerprint(
         {

@@ -127,6 +127,7 @@ class Soup:
         path: the points of a searched path, in the order of their positions.
         path_label: what the position on the path is.
         details: further findings by name.
+        note: how it was made, in a few words for the table.
     """
 
     weights: dict[str, Tensor]
@@ -138,6 +139,7 @@ class Soup:
     path: list[Point] = field(default_factory=list[Point])
     path_label: str = ""
     details: dict[str, Any] = field(default_factory=dict[str, Any])
+    note: str = ""
 
 
 def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -229,3 +231,8 @@ def options_of(recipe: Callable[..., Soup]) -> dict[str, Any]:
 def needs_of(recipe: Callable[..., Soup]) -> set[str]:
     """Return what a recipe takes besides candidates and score, options apart."""
     return {name for name in inspect.signature(recipe).parameters if name in GIVEN[2:]}
+
+
+def is_required(recipe: Callable[..., Soup], name: str) -> bool:
+    """Tell whether a recipe cannot do without one of its parameters."""
+    return inspect.signature(recipe).parameters[name].default is inspect.Parameter.empty
