@@ -57,7 +57,9 @@ def test_a_merge_reports_on_a_page(models):
     with open_store(models / "out") as out, open_store(models / "0.safetensors") as base:
         for number in range(3):
             a, b = out.read(f"layers.{number}.w"), base.read(f"layers.{number}.w")
-            assert curves["series"]["0.safetensors"][number] == pytest.approx(float((a - b).norm() / b.norm()), rel=1e-5)
+            assert curves["series"]["0.safetensors"][number] == pytest.approx(
+                float((a - b).norm() / b.norm()), rel=1e-5
+            )
         moved = sum(float((out.read(key) - base.read(key)).square().sum()) for key in out) ** 0.5
     assert far["row_labels"] == ["start", "1.safetensors", "2.safetensors", "merged"]
     assert far["values"][0][3] == pytest.approx(moved, rel=1e-5) and angle["values"][2][2] == 1

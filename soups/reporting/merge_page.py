@@ -140,7 +140,9 @@ def _parameters(value: Any) -> str:
     """Write parameters in a line; None where there are none."""
     if value is None:
         return ""
-    content: dict[str, Any] = value.model_dump(mode="json", exclude_none=True) if hasattr(value, "model_dump") else value
+    content: dict[str, Any] = (
+        value.model_dump(mode="json", exclude_none=True) if hasattr(value, "model_dump") else value
+    )
     return ", ".join(f"{key}={item}" for key, item in content.items())
 
 
@@ -149,7 +151,7 @@ def _layers(by_input: dict[str, dict[str, Difference]]) -> list[Part]:
     columns = ["layer", *(f"distance from {name}" for name in by_input), *(f"cosine with {name}" for name in by_input)]
     rows: list[list[Cell | float | int | str | None]] = []
     for layer in layers:
-        ours = [rows_[layer] if layer in rows_ else None for rows_ in by_input.values()]
+        ours = [found.get(layer) for found in by_input.values()]
         rows.append([layer, *(row and row.relative for row in ours), *(row and row.cosine for row in ours)])
     table = Table(title="By layer", note="Distances are relative to the input's norm.", columns=columns, rows=rows)
     if len(layers) < 2:
@@ -166,4 +168,9 @@ def _layers(by_input: dict[str, dict[str, Difference]]) -> list[Part]:
 
 
 def _lineage(recipe: Recipe, inputs: Sequence[Reference], out: str | os.PathLike[str], seed: int) -> dict[str, Any]:
-    return {"inputs": [str(one) for one in inputs], "output": os.fspath(out), "seed": seed, "configuration": recipe.text}
+    return {
+        "inputs": [str(one) for one in inputs],
+        "output": os.fspath(out),
+        "seed": seed,
+        "configuration": recipe.text,
+    }

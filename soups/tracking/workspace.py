@@ -100,9 +100,7 @@ def report(project: str, entity: str, title: str = "Soups") -> Any:
     ]
     for heading, panels in sections().items():
         wanted = ", ".join(repr(job) for job in jobs[heading])
-        runs = reports.Runset(
-            project=project, entity=entity, name=heading, filters=f"Metric('JobType') in [{wanted}]"
-        )
+        runs = reports.Runset(project=project, entity=entity, name=heading, filters=f"Metric('JobType') in [{wanted}]")
         blocks += [reports.H2(heading), reports.PanelGrid(runsets=[runs], panels=panels)]
     return reports.Report(project=project, entity=entity, title=title, blocks=blocks)
 
