@@ -7,59 +7,27 @@ held out.
 from __future__ import annotations
 
 import math
-import pydoc_data.topics
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+
+from soups.tasks.language_modelling import Block, Windows, python_documentation
 
 CONTEXT = 64
 
 
 def text() -> tuple[Tensor, Tensor, int]:
     """Return training and held-out characters as indices, and the size of the alphabet."""
-    whole = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    whole = python_documentation()
     alphabet = sorted(set(whole))
     index = {character: number for number, character in enumerate(alphabet)}
     data = torch.tensor([index[character] for character in whole])
     cut = len(data) * 9 // 10
     return data[:cut], data[cut:], len(alphabet)
-
-
-class Windows(Dataset[Tensor]):
-    """Windows of `CONTEXT + 1` characters at the given places."""
-
-    def __init__(self, data: Tensor, places: Tensor) -> None:
-        self.data, self.places = data, places
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, number: int) -> Tensor:
-        at = int(self.places[number])
-        return self.data[at : at + CONTEXT + 1]
-
-
-class Block(nn.Module):
-    """Attention and a feed-forward layer, normalised before."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, time, width) to the same shape."""
-        batch, time, width = x.shape
-        q, k, v = self.qkv(self.norms[0](x)).view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(batch, time, width))
-        return x + self.down(functional.gelu(self.up(self.norms[1](x))))
 
 
 class LanguageModel(pl.LightningModule):
@@ -117,12 +85,12 @@ class LanguageModel(pl.LightningModule):
         """Return one epoch that is the whole run: random windows, drawn by the seed."""
         draw = torch.Generator().manual_seed(self.seed)
         places = torch.randint(len(self.train_text) - CONTEXT - 1, (self.steps * self.batch,), generator=draw)
-        return DataLoader(Windows(self.train_text, places), batch_size=self.batch)
+        return DataLoader(Windows(self.train_text, places, CONTEXT), batch_size=self.batch)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Return 256 windows spread over the held-out text."""
         places = torch.linspace(0, len(self.held_out) - CONTEXT - 2, 256).long()
-        return DataLoader(Windows(self.held_out, places), batch_size=64)
+        return DataLoader(Windows(self.held_out, places, CONTEXT), batch_size=64)
 
 
 def quiet_trainer(steps: int, every: int, callbacks: list[Any]) -> pl.Trainer:

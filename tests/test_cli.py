@@ -188,3 +188,43 @@ def test_kill_minus_nine_leaves_no_output_that_looks_whole(models):
     soups("merge", models / "merge.yml", models / "out")
     with open_store(models / "0.safetensors") as store:
         assert not store.read("w").any()
+
+
+def test_cold_fusion_between_strangers(tmp_path):
+    """Two contributors with checkpoints of their own kinds, one round, its log and its replay."""
+    base = {"encoder.w": torch.zeros(3, 2), "encoder.b": torch.zeros(2)}
+    write_safetensors(tmp_path / "base.safetensors", base)
+    repo = tmp_path / "repo"
+    assert "2 shared tensors" in soups("cold", "init", repo, tmp_path / "base.safetensors", "--quorum", 2).output
+    assert "base 0" in soups("cold", "pull", repo, tmp_path / "pulled.safetensors").output
+    trained = {name: tensor + 1 for name, tensor in open_store(tmp_path / "pulled.safetensors").load().items()}
+    torch.save(
+        {"state_dict": {f"model.{n}": t for n, t in trained.items()} | {"head": torch.ones(9)}}, tmp_path / "a.ckpt"
+    )
+    torch.save({name: tensor + 2 for name, tensor in trained.items()}, tmp_path / "b.pt")
+    push = ("cold", "push", repo)
+    assert "names under a prefix" in soups(*push, tmp_path / "a.ckpt", "--base", 0, "--contributor", "a", code=1).output
+    soups(*push, tmp_path / "a.ckpt", "--base", 0, "--contributor", "a", "--prefix", "model.", "--task", "sums")
+    assert "No round: 1 waiting, 2 must pass" in soups("cold", "fuse", repo).output
+    assert (
+        "never had the base 'abc'"
+        in soups(*push, tmp_path / "b.pt", "--base", "abc", "--contributor", "b", code=1).output
+    )
+    assert "2 waiting, a round needs 2" in soups(*push, tmp_path / "b.pt", "--base", 0, "--contributor", "b").output
+    assert "2 of 2 by linear" in soups("cold", "fuse", repo).output
+    soups("cold", "pull", repo, tmp_path / "new.safetensors")
+    with open_store(tmp_path / "new.safetensors") as store:
+        assert store.metadata["cold.number"] == "1" and torch.equal(store.read("encoder.w"), torch.full((3, 2), 2.0))
+    log = soups("cold", "log", repo).output
+    assert "base 1" in log and "from base 0 norm" in log
+    assert "round 1  2 contributions  same bits" in soups("cold", "replay", repo).output
+    record = repo / "rounds" / "000001.json"
+    record.write_text(
+        record.read_text().replace('"scale":1.0', '"scale":0.5', 1).replace('"scale": 1.0', '"scale": 0.5', 1)
+    )
+    assert "did not come out as the log says" in soups("cold", "replay", repo, code=1).output
+    assert (
+        "--stale=often"
+        in soups("cold", "init", tmp_path / "x", tmp_path / "base.safetensors", "--stale", "often", code=1).output
+    )
+    assert "soups cold init" in soups("cold", "log", tmp_path / "nowhere", code=1).output

@@ -20,6 +20,9 @@ Batch = tuple[Inputs, Tensor]
 def forward(module: nn.Module, inputs: Inputs, device: torch.device | str | None = None) -> Tensor:
     """Return a model's logits (B, classes) for a batch of inputs, from any library.
 
+    Token ids (B, K, tokens) are K candidates a sample: a model with one output (a reward model) gives each its score, and
+    the scores (B, K) are the logits of choosing one, as in the Bradley-Terry model.
+
     Args:
         module: returns logits, or an object that holds them under `logits` (Hugging Face).
         inputs: one tensor, or those of a mapping by name; moved to `device` if one is given.
@@ -27,9 +30,21 @@ def forward(module: nn.Module, inputs: Inputs, device: torch.device | str | None
     """
     if isinstance(inputs, Tensor):
         output = module(inputs if device is None else inputs.to(device))
-    else:
-        output = module(**{name: value if device is None else value.to(device) for name, value in inputs.items()})
-    return cast(Tensor, getattr(output, "logits", output))
+        return cast(Tensor, getattr(output, "logits", output))
+    candidates = candidates_of(inputs)
+    output = module(**{
+        name: (value if candidates is None else value.flatten(0, 1)).to(device or value.device)
+        for name, value in inputs.items()
+    })  # fmt: skip
+    logits = cast(Tensor, getattr(output, "logits", output))
+    return logits if candidates is None else logits.reshape(-1, candidates)
+
+
+def candidates_of(inputs: Inputs) -> int | None:
+    """Return how many candidate texts a sample has: K for token ids (B, K, tokens), None for one input a sample."""
+    if isinstance(inputs, Tensor) or inputs["input_ids"].ndim == 2:
+        return None
+    return inputs["input_ids"].shape[1]
 
 
 @torch.inference_mode()

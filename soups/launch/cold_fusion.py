@@ -8,10 +8,8 @@ from typing import Any, cast
 import torch
 
 from soups.errors import ConfigError, StorageError, did_you_mean
-from soups.launch.bodies import Member, body_of, features, frozen_names, member
+from soups.launch.bodies import Member, body_of, features, fit_parameters, frozen_names, member
 from soups.launch.settings import (
-    LAYOUT,
-    TRAINING_VERSION,
     Settings,
     build_network,
     check,
@@ -78,7 +76,7 @@ class ColdFusion:
         contributions = rounds * per_round
         self.study = Study(
             model=dict(settings["model"]),
-            training=_training(settings),
+            training=fit_parameters(settings),
             seen=seen,
             unseen={name: dict(data) for name, data in unseen.items() if data is not None},
             rounds=rounds,
@@ -367,18 +365,4 @@ def _round_notes(work: Work, record: Round) -> dict[str, Any]:
         "number": record.number,
         "accepted": len(record.accepted),
         "refused": {verdict.contributor: verdict.reason for verdict in record.verdicts if not verdict.accepted},
-    }
-
-
-def _training(settings: Settings) -> dict[str, Any]:
-    """Return what decides a fit, its data, start and seed apart."""
-    return {
-        "training_version": TRAINING_VERSION,
-        "input": {"size": settings["loader"]["size"]},
-        "task": settings["task"],
-        "optimizer": settings["optimizer"],
-        "augment": settings["augment"],
-        "batch_size": settings["loader"]["batch_size"],
-        "trainer": {key: value for key, value in settings["trainer"].items() if key not in LAYOUT},
-        "callbacks": settings.get("callbacks") or {},
     }

@@ -67,6 +67,15 @@ class Program(Protocol):
         ...
 
 
+@runtime_checkable
+class Exports(Protocol):
+    """A program that leaves more than a report: models that other libraries load."""
+
+    def export(self, plan: Plan, pool: Pool, folder: Path) -> None:
+        """Write them into the report's folder, unless they are there."""
+        ...
+
+
 def build_program(settings: Settings) -> Program:
     """Build the protocol of some settings.
 
@@ -238,6 +247,8 @@ def _finish(settings: Settings, program: Program, plan: Plan) -> None:
     page = program.page(plan, open_pool(settings))
     page = page.model_copy(update={"environment": versions(), "configs": {program.name: _plain(settings)}})
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(program, Exports):
+        program.export(plan, open_pool(settings), folder)
     figures = draw_page(page, folder)
     page.save(folder)  # last: a folder with this file is whole
     if not known:

@@ -77,21 +77,39 @@ def train(
         ConfigError: the Trainer does not take these settings.
         KeyboardInterrupt: the user stopped the fit; Lightning ended it in good order.
     """
-    lightning.seed_everything(int(settings["seed"]), workers=True, verbose=False)
     network = build_network({**settings, "model": {**settings["model"], "pretrained": False}}, len(splits.classes))
     network.module.load_state_dict(start)
     module = Classification(network, len(splits.classes), settings["optimizer"], **settings["task"])
+    trainer = train_module(settings, module, TaskData(splits, network, settings), callbacks, logger, show_progress)
+    return network, trainer
+
+
+def train_module(
+    settings: Settings,
+    module: lightning.LightningModule,
+    data: lightning.LightningDataModule,
+    callbacks: Sequence[lightning.Callback] = (),
+    logger: Any | None = None,
+    show_progress: bool = False,
+) -> lightning.Trainer:
+    """Train any module on any data as the settings say, and return the trainer that did it.
+
+    Raises:
+        ConfigError: the Trainer does not take these settings.
+        KeyboardInterrupt: the user stopped the fit; Lightning ended it in good order.
+    """
+    lightning.seed_everything(int(settings["seed"]), workers=True, verbose=False)
     chosen = [build(section, f"callbacks.{name}") for name, section in (settings.get("callbacks") or {}).items()]
     average = _averaging(settings["ingredient"]["weights"], chosen)
     trainer = _trainer(settings, [*callbacks, *chosen], logger, show_progress)
     # Deterministic mode also fills fresh memory, to expose reads of it; that changes no result and costs a tenth of a fit.
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010  (unknown to torch's stubs)
-    trainer.fit(module, datamodule=TaskData(splits, network, settings))
+    trainer.fit(module, datamodule=data)
     if trainer.interrupted:
         raise KeyboardInterrupt
     if average is not None:
         average.apply(settings["ingredient"]["weights"])
-    return network, trainer
+    return trainer
 
 
 def _averaging(name: str, callbacks: Sequence[Any]) -> Averaging | None:

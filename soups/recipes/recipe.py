@@ -141,6 +141,7 @@ class Soup:
         path: the points of a searched path, in the order of their positions.
         path_label: what the position on the path is.
         details: further findings by name.
+        note: how it was made, in a few words for the table.
     """
 
     weights: dict[str, Tensor]
@@ -152,6 +153,7 @@ class Soup:
     path: list[Point] = field(default_factory=list[Point])
     path_label: str = ""
     details: dict[str, Any] = field(default_factory=dict[str, Any])
+    note: str = ""
 
 
 def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -208,18 +210,21 @@ def line(first: Weights, second: Weights, share: float, *, where: str = "the oth
     return total.mean()
 
 
-def grid(points: int) -> list[float]:
-    """Return `points` positions from 0 to 1, evenly spaced and rounded to what they are meant to be.
+def grid(points: int, alpha: float | None = None) -> list[float]:
+    """Return `points` positions from 0 to 1, evenly spaced and rounded to what they are meant to be, and `alpha`.
 
-    >>> grid(6)
-    [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    >>> grid(6), grid(3, 0.3)
+    ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [0.0, 0.3, 0.5, 1.0])
 
     Raises:
-        ConfigError: fewer than 2.
+        ConfigError: fewer than 2, or an alpha outside [0, 1].
     """
     if points < 2:
         raise ConfigError(f"A path needs at least 2 points, not {points}.")
-    return [round(number / (points - 1), 12) for number in range(points)]
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise ConfigError(f"alpha={alpha} must be between 0 and 1, the ends of the path.")
+    even = {round(number / (points - 1), 12) for number in range(points)}
+    return sorted(even if alpha is None else even | {float(alpha)})
 
 
 # Parameters that are no options of a recipe: what it is given to work with.
@@ -240,3 +245,8 @@ def options_of(recipe: Callable[..., Soup]) -> dict[str, Any]:
 def needs_of(recipe: Callable[..., Soup]) -> set[str]:
     """Return what a recipe takes besides candidates and score, options apart."""
     return {name for name in inspect.signature(recipe).parameters if name in GIVEN[2:]}
+
+
+def is_required(recipe: Callable[..., Soup], name: str) -> bool:
+    """Tell whether a recipe cannot do without one of its parameters."""
+    return inspect.signature(recipe).parameters[name].default is inspect.Parameter.empty

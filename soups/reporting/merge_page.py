@@ -151,7 +151,7 @@ def _layers(by_input: dict[str, dict[str, Difference]]) -> list[Part]:
     columns = ["layer", *(f"distance from {name}" for name in by_input), *(f"cosine with {name}" for name in by_input)]
     rows: list[list[Cell | float | int | str | None]] = []
     for layer in layers:
-        ours = [found.get(layer) for found in by_input.values()]
+        ours = [by_layer.get(layer) for by_layer in by_input.values()]
         rows.append([layer, *(row and row.relative for row in ours), *(row and row.cosine for row in ours)])
     table = Table(title="By layer", note="Distances are relative to the input's norm.", columns=columns, rows=rows)
     if len(layers) < 2:

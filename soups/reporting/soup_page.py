@@ -182,12 +182,15 @@ def _diversity(report: Report) -> Table | None:
     if not report.diversity:
         return None
     measures = list(next(iter(report.diversity.values())))
+    rows: list[list[Cell | float | int | str | None]] = [
+        [_name(split), *(values[name] for name in measures)] for split, values in report.diversity.items()
+    ]
     return Table(
         title="How differently the ingredients err",
         note="Means over pairs. Ratio of errors: different mistakes over equal ones. Q: 1 where both are right and wrong "
         "together, 0 where independent.",
         columns=["split", *measures],
-        rows=[[_name(split), *(values[name] for name in measures)] for split, values in report.diversity.items()],
+        rows=rows,
     )
 
 

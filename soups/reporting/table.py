@@ -93,8 +93,9 @@ def summary_sentence(report: Report) -> str:
     soup, best = report.row(report.soup), report.row("best single")
     kept = f"{len(report.members)} of {len(report.ingredients)} ingredients"
     start = f" with {report.coefficients['start']:.0%} of the start" if report.coefficients.get("start") else ""
+    does = f"({report.details['method']}) merges" if "method" in report.details else "averages"
     sentence = (
-        f"The {report.soup} averages {kept}{start}: held-out {soup.accuracy['heldout']:.2%} against "
+        f"The {report.soup} {does} {kept}{start}: held-out {soup.accuracy['heldout']:.2%} against "
         f"{best.accuracy['heldout']:.2%} of the best single one, test {soup.accuracy['test']:.2%} against "
         f"{best.accuracy['test']:.2%}"
     )

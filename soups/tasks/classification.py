@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as lightning
 import torch
@@ -15,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from soups.evaluation import Batch, Inputs, forward
 from soups.tasks.network import Network
+from soups.tasks.optimisation import optimizer_and_schedule
 
 
 class Classification(lightning.LightningModule):
@@ -23,9 +23,7 @@ class Classification(lightning.LightningModule):
     Args:
         network: the classifier.
         num_classes: classes.
-        optimizer: `name` ("adamw" or "sgd"), `lr`, `weight_decay` (matrices and kernels only: biases and normalisation
-            have none), `momentum` (of SGD), `warmup` (share of the steps with a linearly rising rate), `schedule`
-            ("cosine" to zero, or "constant").
+        optimizer: as `soups.tasks.optimisation.optimizer_and_schedule` takes it.
         label_smoothing: in [0, 1).
         freeze_batchnorm: keep the running statistics of the pretrained model and normalise with them.
         class_groups: for tasks pooled under one head, how many classes each has; a sample's loss is over its own task's
@@ -91,29 +89,7 @@ class Classification(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimiser over what is trainable, and its schedule by step."""
-        settings = self.settings
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": float(settings["weight_decay"])},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        rate = float(settings["lr"])
-        if settings["name"] == "adamw":
-            optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
-        else:
-            optimizer = torch.optim.SGD(groups, lr=rate, momentum=float(settings.get("momentum", 0.9)))
-        steps = max(1, int(self.trainer.estimated_stepping_batches))
-        warmup = round(float(settings["warmup"]) * steps)
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / (warmup + 1)
-            if settings["schedule"] == "constant":
-                return 1.0
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return cast(Any, {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}})
+        return optimizer_and_schedule(self.parameters(), self.settings, self.trainer.estimated_stepping_batches)
 
 
 def within_groups(logits: Tensor, labels: Tensor, groups: Sequence[int]) -> Tensor:

