@@ -312,7 +312,8 @@ def _cost(report: Report, members: Sequence[Ingredient]) -> Table | None:
     rows: list[list[Cell | float | int | str | None]] = []
     if fits:
         rows.append([f"fine-tuning, {len(fits)} ingredients", math.fsum(fits)])
-    rows += [[name, seconds] for name, seconds in report.seconds.items()]
+    for name, seconds in report.seconds.items():
+        rows.append([name, seconds])
     return Table(title="Cost", columns=["phase", "time, s"], rows=rows) if rows else None
 
 
