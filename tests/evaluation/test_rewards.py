@@ -25,7 +25,8 @@ def test_pair_accuracy_is_counting(values: list[int], seed: int, gap: float) -> 
             pair_accuracy(rewards, truth, gap)
         return
     points = [
-        0.5 if rewards[i] == rewards[j] else float((rewards[i] < rewards[j]) == (values[i] < values[j])) for i, j in pairs
+        0.5 if rewards[i] == rewards[j] else float((rewards[i] < rewards[j]) == (values[i] < values[j]))
+        for i, j in pairs
     ]
     found, count = pair_accuracy(rewards, truth, gap)
     assert count == len(pairs) and found == pytest.approx(sum(points) / len(points))

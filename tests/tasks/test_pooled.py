@@ -22,8 +22,8 @@ def test_labels_of_the_second_task_follow_those_of_the_first() -> None:
     assert groups == [2, 3] and len(joint.classes) == 5
     assert joint.train.labels.tolist() == [0, 1, 0, 1, 0, 1, 2, 3, 4, 2, 3, 4]
     assert len(joint.heldout) == 4 and len(joint.test) == 2
+    images = TensorImages(torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1]))
     with pytest.raises(DataError, match="Only tasks of texts"):
-        images = TensorImages(torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1]))
         pooled([Splits(images, images, images, ("0", "1"))])
 
 
