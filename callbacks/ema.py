@@ -67,6 +67,7 @@ class EMA(Averaging):
             dtype=settings.dtype,
             device=settings.device,
             seed=settings.seed,
+            background=settings.background,
             covers=covers,
         )
         return {settings.name: mean}

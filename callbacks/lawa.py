@@ -55,6 +55,7 @@ class LAWA(Averaging):
             snapshots=self.snapshots,
             snapshot_dtype=self.snapshot_dtype,
             folder=self.folder,
+            background=settings.background,
             covers=covers,
         )
         return {settings.name: mean}

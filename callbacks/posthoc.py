@@ -71,6 +71,7 @@ class PostHocEMA(Averaging):
                 dtype=settings.dtype,
                 device=settings.device,
                 seed=settings.seed,
+                background=settings.background,
                 covers=covers,
             )
             for name, sigma in self._names().items()

@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from soups.averaging.checkpoint import overlay, plain_name
-from soups.averaging.mean import Mean, update
+from soups.averaging.mean import Mean, release, update
 from soups.averaging.swapping import Swap, slots
 from soups.averaging.units import Plan, Schedule
 from soups.errors import ConfigError, did_you_mean
@@ -170,6 +170,7 @@ class Session:
     # Counting -------------------------------------------------------------------------------------------------------
 
     def _before_step(self, *_: Any) -> None:
+        release([tracked.mean for tracked in self.tracked.values()])
         # A parameter that was unfrozen since has been constant until now, and so has its average.
         for name in [name for name, (cell, key) in self._frozen.items() if cell[key].requires_grad]:
             parameter = self.track_frozen(name)
@@ -228,7 +229,8 @@ class Session:
             for tracked in due:
                 spacings.setdefault((tracked.settings.start, tracked.settings.every), []).append(tracked)
             for together in spacings.values():
-                update([tracked.mean for tracked in together], weights)
+                # Parameters wait for the optimizer, but the next forward pass already changes buffers.
+                update([tracked.mean for tracked in together], weights, released=bool(self._buffers))
             for tracked in due:
                 tracked.last_point = self.steps
         for member in self.members:
@@ -334,8 +336,8 @@ class Session:
     @contextlib.contextmanager
     def holding(self, name: str) -> Generator[None]:
         """Within the block the module holds an average."""
-        self.swap_in(name)
         try:
+            self.swap_in(name)
             yield
         finally:
             self.swap_out()

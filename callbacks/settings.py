@@ -33,6 +33,7 @@ class Common(TypedDict, total=False):
     dtype: str | torch.dtype | None
     device: str | torch.device | None
     seed: int
+    background: bool | None
     log_distance: bool
 
 
@@ -69,6 +70,8 @@ class Settings:
         dtype: dtype of the average; float32 when None. "bfloat16" is rounded stochastically.
         device: device of the average; the weights' when None.
         seed: seed of stochastic rounding.
+        background: take points in by a thread, while training goes on; when None, only for `device="cpu"` in a run on a
+            GPU. Costs one copy of the weights on the host.
         log_distance: log ‖average - raw‖₂ as `distance/<name>` at the end of every epoch.
     """
 
@@ -84,6 +87,7 @@ class Settings:
     dtype: str | torch.dtype | None = None
     device: str | torch.device | None = None
     seed: int = 0
+    background: bool | None = None
     log_distance: bool = False
 
     def __post_init__(self) -> None:

@@ -36,5 +36,11 @@ class SWA(Averaging):
     def make(self, plan: Plan, covers: Callable[[str], bool] | None) -> dict[str, Mean]:
         """Return the average."""
         settings = self.settings
-        mean = swa.SWA(dtype=settings.dtype, device=settings.device, seed=settings.seed, covers=covers)
+        mean = swa.SWA(
+            dtype=settings.dtype,
+            device=settings.device,
+            seed=settings.seed,
+            background=settings.background,
+            covers=covers,
+        )
         return {settings.name: mean}

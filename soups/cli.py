@@ -10,10 +10,13 @@ import typer
 
 from soups import __version__
 from soups.commands import cold
+from soups.commands.dashboard import dashboard
 from soups.commands.diff import diff
 from soups.commands.inspect import inspect
 from soups.commands.merge import merge
 from soups.commands.methods import methods
+from soups.commands.pool import app as pool
+from soups.commands.report import report
 
 app = typer.Typer(
     name="soups",
@@ -22,8 +25,9 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (merge, inspect, diff, methods):
+for command in (merge, inspect, diff, methods, report, dashboard):
     app.command()(command)
+app.add_typer(pool, name="pool")
 app.add_typer(cold.app, name="cold")
 
 

@@ -148,10 +148,11 @@ def hash_architecture(weights: Weights) -> str:
 
 
 class RunningSum:
-    """A sum of weights that gives the mean of what was added, and the mean it would have with one more.
+    """A weighted sum of weights that gives the mean of what was added, and the mean it would have with one more.
 
     The accumulators have `accumulation_dtype`; memory is one accumulator a tensor, however many models are added.
-    Means come back in the dtypes of the first model, with its integer tensors and its tied names.
+    Means come back in the dtypes of the first model, with its integer tensors and its tied names. A model counts by its
+    `factor`: 1 unless said otherwise, and -1 takes out one that was added.
 
     >>> total = RunningSum()
     >>> total.add({"w": torch.tensor([1.0])}); total.add({"w": torch.tensor([3.0])})
@@ -161,12 +162,13 @@ class RunningSum:
 
     def __init__(self) -> None:
         self.count = 0
+        self.total = 0.0
         self._sums: dict[str, Tensor] = {}
         self._first: dict[str, Tensor] = {}
         self._tied: dict[str, str] = {}
 
-    def add(self, weights: Weights, *, where: str = "an ingredient") -> None:
-        """Add one model's weights.
+    def add(self, weights: Weights, *, where: str = "an ingredient", factor: float = 1.0) -> None:
+        """Add one model's weights, `factor` times.
 
         Raises:
             WeightsError: names, shapes or kinds differ from the first model's; nothing is added then.
@@ -175,31 +177,32 @@ class RunningSum:
             self._tied = tied_names(weights)
             self._first = dict(weights)
             self._sums = {
-                name: tensor.detach().to(accumulation_dtype(tensor.dtype), copy=True)
+                name: tensor.detach().to(accumulation_dtype(tensor.dtype), copy=True).mul_(factor)
                 for name, tensor in weights.items()
                 if is_averaged(tensor) and name not in self._tied
             }
         else:
             check_same(self._first, weights, where=where)
             for name, total in self._sums.items():
-                total.add_(weights[name].detach().to(total.device))
+                total.add_(weights[name].detach().to(total.device), alpha=factor)
         self.count += 1
+        self.total += factor
 
     def mean(self) -> dict[str, Tensor]:
         """Return the mean of what was added so far."""
-        return self._divide(None)
+        return self._divide(None, 0.0)
 
-    def mean_with(self, weights: Weights, *, where: str = "an ingredient") -> dict[str, Tensor]:
-        """Return the mean over what was added and `weights`, without adding them."""
+    def mean_with(self, weights: Weights, *, where: str = "an ingredient", factor: float = 1.0) -> dict[str, Tensor]:
+        """Return the mean over what was added and `factor` times `weights`, without adding them."""
         if self.count == 0:
             single = RunningSum()
-            single.add(weights, where=where)
+            single.add(weights, where=where, factor=factor)
             return single.mean()
         check_same(self._first, weights, where=where)
-        return self._divide(weights)
+        return self._divide(weights, factor)
 
-    def _divide(self, extra: Weights | None) -> dict[str, Tensor]:
-        if self.count == 0:
+    def _divide(self, extra: Weights | None, factor: float) -> dict[str, Tensor]:
+        if self.count == 0 or self.total + factor == 0:
             raise WeightsError("The mean of no models was asked for; add at least one ingredient.")
         result: dict[str, Tensor] = {}
         for name, first in self._first.items():
@@ -208,8 +211,8 @@ class RunningSum:
             elif name in self._sums:
                 total = self._sums[name]
                 if extra is not None:
-                    total = total + extra[name].detach().to(total.device)
-                result[name] = (total / (self.count + (extra is not None))).to(first.dtype)
+                    total = torch.add(total, extra[name].detach().to(total.device), alpha=factor)
+                result[name] = (total / (self.total + factor)).to(first.dtype)
             else:
                 result[name] = first.clone()
         return result

@@ -1,6 +1,7 @@
 """The command line, as its users see it."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -45,6 +46,24 @@ def test_merge(models):
     soups("merge", models / "merge.yml", models / "out", "--overwrite", "--quiet", "--out-shard-size", "200")
     assert len(list((models / "out").glob("*.safetensors"))) == 2
     soups("merge", models / "merge.yml", models / "o2", "--allow-crimes", "--lazy-unpickle", "--lora-merge-cache", "x")
+
+
+def test_a_merge_reports_on_a_page(models):
+    soups("merge", models / "merge.yml", models / "out", "--report", models / "report.html", "--quiet")
+    text = (models / "report.html").read_text()
+    data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', text)[1])
+    curves, far, angle = data["figures"]
+    assert list(curves["series"]) == ["0.safetensors", "1.safetensors", "2.safetensors"] and len(curves["x"]) == 4
+    with open_store(models / "out") as out, open_store(models / "0.safetensors") as base:
+        for number in range(3):
+            a, b = out.read(f"layers.{number}.w"), base.read(f"layers.{number}.w")
+            assert curves["series"]["0.safetensors"][number] == pytest.approx(
+                float((a - b).norm() / b.norm()), rel=1e-5
+            )
+        moved = sum(float((out.read(key) - base.read(key)).square().sum()) for key in out) ** 0.5
+    assert far["row_labels"] == ["start", "1.safetensors", "2.safetensors", "merged"]
+    assert far["values"][0][3] == pytest.approx(moved, rel=1e-5) and angle["values"][2][2] == 1
+    assert "ties of 2 models" in text and "merge_method: ties" in text
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(models):

@@ -29,7 +29,7 @@ def differences(pages: list[Page]) -> str:
     for share in dict.fromkeys(str(row[0]) for row in tables_[0].rows):
         for one, two in PAIRS:
             parts = []
-            for label, column in (("ID", 3), ("OOD", 4), ("wrong labels reproduced", -1)):
+            for label, column in (("ID", 3), ("OOD", 4), ("wrong labels reproduced", 6), ("best-of-N rating", 7)):
                 found = []
                 for table in tables_:
                     rows = {str(row[1]): row for row in table.rows if str(row[0]) == share}

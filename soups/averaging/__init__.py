@@ -18,6 +18,7 @@ from soups.averaging.ema import ema_update_ as ema_update_
 from soups.averaging.lawa import LAWA as LAWA
 from soups.averaging.lawa import latest_mean as latest_mean
 from soups.averaging.mean import Mean as Mean
+from soups.averaging.mean import release as release
 from soups.averaging.mean import update as update
 from soups.averaging.mixout import mixout as mixout
 from soups.averaging.posthoc import PostHoc as PostHoc

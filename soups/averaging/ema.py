@@ -76,6 +76,7 @@ class EMA(Lerp):
         dtype: dtype of the average; float32 when None.
         device: device of the average; the weights' when None.
         seed: seed of stochastic rounding, for dtype bfloat16.
+        background: take points in by a thread; None for averages on the CPU of weights on a GPU.
         covers: which tensors take part, by name.
 
     >>> ema = EMA(decay=0.5)
@@ -101,9 +102,10 @@ class EMA(Lerp):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         seed: int = 0,
+        background: bool | None = None,
         covers: Callable[[str], bool] | None = None,
     ) -> None:
-        super().__init__(dtype=dtype, device=device, seed=seed, covers=covers)
+        super().__init__(dtype=dtype, device=device, seed=seed, background=background, covers=covers)
         self.decay = decay_of(decay, half_life, sigma)
         if interval < 1:
             raise ConfigError(f"interval={interval} must be at least 1 step.")

@@ -40,6 +40,7 @@ class LAWA(Mean):
         snapshots: where the ring lives: "device" (that of the mean), "cpu" or "disk" (memory-mapped files).
         snapshot_dtype: dtype of the ring; float32 when None. "bfloat16" halves it and rounds every point once.
         folder: where the files of "disk" go; a temporary folder when None.
+        background: take points in by a thread; None for averages on the CPU of weights on a GPU.
         covers: which tensors take part, by name.
 
     >>> lawa = LAWA(k=2)
@@ -63,9 +64,10 @@ class LAWA(Mean):
         snapshots: str = "device",
         snapshot_dtype: torch.dtype | str | None = None,
         folder: str | Path | None = None,
+        background: bool | None = None,
         covers: Callable[[str], bool] | None = None,
     ) -> None:
-        super().__init__(dtype=dtype, device=device, covers=covers)
+        super().__init__(dtype=dtype, device=device, background=background, covers=covers)
         if k < 1:
             raise ConfigError(f"LAWA averages the last k points, and k={k} leaves none. Give k of 1 or more.")
         if snapshots not in ("device", "cpu", "disk"):
@@ -125,10 +127,10 @@ class LAWA(Mean):
 
     def _apply(self, index: int, views: dict[str, list[Tensor]], theta: list[Tensor]) -> None:
         ring, average = views[f"ring{self._slot}"], views["mean"]
-        if self.count < self.k:
+        if self._before < self.k:
             torch._foreach_copy_(ring, theta)
-            if self.count:
-                torch._foreach_lerp_(average, _as(ring, average), 1 / (self.count + 1))
+            if self._before:
+                torch._foreach_lerp_(average, _as(ring, average), 1 / (self._before + 1))
             else:
                 torch._foreach_copy_(average, ring)
             return
@@ -154,7 +156,7 @@ class LAWA(Mean):
         The turn depends on the tensor alone, so that the same bits come out however tensors are grouped.
         """
         assert self._pass is not None
-        now = self.count % (REFRESH * self.k)
+        now = self._before % (REFRESH * self.k)
         if self._pass.stages[index] is not None:
             return [now == 0]
         return [

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from soups.averaging.offload import Offload
 from soups.averaging.rounding import round_stochastically_
 from soups.errors import ConfigError, WeightsError
 from soups.seeding import generator
@@ -57,6 +58,8 @@ class Mean(ABC):
             small steps are not lost. float64 weights are always averaged in float64.
         device: device of the kept tensors; that of the weights when None.
         seed: seed of the stochastic rounding.
+        background: take points in by a thread, from a copy of the weights, while training goes on. When None, only for
+            averages on the CPU of weights that are elsewhere. The result is the same to the last bit.
         covers: which tensors take part, by name; all floating ones when None.
     """
 
@@ -70,6 +73,7 @@ class Mean(ABC):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         seed: int = 0,
+        background: bool | None = None,
         covers: Callable[[str], bool] | None = None,
     ) -> None:
         if isinstance(dtype, str):
@@ -84,13 +88,20 @@ class Mean(ABC):
         self.dtype = dtype
         self.device = None if device is None else torch.device(device)
         self.seed = seed
+        self.background = background
         self.count = 0
+        # `count` as it was before the update that is being made, perhaps in the background.
+        self._before = 0
         self._covers = covers
         # What is kept, by plane ("mean", "ring0", ...) and tensor name.
         self._planes: dict[str, dict[str, Tensor]] = {}
         # For each group of the current pass: for each plane, views of the group's tensors; None where not covered.
         self._views: list[dict[str, list[Tensor]] | None] = []
         self._pass: Pass | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()  # copies and pickles are of a finished update, and make views of their own
+        return {**self.__dict__, "_pass": None, "_views": []}
 
     # What a concrete average says of itself -----------------------------------------------------------------------
 
@@ -123,6 +134,17 @@ class Mean(ABC):
     def _load_scalars(self, scalars: Mapping[str, Any]) -> None:
         pass
 
+    def _settle(self) -> None:
+        """Wait for an update in the background."""
+        if self._pass is not None:
+            self._pass.settle()
+
+    def _behind(self, weight: Tensor) -> bool:
+        """Tell whether points of `weight` are taken in in the background."""
+        if self.background is not None:
+            return self.background
+        return self.device is not None and self.device.type == "cpu" and weight.device.type != "cpu"
+
     # For everyone -------------------------------------------------------------------------------------------------
 
     def covers(self, name: str) -> bool:
@@ -151,6 +173,7 @@ class Mean(ABC):
         """
         if self.count == 0:
             raise WeightsError(f"The {self.kind} average holds nothing yet: no update was made. Was its start reached?")
+        self._settle()
         return self._planes["mean"]
 
     @torch.no_grad()
@@ -159,6 +182,7 @@ class Mean(ABC):
 
         The average of a constant is the constant, so this is exact.
         """
+        self._settle()
         if self.count and self.covers(name):
             for plane, tensors in self._planes.items():
                 tensors[name] = self._like(tensor, plane).copy_(tensor)
@@ -166,6 +190,7 @@ class Mean(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that an exact restore needs: plain numbers and tensors (not copies)."""
+        self._settle()
         return {"kind": self.kind, "count": self.count, **self._scalars(), "planes": dict(self._planes)}
 
     @torch.no_grad()
@@ -180,6 +205,7 @@ class Mean(ABC):
                 f"This state is of a {state['kind']} average and cannot be loaded into a {self.kind} average. Give the "
                 f"average the same type and name as in the run that is resumed."
             )
+        self._settle()
         self.count = int(state["count"])
         self._load_scalars(state)
         self._planes = {
@@ -229,6 +255,10 @@ class Mean(ABC):
             del self._planes[plane]
 
 
+# What averages want to be given, dtype and device, and which averages want it.
+Wanted = list[tuple[tuple[torch.dtype, torch.device], list[Mean]]]
+
+
 class Pass:
     """The plan of one sweep over the weights for one set of averages: groups, and views of them."""
 
@@ -246,13 +276,16 @@ class Pass:
         self.stages: list[Tensor | None] = []
         self.sizes: list[list[int]] = []
         # For each group, the means that cover it, sorted by what they want to be given.
-        self.plan: list[list[tuple[tuple[torch.dtype, torch.device], list[Mean]]]] = []
+        self.plan: list[Wanted] = []
+        # The same for those that are updated in the background, by group.
+        self.behind: dict[int, Wanted] = {}
         alone = len(means) == 1 and not means[0].revisits
         plain = all(
             storage_dtype(tensor.dtype, mean.dtype) == tensor.dtype for tensor in kept.values() for mean in means
         )
         self.group = GROUP_ALONE if alone and plain else GROUP
         self._build(kept)
+        self.offload = Offload({index: self.theta[index] for index in self.behind}) if self.behind else None
 
     def _build(self, kept: dict[str, Tensor]) -> None:
         for mean in self.means:
@@ -294,7 +327,7 @@ class Pass:
         self.stages.append(torch.cat(self.theta[-1]) if small else None)
         self.members.append(members)
         self.sizes.append([kept[name].numel() for name, _ in members])
-        wanted: dict[tuple[torch.dtype, torch.device], list[Mean]] = {}
+        wanted: dict[bool, dict[tuple[torch.dtype, torch.device], list[Mean]]] = {False: {}, True: {}}
         for mean in self.means:
             if not mean.covers(members[0][0]):
                 mean._views.append(None)
@@ -304,27 +337,54 @@ class Pass:
             first = planes["mean"][0]
             # A bfloat16 average is computed in float32 and rounded at the end.
             dtype = torch.float32 if first.dtype == torch.bfloat16 else first.dtype
-            wanted.setdefault((dtype, first.device), []).append(mean)
-        self.plan.append(list(wanted.items()))
+            wanted[mean._behind(self.theta[-1][0])].setdefault((dtype, first.device), []).append(mean)
+        if wanted[True]:
+            self.behind[len(self.plan)] = list(wanted[True].items())
+        self.plan.append(list(wanted[False].items()))
 
     def run(self) -> None:
-        """Update all averages of this pass."""
+        """Update all averages of this pass, some of them perhaps in the background."""
+        self.settle()
         for mean in self.means:
+            mean._before = mean.count
             mean._begin()
-        for index, (theta, stage, plan) in enumerate(zip(self.theta, self.stages, self.plan, strict=True)):
-            if stage is not None:
-                torch.cat(theta, out=stage)
-                theta = [stage]
-            for (dtype, device), means in plan:
-                given = theta
-                if theta[0].dtype != dtype or theta[0].device != device:
-                    given = [tensor.to(device=device, dtype=dtype) for tensor in theta]
-                for mean in means:
-                    views = mean._views[index]
-                    if views is not None:
-                        mean._apply(index, views, given)
+        if self.offload is not None:
+            self.offload.take()
+        for index, (theta, plan) in enumerate(zip(self.theta, self.plan, strict=True)):
+            self._take_in(index, theta, plan)
+        if self.offload is not None:
+            self.offload.start(self._run_behind)
         for mean in self.means:
             mean.count += 1
+
+    def _run_behind(self) -> None:
+        assert self.offload is not None
+        for index, plan in self.behind.items():
+            self._take_in(index, self.offload.host[index], plan)
+
+    def _take_in(self, index: int, theta: list[Tensor], plan: Wanted) -> None:
+        stage = self.stages[index]
+        if stage is not None and plan:
+            torch.cat(theta, out=stage)
+            theta = [stage]
+        for (dtype, device), means in plan:
+            given = theta
+            if theta[0].dtype != dtype or theta[0].device != device:
+                given = [tensor.to(device=device, dtype=dtype) for tensor in theta]
+            for mean in means:
+                views = mean._views[index]
+                if views is not None:
+                    mean._apply(index, views, given)
+
+    def release(self) -> None:
+        """Let the device finish its copies to the host before it changes the weights."""
+        if self.offload is not None:
+            self.offload.release()
+
+    def settle(self) -> None:
+        """Wait for what runs in the background."""
+        if self.offload is not None:
+            self.offload.settle()
 
 
 def _key(weights: Weights) -> list[object]:
@@ -358,7 +418,7 @@ def _view(tensor: Tensor, weight: Tensor, part: slice | None) -> Tensor:
 
 
 @torch.no_grad()
-def update(means: Sequence[Mean], weights: Weights) -> None:
+def update(means: Sequence[Mean], weights: Weights, *, released: bool = True) -> None:
     """Update several averages in one pass over the weights.
 
     Equal, to the last bit, to calling `update` on each. The weights are read once, however many averages there are.
@@ -366,6 +426,8 @@ def update(means: Sequence[Mean], weights: Weights) -> None:
     Args:
         means: the averages.
         weights: name to tensor.
+        released: whether the weights may be changed right afterwards. False lets copies to the host overlap with the next
+            forward and backward pass; `release` must then be called before the optimizer's step.
 
     Raises:
         WeightsError: the names or shapes are not those of the updates before.
@@ -379,10 +441,21 @@ def update(means: Sequence[Mean], weights: Weights) -> None:
         or plan.key != _key(weights)
         or any(mean._pass is not plan or mean._stale() for mean in means)
     ):
+        for mean in means:
+            mean._settle()
         plan = Pass(means, weights)
         for mean in means:
             mean._pass = plan
     plan.run()
+    if released:
+        plan.release()
+
+
+def release(means: Sequence[Mean]) -> None:
+    """Let the device finish copying weights to the host for these averages before it changes them."""
+    for mean in means:
+        if mean._pass is not None:
+            mean._pass.release()
 
 
 class Lerp(Mean):
@@ -396,10 +469,12 @@ class Lerp(Mean):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         seed: int = 0,
+        background: bool | None = None,
         covers: Callable[[str], bool] | None = None,
     ) -> None:
-        super().__init__(dtype=dtype, device=device, seed=seed, covers=covers)
+        super().__init__(dtype=dtype, device=device, seed=seed, background=background, covers=covers)
         self._weight = 1.0
+        self._weights: dict[torch.dtype, Tensor] = {}
         self._generators: dict[str, torch.Generator] = {}
 
     @abstractmethod
@@ -408,6 +483,7 @@ class Lerp(Mean):
 
     def _begin(self) -> None:
         self._weight = 1.0 if self.count == 0 else self._next_weight()
+        self._weights = {}
         self._generators = {}
 
     def _apply(self, index: int, views: dict[str, list[Tensor]], theta: list[Tensor]) -> None:
@@ -416,8 +492,16 @@ class Lerp(Mean):
             self._apply_rounded(index, mean, theta)
         elif self._weight == 1.0:
             torch._foreach_copy_(mean, theta)
+        elif mean[0].device.type == "cpu":
+            torch._foreach_lerp_(mean, theta, [self._tensor(mean[0].dtype)] * len(mean))
         else:
             torch._foreach_lerp_(mean, theta, self._weight)
+
+    def _tensor(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight as a tensor: on CPU torch's lerp of a tensor is a tenth faster than that of a number."""
+        if dtype not in self._weights:
+            self._weights[dtype] = torch.tensor(self._weight, dtype=dtype)
+        return self._weights[dtype]
 
     def _apply_rounded(self, index: int, mean: list[Tensor], theta: list[Tensor]) -> None:
         assert self._pass is not None
@@ -425,7 +509,7 @@ class Lerp(Mean):
             # Seeded by the number of the update and the tensor's name: a resumed run, every rank and every grouping
             # draw the same bits. The parts of a large tensor share one generator, in order.
             if name not in self._generators:
-                self._generators[name] = generator(self.seed, "rounding", self.count, name, device=target.device)
+                self._generators[name] = generator(self.seed, "rounding", self._before, name, device=target.device)
             moved = source if self._weight == 1.0 else torch.lerp(target.float(), source, self._weight)
             round_stochastically_(target, moved, self._generators[name])
 

@@ -29,6 +29,11 @@ def merge(
     cuda: Annotated[bool, typer.Option("--cuda", help="The same as --device cuda.")] = False,
     copy_tokenizer: Annotated[bool, typer.Option(help="Take the tokenizer along.")] = True,
     write_model_card: Annotated[bool, typer.Option(help="Write a README.md.")] = True,
+    unsafe_truncate_embeddings: Annotated[
+        bool,
+        typer.Option("--unsafe-truncate-embeddings", help="Cut embeddings of different lengths to the shortest."),
+    ] = False,
+    report: Annotated[Path | None, typer.Option(help="Also write an HTML page about the merge here.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     lora_merge_cache: Annotated[str | None, typer.Option(hidden=True)] = None,
     lazy_unpickle: Annotated[bool, typer.Option(hidden=True)] = True,
@@ -50,9 +55,16 @@ def merge(
             raise ConfigError("Outputs are always safetensors; leave --no-safe-serialization out.")
         if dry_run:
             from soups.merging.mergekit import describe_plan
+            from soups.merging.mergekit.run import document_order
 
-            _, planned = describe_plan(config, seed=random_seed, strict=strict, warn=warn)
-            _print_plan(planned, parse_size(memory), threads)
+            recipe, plans = describe_plan(
+                config, seed=random_seed, strict=strict, truncate_embeddings=unsafe_truncate_embeddings, warn=warn
+            )
+            for number, planned in enumerate(plans):
+                if len(plans) > 1:
+                    name = recipe.documents[document_order(recipe)[number]].name
+                    console.print(f"[bold]{name or 'result'}[/]")
+                _print_plan(planned, parse_size(memory), threads)
             return
         if out is None:
             raise ConfigError("Name the folder or file to make: soups merge CONFIG OUT.")
@@ -60,6 +72,12 @@ def merge(
 
         start = time.perf_counter()
         done = 0
+        said: list[str] = []
+
+        def warn_(message: str) -> None:
+            said.append(message)
+            warn(message)
+
         with ExitStack() as stack:
             advance: list[Any] = []
 
@@ -77,10 +95,11 @@ def merge(
                 seed=random_seed,
                 strict=strict,
                 overwrite=overwrite,
+                truncate_embeddings=unsafe_truncate_embeddings,
                 copy_tokenizer=copy_tokenizer,
                 write_card=write_model_card,
                 shard_bytes=parse_size(out_shard_size),
-                warn=warn,
+                warn=warn_,
                 planned=planned_,
                 budget=parse_size(memory),
                 threads=threads,
@@ -90,6 +109,12 @@ def merge(
         seconds = time.perf_counter() - start
         if not quiet:
             console.print(f"{path}: {readable(done)} read in {seconds:.1f} s, {readable(done / seconds)}/s")
+        if report is not None:
+            from soups.commands.inspect import layer_of
+            from soups.reporting.html import write_html
+            from soups.reporting.merge_page import merge_page
+
+            write_html(merge_page(config, out, layer_of, seed=random_seed, seconds=seconds, warnings=said), report)
 
 
 def _print_plan(planned: Planned, budget: int, threads: int | None) -> None:
@@ -110,6 +135,11 @@ def _print_plan(planned: Planned, budget: int, threads: int | None) -> None:
     whole = [job for job in plan.jobs if job.method is not None and job.method.unit == "tensor"]
     largest = max((job.meta.numel * 4 * (2 * len(job.models) + 6) for job in whole), default=0)
     console.print(f"configuration and tokenizer from {planned.donor}", soft_wrap=True)
+    if planned.shared:
+        vocabulary = planned.shared.vocabulary
+        console.print(
+            f"vocabulary of {len(vocabulary.ids)} tokens, {planned.shared.size} rows, begun from {vocabulary.folder}"
+        )
     console.print(
         f"to read  {readable(plan.bytes_to_read)} (once; methods that look at tensors first read more than once)"
     )

@@ -58,10 +58,7 @@ def noisy_choice(scores: Tensor, share: float = 0.5) -> Caution | None:
     noise = choice_noise(scores)
     if noise.lead > 0 and noise.expected <= share * noise.lead:
         return None
-    if noise.lead <= 0:
-        found = "all have the same score"
-    else:
-        found = f"the best leads their mean by {noise.lead:.4f}"
+    found = "all have the same score" if noise.lead <= 0 else f"the best leads their mean by {noise.lead:.4f}"
     needed = (
         f" About {math.ceil(noise.samples_needed * (0.5 / share) ** 2):,} samples would do."
         if math.isfinite(noise.samples_needed)

@@ -61,7 +61,7 @@ def predict(module: nn.Module, batches: Sequence[Batch], device: torch.device | 
     """
     was_training = module.training
     module.eval()
-    rank, world = _ranks()
+    rank, world = ranks()
     mine = [
         (number, forward(module, inputs, device).float().cpu())
         for number, (inputs, _) in enumerate(batches)
@@ -75,7 +75,8 @@ def predict(module: nn.Module, batches: Sequence[Batch], device: torch.device | 
     return torch.cat([logits for _, logits in mine])
 
 
-def _ranks() -> tuple[int, int]:
+def ranks() -> tuple[int, int]:
+    """Return this process's rank and the number of processes, (0, 1) outside `torch.distributed`."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1

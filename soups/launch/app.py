@@ -6,23 +6,19 @@ import sys
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 
 from soups.errors import SoupError
 from soups.launch.cook import cook
 from soups.launch.fine_tune import fine_tune
 from soups.launch.quiet import quiet
-from soups.launch.settings import Settings, open_pool, resolve
-from soups.reporting import Report, plain_rows, summary_sentence, tables
-from soups.tracking import group_name, log_soup
-
-
-class UserError(CompactHydraException):
-    """A `SoupError` as Hydra shows it: its message, without a traceback."""
+from soups.launch.settings import Settings, UserError, is_first_process, open_pool, resolve
+from soups.launch.tracking import track_soup
+from soups.reporting import Report, summary_sentence, tables
 
 
 def run(config: DictConfig) -> float:
@@ -46,7 +42,7 @@ def run(config: DictConfig) -> float:
         record = fine_tune(settings, show_progress=alone)
     except SoupError as error:
         raise UserError(f"\n{error}") from error
-    if alone:
+    if alone and is_first_process():
         verb = "was in the pool already" if record.fingerprint in found else "is finished"
         Console().print(
             f"Ingredient [bold]{record.short}[/] {verb}: held-out accuracy {record.heldout():.2%}, in "
@@ -70,24 +66,25 @@ def finish(settings: Settings, failed: dict[str, str]) -> int:
     before = {path.parent for path in Path(settings["paths"]["output"]).glob("soups/*/report.json")}
     report, folder = cook(settings)
     if folder not in before:
-        _track(settings, report, folder)
+        track_soup(settings, report, folder)
     console.print()
     for table in tables(report, console.width):
         console.print(table)
     console.print(summary_sentence(report), highlight=False)
-    if len(report.members) == 1 and len(report.ingredients) > 1:
-        console.print(
-            "[yellow]Every ingredient but one was left out, so this soup is the best single model.[/] The members are "
-            "too far apart for averaging: try lower learning rates, fewer epochs or more data.",
-            highlight=False,
-        )
+    for warning in report.warnings:
+        console.print(f"[yellow]![/] {escape(warning)}", highlight=False)
     console.print(f"\n[bold]{folder}/[/]  {', '.join(sorted(path.name for path in folder.iterdir()))}", highlight=False)
     console.print(_how_to_load(settings, report, folder), highlight=False)
-    if failed:
-        lines = "\n".join(f"{name[:8]}  {why}" for name, why in failed.items())
-        console.print(Panel(lines, title=f"{len(failed)} ingredients failed and are not in the soup", style="red"))
-        return 3
-    return 0
+    return tell_failures(console, failed)
+
+
+def tell_failures(console: Console, failed: dict[str, str]) -> int:
+    """Show which ingredients failed and why; return the exit code: 3 if some did."""
+    if not failed:
+        return 0
+    lines = "\n".join(f"{name[:8]}  {why}" for name, why in failed.items())
+    console.print(Panel(lines, title=f"{len(failed)} ingredients failed and are not in the soup", style="red"))
+    return 3
 
 
 def _how_to_load(settings: Settings, report: Report, folder: Path) -> str:
@@ -96,29 +93,6 @@ def _how_to_load(settings: Settings, report: Report, folder: Path) -> str:
         classes = len(report.lineage["classes"])
         return f"Load it: timm.create_model({model['name']!r}, num_classes={classes}, checkpoint_path='{path}')"
     return f"Load it: model.load_state_dict(safetensors.torch.load_file('{path}'))"
-
-
-def _track(settings: Settings, report: Report, folder: Path) -> None:
-    header, rows = plain_rows(report)
-    log_soup(
-        settings["tracking"],
-        Path(settings["paths"]["output"]),
-        f"{report.recipe}-soup-{report.fingerprint[:8]}",
-        group_name(settings["tracking"]["group"], settings["pool"]["path"]),
-        settings,
-        {
-            f"{row.name}/{split}": value
-            for row in report.rows
-            if row.kind != "ingredient"
-            for split, value in (*row.accuracy.items(), ("ood", row.ood))
-        },
-        header,
-        rows,
-        [step.model_dump() for step in report.steps],
-        {path.stem: path for path in sorted(folder.glob("*.png"))},
-        report.lineage,
-        folder / "soup.safetensors",
-    )
 
 
 def leave(code: int) -> None:

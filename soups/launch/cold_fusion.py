@@ -9,7 +9,7 @@ import lightning.pytorch as lightning
 import torch
 
 from soups.errors import ConfigError, StorageError, did_you_mean
-from soups.launch.members import Member, body_of, features, fit_parameters, frozen_names, member
+from soups.launch.bodies import Member, body_of, features, fit_parameters, frozen_names, member
 from soups.launch.progress import ReportProgress
 from soups.launch.settings import (
     Settings,

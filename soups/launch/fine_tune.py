@@ -9,7 +9,7 @@ from torch import Tensor
 
 from soups.errors import SoupError
 from soups.evaluation import predict, score
-from soups.launch.progress import ReportProgress
+from soups.launch.progress import History, ReportProgress
 from soups.launch.settings import (
     Settings,
     build_splits,
@@ -79,7 +79,9 @@ def fit(
     determined = determinants(settings, start.weights, splits.hash())
     name = name_of(determined)
     logger = ingredient_logger(settings, name, determined)
-    network, trainer = train(settings, splits, start_weights, [ReportProgress(pool, name)], logger, show_progress)
+    history = History()
+    watching = [ReportProgress(pool, name), history]
+    network, trainer = train(settings, splits, start_weights, watching, logger, show_progress)
     fitted = time.perf_counter()
     device = trainer.strategy.root_device
     heldout = evaluation_batches(settings, splits.heldout, network)
@@ -98,10 +100,12 @@ def fit(
             versions=versions(),
             layout=layout(trainer),
             notes={"train_loss": float(cast(Any, trainer.callback_metrics.get("train/loss", float("nan"))))},
+            history=history.values,
         )
+        added: Ingredient | None = None
         try:
             added = pool.add(record, weights)
             pool.add_predictions(added.weights, splits.heldout.digest(), logits)
         finally:
-            close_logger(logger, {"heldout/accuracy": numbers.accuracy, "heldout/loss": numbers.loss})
+            close_logger(logger, added)
     trainer.strategy.barrier("ingredient")

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable, Generator
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from soups.errors import StorageError
 from soups.stores.pool import Ingredient, Pool
 
-
-def _file(pool: Pool, name: str) -> Path | None:
-    return Path(str(pool.root)) / "progress" / f"{name}.json" if pool.local else None
+# Seconds between two reports: a local file costs nothing, an object in a store does.
+_LOCAL, _REMOTE = 0.5, 10.0
 
 
 class ReportProgress(lightning.Callback):
-    """Write the share of a fit that is done, at most twice a second, from rank 0. Pools without a local folder get none."""
+    """Write the share of a fit that is done, at most twice a second (into remote pools every ten), from rank 0."""
 
     def __init__(self, pool: Pool, name: str) -> None:
-        self._path = _file(pool, name)
+        self._pool, self._name = pool, name
+        self._every = _LOCAL if pool.local else _REMOTE
         self._last = 0.0
 
     def on_train_batch_end(
@@ -33,21 +32,44 @@ class ReportProgress(lightning.Callback):
     ) -> None:
         """Write step and total."""
         now = time.monotonic()
-        if self._path is None or not trainer.is_global_zero or now - self._last < 0.5:
+        if not trainer.is_global_zero or now - self._last < self._every:
             return
         self._last = now
         total = trainer.estimated_stepping_batches
         done = {"step": trainer.global_step, "total": int(total) if total != float("inf") else 0}
         # A display of progress is no reason to lose a run: a full disk shows where the result is written.
-        with contextlib.suppress(OSError):
-            self._path.parent.mkdir(exist_ok=True)
-            self._path.write_text(json.dumps(done))
+        with contextlib.suppress(StorageError):
+            self._pool.report_progress(self._name, done)
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Remove the file."""
-        if self._path is not None and trainer.is_global_zero:
-            with contextlib.suppress(OSError):
-                self._path.unlink(missing_ok=True)
+        if trainer.is_global_zero:
+            with contextlib.suppress(StorageError):
+                self._pool.forget_progress(self._name)
+
+
+class History(lightning.Callback):
+    """Keep what a fit measured at the end of each epoch, for the ingredient's record.
+
+    Attributes:
+        values: one entry an epoch: "epoch" (finished ones), "step", and those of "train/loss", "heldout/accuracy" and
+            "heldout/loss" that were measured in it.
+    """
+
+    def __init__(self) -> None:
+        self.values: list[dict[str, float]] = []
+        self._validated = False
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Note that this epoch has held-out values; metrics of an earlier one stay visible in the trainer."""
+        self._validated = not trainer.sanity_checking
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Add this epoch's values."""
+        names = ["train/loss"] + (["heldout/accuracy", "heldout/loss"] if self._validated else [])
+        found = {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
+        self.values.append({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **found})
+        self._validated = False
 
 
 class SweepProgress:
@@ -77,9 +99,9 @@ class SweepProgress:
     @contextlib.contextmanager
     def running(self) -> Generator[None]:
         """Show the display while the block runs."""
-        for name in self.names:  # what a killed run left behind
-            if path := _file(self.pool, name):
-                path.unlink(missing_ok=True)
+        with contextlib.suppress(StorageError):
+            for name in self.names:  # what a killed run left behind
+                self.pool.forget_progress(name)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -97,13 +119,15 @@ class SweepProgress:
             finally:
                 self._stop.set()
                 thread.join()
-                self._update(display, main)
+                with contextlib.suppress(StorageError):
+                    self._update(display, main)
                 for bar in self._bars.values():
                     display.remove_task(bar)
 
     def _watch(self, display: Progress, main: TaskID) -> None:
-        while not self._stop.wait(0.5 if self.pool.local else 5):
-            self._update(display, main)
+        while not self._stop.wait(_LOCAL if self.pool.local else _REMOTE / 2):
+            with contextlib.suppress(StorageError):  # the runs meet it too, and say so
+                self._update(display, main)
 
     def _update(self, display: Progress, main: TaskID) -> None:
         partial = 0.0
@@ -113,7 +137,7 @@ class SweepProgress:
             if name in self.pool:
                 self._finish(display, name)
                 continue
-            state = self._read(name)
+            state = self.pool.progress(name)
             if state and state["total"]:
                 partial += state["step"] / state["total"]
                 if name not in self._bars:
@@ -135,13 +159,6 @@ class SweepProgress:
             f"{self.labels[name]}  {record.durations.get('total', 0):.0f} s",
             highlight=False,
         )
-
-    def _read(self, name: str) -> dict[str, int] | None:
-        path = _file(self.pool, name)
-        try:
-            return json.loads(path.read_text()) if path else None
-        except (FileNotFoundError, json.JSONDecodeError):  # not begun, or just being written
-            return None
 
 
 def _minutes(seconds: float) -> str:

@@ -20,13 +20,14 @@ from rich.console import Console
 from rich.panel import Panel
 
 from soups.errors import ConfigError, SoupError
-from soups.launch.app import UserError, leave
+from soups.launch.app import leave
 from soups.launch.progress import SweepProgress
 from soups.launch.quiet import quiet
 from soups.launch.search_space import split_arguments
 from soups.launch.settings import (
     RunError,
     Settings,
+    UserError,
     build,
     device_count,
     is_first_process,

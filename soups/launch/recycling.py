@@ -9,7 +9,7 @@ import torch
 
 from soups.errors import ConfigError, DataError
 from soups.evaluation import ood_mean
-from soups.launch.members import Member, fit_parameters, load_body, member
+from soups.launch.bodies import Member, fit_parameters, load_body, member
 from soups.launch.progress import ReportProgress
 from soups.launch.settings import Settings, check
 from soups.protocols import Operation, Output, Plan, Work

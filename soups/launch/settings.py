@@ -10,6 +10,7 @@ from importlib import import_module, metadata
 from typing import Any, cast
 
 import torch
+from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -177,6 +178,11 @@ def open_pool(settings: Settings) -> Pool:
     return Pool(settings["pool"]["path"])
 
 
+def from_elsewhere(settings: Settings) -> bool:
+    """Tell whether the ingredients are checkpoints that were made elsewhere (`pool=folder`), and not a pool of ours."""
+    return settings["pool"].get("format") == "checkpoints"
+
+
 def versions() -> dict[str, str]:
     """Return the versions of this code and of the libraries that training runs through."""
     names = ("torch", "torchvision", "timm", "lightning", "transformers", "numpy")
@@ -212,6 +218,20 @@ def launched_outside() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
 
 
+def refuse_sweeps_in_ranks() -> None:
+    """Check that this process, which is to run a sweep, is the only one that does.
+
+    Raises:
+        RunError: torchrun or srun started several.
+    """
+    if launched_outside() and int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1:
+        raise RunError(
+            "This sweep was started by torchrun or srun in several processes, and each of them would run the whole sweep. "
+            "Start it as one process (python train.py …): trainer.devices=2 trainer.strategy=ddp gives each fit its "
+            "processes, and hydra/launcher=slurm or ray_remote its machines. Single runs may be started by torchrun and srun."
+        )
+
+
 def is_first_process() -> bool:
     """Tell whether this process is rank 0, also before Lightning has set anything up."""
     ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
@@ -233,6 +253,10 @@ def check(settings: Settings) -> None:
     rules.append(("task.label_smoothing", 0 <= _number(task["label_smoothing"]) < 1, "a number in [0, 1)"))
     for key in ("size", "batch_size", "eval_batch_size"):
         rules.append((f"loader.{key}", _number(loader[key]) >= 1, "a positive whole number"))
+    if from_elsewhere(settings) and "soup" not in settings:
+        raise ConfigError(
+            f"Checkpoints from elsewhere ({settings['pool']['path']}) are read and never added to: cook them, +soup=greedy."
+        )
     for key, fine, allowed in rules:
         if not fine:
             section, _, leaf = key.partition(".")
@@ -248,3 +272,7 @@ def _number(value: Any) -> float:
 
 class RunError(SoupError):
     """Some or all runs of a sweep failed."""
+
+
+class UserError(CompactHydraException):
+    """A `SoupError` as Hydra shows it: its message, without a traceback."""

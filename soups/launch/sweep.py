@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from hydra.core.utils import JobReturn, JobStatus
@@ -14,13 +15,30 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from soups.errors import ConfigError, SoupError
-from soups.launch.app import UserError, finish, leave
-from soups.launch.cook import check_options, refuse_foreign
+from soups.launch.app import finish, leave, tell_failures
+from soups.launch.cook import check_options
+from soups.launch.fits import Evaluation
+from soups.launch.members import refuse_foreign
 from soups.launch.progress import SweepProgress
+from soups.launch.project import Project, ProjectTask, check_metric, ensure_shared_start, see_fit
+from soups.launch.project_soup import cook_project, show
 from soups.launch.quiet import quiet
 from soups.launch.search_space import expand, parse_space, split_arguments
-from soups.launch.settings import RunError, Settings, build_splits, check, determinants, name_of, open_pool, resolve
+from soups.launch.settings import (
+    RunError,
+    Settings,
+    UserError,
+    build_splits,
+    check,
+    determinants,
+    from_elsewhere,
+    name_of,
+    open_pool,
+    refuse_sweeps_in_ranks,
+    resolve,
+)
 from soups.launch.start import ensure_start
+from soups.stores.pool import Ingredient, Pool
 
 
 @dataclass(frozen=True)
@@ -43,11 +61,13 @@ def run_sweep(
     """
     quiet()
     try:
+        refuse_sweeps_in_ranks()
         fixed, points = plan(config, arguments)
         settings, wanted = compose(config, context, fixed, points)
         check_options(settings)
         refuse_foreign(settings)
-        results, failed = run_missing(settings, wanted, launcher)
+        pool = open_pool(settings)
+        results, failed = ([], {}) if from_elsewhere(settings) else run_missing(pool, wanted, launcher)
         code = finish(settings, failed)
     except SoupError as error:
         raise UserError(f"\n{error}") from error
@@ -55,12 +75,71 @@ def run_sweep(
     return results
 
 
+def run_project_sweep(
+    config: DictConfig, context: HydraContext, launcher: Launcher, arguments: Sequence[str], program: ProjectTask
+) -> Sequence[JobReturn]:
+    """Run a sweep over somebody's own program that ends in a soup.
+
+    Raises:
+        UserError: a mistake in settings, program or pool; all ingredients failed.
+        SystemExit: 3, after the soup, when some ingredients failed.
+    """
+    quiet()
+    job = str(config.hydra.job.name)
+    load = context.config_loader.load_sweep_config
+    try:
+        refuse_sweeps_in_ranks()
+        fixed, points = plan(config, arguments)
+        fit = see_fit(program, config, context, fixed)
+        shared = ensure_shared_start(fit, Project.of(_compose_one(load, config, fixed), job))
+        told = shared.overrides()
+        wanted: dict[str, Wanted] = {}
+        for point in points:
+            own = Project.of(_compose_one(load, config, [*fixed, *point, *told]), job)
+            wanted.setdefault(own.fingerprint, Wanted(own.fingerprint, [*fixed, *point, *told], _label(point)))
+        # Validation shows before anything is trained whether the metric is there.
+        check_metric(Evaluation(fit).validate(), shared.monitor)
+
+        def describe(record: Ingredient) -> str:
+            return f"{shared.monitor} {record.heldout(str(shared.monitor)):.4f}"
+
+        results, failed = run_missing(Pool(shared.pool), list(wanted.values()), launcher, describe)
+        output = Path(str(OmegaConf.select(config, "paths.output") or "outputs"))
+        soup: dict[str, Any] = cast(dict[str, Any], OmegaConf.to_container(config.soup, resolve=True))
+        report, folder = cook_project(shared, soup, fit, output)
+    except SoupError as error:
+        raise UserError(f"\n{error}") from error
+    show(report, folder, Console())
+    leave(tell_failures(Console(), failed))
+    return results
+
+
+def _compose_one(load: Callable[..., DictConfig], config: DictConfig, overrides: list[str]) -> DictConfig:
+    """Compose the configuration of one job, without Hydra's own part.
+
+    Raises:
+        ConfigError: a key does not exist, or a value does not fit.
+    """
+    try:
+        composed = load(config, overrides)
+    except HydraException as error:
+        reason = " ".join(str(part) for part in (error, error.__cause__) if part)
+        raise ConfigError(
+            f"A setting of the sweep does not exist: {reason} Check sweep.space and the command line for a misspelt "
+            f"key; `--cfg job` prints all there are."
+        ) from error
+    OmegaConf.set_struct(composed, False)
+    composed.pop("hydra", None)
+    return composed
+
+
 def plan(config: DictConfig, arguments: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Return the overrides that hold for all ingredients, and those of each.
 
     What the command line says of a key wins over the search space: a value fixes it, a sweep replaces it.
     """
-    sweep: Any = OmegaConf.to_container(config.sweep, resolve=True)
+    given_sweep: Any = OmegaConf.to_container(config.sweep, resolve=True) if config.get("sweep") else {}
+    sweep: Any = {"method": "random", "size": 8, "seed": 0, "space": {}, **given_sweep}
     unknown = set(sweep) - {"method", "size", "seed", "space"}
     if unknown:
         raise ConfigError(f"sweep.{min(unknown)} is unknown; there are sweep.method, .size, .seed and .space.")
@@ -93,17 +172,12 @@ def compose(
     """
 
     def compose_one(overrides: list[str]) -> Settings:
-        try:
-            return resolve(context.config_loader.load_sweep_config(config, overrides))
-        except HydraException as error:
-            reason = " ".join(str(part) for part in (error, error.__cause__) if part)
-            raise ConfigError(
-                f"A setting of the sweep does not exist: {reason} Check sweep.space and the command line for a misspelt "
-                f"key; `python train.py --cfg job` prints all there are."
-            ) from error
+        return resolve(_compose_one(context.config_loader.load_sweep_config, config, overrides))
 
     settings = compose_one(fixed)
     check(settings)
+    if from_elsewhere(settings):  # those are cooked as they are
+        return settings, []
     splits = build_splits(settings)
     start, _ = ensure_start(settings, splits)
     wanted: dict[str, Wanted] = {}
@@ -116,23 +190,33 @@ def compose(
             own_split = own_splits.hash()
             own_start = ensure_start(own, own_splits)[0].weights
         name = name_of(determinants(own, own_start, own_split))
-        label = " ".join(
-            f"{key.rpartition('.')[2]}={value}" for key, _, value in (text.partition("=") for text in point)
-        )
-        wanted.setdefault(name, Wanted(name, [*fixed, *point], label))
+        wanted.setdefault(name, Wanted(name, [*fixed, *point], _label(point)))
     return settings, list(wanted.values())
 
 
+def _label(point: Sequence[str]) -> str:
+    pairs = (text.partition("=") for text in point)
+    return " ".join(f"{key.lstrip('+').rpartition('.')[2]}={value}" for key, _, value in pairs)
+
+
 def run_missing(
-    settings: Settings, wanted: list[Wanted], launcher: Launcher
+    pool: Pool,
+    wanted: list[Wanted],
+    launcher: Launcher,
+    describe: Callable[[Ingredient], str] = lambda record: f"held-out {record.heldout():.2%}",
 ) -> tuple[Sequence[JobReturn], dict[str, str]]:
     """Launch the ingredients that the pool lacks; return the launcher's results and why each failed one failed.
+
+    Args:
+        pool: where they are wanted.
+        wanted: all that the sweep asks for.
+        launcher: Hydra's.
+        describe: what is said of a finished one.
 
     Raises:
         RunError: all failed, or the launcher died.
     """
     console = Console(stderr=True)
-    pool = open_pool(settings)
     missing = [item for item in wanted if item.fingerprint not in pool]
     found = len(wanted) - len(missing)
     console.print(
@@ -144,7 +228,7 @@ def run_missing(
     results: Sequence[JobReturn] = []
     crash: Exception | None = None
     labels = {item.fingerprint: item.label for item in missing}
-    with SweepProgress(pool, list(labels), labels, found).running():
+    with SweepProgress(pool, list(labels), labels, found, describe=describe).running():
         try:
             results = launcher.launch([item.overrides for item in missing], initial_job_idx=0)
         except SoupError:

@@ -224,6 +224,7 @@ class Warm:
         control = Rewards.of(pool.weights(found.control_scores.fingerprint)).texts["test"]
         control = (control - control.mean()) / control.std()
         rows: list[list[Any]] = []
+        domains: list[list[Any]] = []
         highlight: list[int] = []
         wrong: dict[str, list[float | None]] = {}
         parts_: list[Part] = []
@@ -245,25 +246,31 @@ class Warm:
                 if name == "WARM":
                     highlight.append(len(rows) + len(table))
                 table.append(self._row(group.share, name, rewards, heldout.get(name), means, gap, pairs, mistaken))
-            rows += table
+            rows += [line[:8] for line in table]
+            domains += [[*line[:2], *line[8:]] for line in table]
             for line in table[len(singles) :]:
-                wrong.setdefault(line[1], []).append(line[-1])
+                wrong.setdefault(line[1], []).append(line[6])
             parts_ += self._best_of_n(group.share, {**models, "mean of members": singles}, means["test"], control)
-        splits = list(means)
-        columns = [
-            "swapped", "model", "held-out pairs, %", "ID pairs, %", "OOD pairs, %",
-            *(f"{name}, %" for name in splits[1:]), "fit of training labels, %", "fit of wrong labels, %",
-        ]  # fmt: skip
+        largest = self.sizes[-1]
         main = Table(
             title="WARM against its members",
-            columns=columns,
+            columns=[
+                "swapped", "model", "held-out, %", "ID, %", "OOD, %", "fit of labels, %", "fit of wrong labels, %",
+                f"best of {largest}: rating",
+            ],
             rows=rows,
             highlight=highlight,
             note=(
-                f"Pairs: all of texts whose mean ratings differ by {gap} or more. Members are ranked on held-out pairs, whose "
-                f"labels are as noisy as the training pairs'. Wrong labels: those that contradict the mean of all raters, "
-                f"swapped or not."
+                f"ID and OOD: all pairs of test texts whose mean ratings differ by {gap} or more, ordered rightly. Members are "
+                f"ranked on held-out pairs, whose labels are as noisy as the training pairs'. Wrong labels: those of training "
+                f"pairs that contradict the mean of all raters, swapped or not."
             ),
+        )  # fmt: skip
+        others = Table(
+            title="OOD pairs by domain",
+            columns=["swapped", "model", *(f"{name}, %" for name in means if name != "test")],
+            rows=domains,
+            highlight=highlight,
         )
         memory = Curves(
             title="Wrong training labels that are reproduced",
@@ -279,7 +286,7 @@ class Warm:
             title="WARM",
             subject="protocol",
             summary=self._summary(rows),
-            parts=[main, *parts_, *more],
+            parts=[main, others, *parts_, *more],
             lineage={
                 f"{group.share:.0%} swapped": {
                     "members": [pool.ingredient(node.fingerprint).weights for node in group.members],
@@ -319,13 +326,13 @@ class Warm:
         pairs: Pairs,
         mistaken: Tensor,
     ) -> list[Any]:
-        accuracy = rewards.accuracy(means, gap)
-        others = [100 * value for split, value in accuracy.items() if split != "test"]
+        accuracy = {split: 100 * value for split, value in rewards.accuracy(means, gap).items()}
+        others = [value for split, value in accuracy.items() if split != "test"]
+        fitted = [rewards.agreement(pairs.labels, among) for among in (torch.ones_like(mistaken), mistaken)]
         return [
-            f"{share:.0%}", name, None if heldout is None else 100 * heldout, 100 * accuracy["test"],
-            _mean(others), *others,
-            100 * rewards.agreement(pairs.labels, torch.ones_like(mistaken)),
-            100 * rewards.agreement(pairs.labels, mistaken),
+            f"{share:.0%}", name, None if heldout is None else 100 * heldout, accuracy["test"], _mean(others),
+            *(None if value is None else 100 * value for value in fitted),
+            best_of_n(rewards.texts["test"], means["test"], self.sizes[-1:])[0], *others,
         ]  # fmt: skip
 
     def _best_of_n(
@@ -372,9 +379,14 @@ class Warm:
             sentences.append(
                 f"With {share} of the labels swapped, WARM orders {warm[3]:.1f} % of the in-distribution and {warm[4]:.1f} % of "
                 f"the OOD pairs rightly (best single {best[3]:.1f} and {best[4]:.1f}, ensemble {together[3]:.1f} and "
-                f"{together[4]:.1f}), and reproduces {warm[-1]:.1f} % of the wrong training labels (best single "
-                f"{best[-1]:.1f}, ensemble {together[-1]:.1f})."
+                f"{together[4]:.1f})"
             )
+            if warm[6] is not None:
+                sentences[-1] += (
+                    f" and reproduces {warm[6]:.1f} % of the wrong training labels (best single {best[6]:.1f}, ensemble "
+                    f"{together[6]:.1f})"
+                )
+            sentences[-1] += "."
         return " ".join(sentences)
 
     def export(self, plan: Plan, pool: Pool, folder: Path) -> None:

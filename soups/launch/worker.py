@@ -19,7 +19,7 @@ from typing import Any, Literal
 from soups.errors import SoupError
 from soups.launch.settings import RunError, Settings
 
-Job = Literal["fit", "cook", "node", "contribute"]
+Job = Literal["fit", "cook", "node", "contribute", "project"]
 _USER_ERROR = 3
 
 
@@ -46,7 +46,11 @@ def run_in_processes(job: Job, settings: Settings, show_progress: bool, **more: 
 
 
 # Variables that a distributed run sets for its own processes.
-_OF_THE_PARENT = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+_OF_THE_PARENT = (
+    "LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT",
+    # A job of one task, as a sweep's launcher asks for: without these Lightning starts the other processes itself.
+    "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_NAME",
+)  # fmt: skip
 
 
 def _end_with(parent: int) -> None:
@@ -83,6 +87,8 @@ def main(path: Path) -> int:
             from soups.launch.protocol import run_node_in_ranks
 
             run_node_in_ranks(settings, job["node"])
+        elif job["job"] == "project":
+            _project(settings, job["module"], job["function"])
         elif job["job"] == "contribute":
             from soups.launch.protocol import contribute_in_ranks
 
@@ -96,6 +102,42 @@ def main(path: Path) -> int:
             path.with_suffix(".error").write_text(str(error))
         return _USER_ERROR
     return 0
+
+
+def _project(settings: Settings, place: str, name: str) -> None:
+    """Run the task function of somebody's own program, found again by its place."""
+    import importlib.util
+    from functools import reduce
+
+    from hydra.conf import HydraConf
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.utils import setup_globals
+    from omegaconf import DictConfig, OmegaConf
+
+    from soups.launch.project import Project, make_ingredient
+
+    if place.endswith(".py"):
+        # Not named __main__, so that the script's own main does not run.
+        spec = importlib.util.spec_from_file_location("soups_project", place)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["soups_project"] = module
+        sys.path.insert(0, str(Path(place).parent))
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(place)
+    function: Any = reduce(getattr, name.split("."), module)
+    function = getattr(function, "__wrapped__", function)  # hydra.main's wrapper
+    setup_globals()
+    config, hydra = OmegaConf.create(settings["config"]), OmegaConf.create(settings["hydra"])
+    assert isinstance(config, DictConfig)
+    schema = OmegaConf.create({"hydra": HydraConf})
+    OmegaConf.set_struct(schema["hydra"], False)  # programs add keys of their own there
+    whole = OmegaConf.merge(schema, config, {"hydra": hydra})
+    assert isinstance(whole, DictConfig)
+    HydraConfig.instance().set_config(whole)
+    make_ingredient(function, config, Project.of(config, str(HydraConfig.get().job.name)), alone=False)
 
 
 if __name__ == "__main__":

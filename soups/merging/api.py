@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -146,9 +146,10 @@ def _name(method: Method) -> str:
     return type(method).__name__
 
 
-def headers(store: Store) -> dict[str, Tensor]:
-    """Return tensors without contents, for comparison by name, shape and dtype."""
-    return {key: torch.empty(store.meta(key).shape, dtype=store.meta(key).dtype, device="meta") for key in store}
+def headers(store: Store, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Return tensors without contents, for comparison by name, shape and dtype; all of them or some."""
+    keys = store.keys() if names is None else names
+    return {key: torch.empty(store.meta(key).shape, dtype=store.meta(key).dtype, device="meta") for key in keys}
 
 
 def _tied(donor: Store, models: Sequence[Store]) -> dict[str, str]:

@@ -8,6 +8,7 @@ and iterations (Karcher's) cost nothing.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -45,20 +46,31 @@ class GramMethod(Method):
 
     def observe(self, operands: Operands) -> Vector:
         """Compute the inner products, then the coefficients."""
-        count = len(self.vectors(_empty(operands)))
-        gram = torch.zeros(count, count, dtype=torch.float64)
-        for chunk in operands:
-            stacked = torch.stack(self.vectors(chunk)).double()
-            # Block by block in order, every product of the same shape: the bits do not depend on the chunk.
-            for block in stacked.split(BLOCK, dim=1):
-                block = block.contiguous()
-                gram += (block @ block.T).cpu()
+        gram = inner_products(operands, self.vectors)
         return self.coefficients(gram.numpy())
 
     def combine(self, chunk: Chunk, seen: Vector) -> Tensor:
         """Return c_0 θ_0 + Σ c_i x_i."""
         total = weighted_sum([float(c) for c in seen], self.vectors(chunk))
         return total if chunk.base is None else total.add_(chunk.base)
+
+
+def inner_products(operands: Operands, vectors: Callable[[Chunk], list[Tensor]] = Chunk.directions) -> Tensor:
+    """Return ⟨x_i, x_j⟩ over one tensor, (N, N) in float64; x are task vectors where there is a base, else the models.
+
+    Args:
+        operands: the tensor in all models.
+        vectors: gives x from a chunk.
+    """
+    count = len(vectors(_empty(operands)))
+    gram = torch.zeros(count, count, dtype=torch.float64)
+    for chunk in operands:
+        stacked = torch.stack(vectors(chunk)).double()
+        # Block by block in order, every product of the same shape: the bits do not depend on the chunk.
+        for block in stacked.split(BLOCK, dim=1):
+            block = block.contiguous()
+            gram += (block @ block.T).cpu()
+    return gram
 
 
 def _empty(operands: Operands) -> Chunk:

@@ -262,10 +262,10 @@ class Rewards:
         """Return the share of all pairs that are ordered as the mean ratings are, by split."""
         return {name: pair_accuracy(self.texts[name], means[name], gap)[0] for name in means}
 
-    def agreement(self, labels: Tensor, among: Tensor) -> float:
-        """Return how often the training labels are reproduced among some training pairs; NaN where there are none."""
+    def agreement(self, labels: Tensor, among: Tensor) -> float | None:
+        """Return how often the training labels are reproduced among some training pairs; None where there are none."""
         if not among.any():
-            return float("nan")
+            return None
         chosen = (self.pairs[:, 1] > self.pairs[:, 0]).long()
         return float((chosen == labels)[among].double().mean())
 

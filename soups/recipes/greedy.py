@@ -3,64 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
 
 from torch import Tensor
 
-from soups.errors import ConfigError, did_you_mean
-from soups.weights import RunningSum, Weights
-
-Ties = Literal["paper", "official"]
-Score = Callable[[Weights], float]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One ingredient to choose from.
-
-    Attributes:
-        name: shown to people.
-        score: its own held-out score; larger is better.
-        load: reads its weights; called once.
-    """
-
-    name: str
-    score: float
-    load: Callable[[], Weights]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One decision: the candidate, the soup's held-out score with it, the score to reach, and whether it stayed."""
-
-    name: str
-    own_score: float
-    soup_score: float
-    to_reach: float
-    kept: bool
-
-
-@dataclass(frozen=True)
-class Soup:
-    """Averaged weights and how they came about.
-
-    Attributes:
-        weights: the average.
-        members: names of the ingredients in it, in the order they were added.
-        score: its held-out score.
-        steps: the decisions, one a candidate (greedy only).
-    """
-
-    weights: dict[str, Tensor]
-    members: list[str]
-    score: float
-    steps: list[Step] = field(default_factory=list[Step])
+from soups.recipes.recipe import TIES, Candidate, Judge, Score, Soup, Step, Ties, check_choice, decide, ranked
+from soups.weights import RunningSum
 
 
 def greedy(
     candidates: Sequence[Candidate],
-    score: Score,
+    score: Score | Judge,
     ties: Ties = "paper",
     on_step: Callable[[Step], None] | None = None,
 ) -> Soup:
@@ -72,7 +24,7 @@ def greedy(
 
     Args:
         candidates: the ingredients.
-        score: held-out score of some weights; larger is better.
+        score: held-out score of some weights, larger is better; or a judge, which may drop hopeless ones early.
         ties: "paper" keeps an ingredient when the score is at least as good (≥, Recipe 1), "official" only when it is
             better (>, the authors' code).
         on_step: called after each decision, for progress.
@@ -88,21 +40,19 @@ def greedy(
     >>> soup.members, soup.weights["w"].item()
     (['a', 'b'], 2.0)
     """
-    if not candidates:
-        raise ConfigError("A soup needs at least one ingredient; the pool has none.")
-    if ties not in ("paper", "official"):
-        raise ConfigError(f"There is no tie rule {ties!r}: {did_you_mean(ties, ['paper', 'official'])}")
+    order = ranked(candidates)
+    check_choice("ties", ties, TIES)
     total = RunningSum()
     members: list[str] = []
     steps: list[Step] = []
     best = float("-inf")
     weights: dict[str, Tensor] = {}
-    for candidate in sorted(candidates, key=lambda candidate: -candidate.score):
+    for candidate in order:
         loaded = candidate.load()
         trial = total.mean_with(loaded, where=candidate.name)
-        value = score(trial)
-        kept = not members or value > best or (ties == "paper" and value == best)
-        step = Step(candidate.name, candidate.score, value, best, kept)
+        value, kept, evaluated = decide(score, trial, best, ties)
+        kept = kept or not members
+        step = Step(candidate.name, candidate.score, value, best, kept, evaluated=evaluated)
         steps.append(step)
         if kept:
             total.add(loaded, where=candidate.name)
@@ -110,4 +60,4 @@ def greedy(
             best, weights = value, trial
         if on_step:
             on_step(step)
-    return Soup(weights, members, best, steps)
+    return Soup(weights, members, best, steps, {name: 1 / len(members) for name in members})

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from soups.errors import ConfigError
-from soups.recipes.greedy import Candidate, Score, Soup
-from soups.weights import RunningSum
+from soups.recipes.recipe import Candidate, Score, Soup, mixed, ranked
 
 
 def uniform(candidates: Sequence[Candidate], score: Score) -> Soup:
@@ -24,11 +22,7 @@ def uniform(candidates: Sequence[Candidate], score: Score) -> Soup:
     >>> uniform(pool, lambda weights: 0.0).weights["w"].item()
     2.0
     """
-    if not candidates:
-        raise ConfigError("A soup needs at least one ingredient; the pool has none.")
-    total = RunningSum()
-    ordered = sorted(candidates, key=lambda candidate: candidate.name)
-    for candidate in ordered:
-        total.add(candidate.load(), where=candidate.name)
-    weights = total.mean()
-    return Soup(weights, [candidate.name for candidate in ordered], score(weights))
+    ordered = sorted(ranked(candidates), key=lambda candidate: candidate.name)
+    weights = mixed([(candidate.name, candidate.load, 1.0) for candidate in ordered])
+    names = [candidate.name for candidate in ordered]
+    return Soup(weights, names, score(weights), coefficients={name: 1 / len(names) for name in names})

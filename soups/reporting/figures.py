@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from soups.reporting.report import Report, Row
+from soups.evaluation import ood_mean
+from soups.reporting.report import Report, Row, soup_name
 from soups.stores.files import replacing
 
 # Okabe–Ito colours: told apart by most colour-blind readers, and in print by their markers.
@@ -23,7 +24,7 @@ _LOOK: dict[str, tuple[str, str, int]] = {
 def draw_all(report: Report, folder: Path) -> dict[str, Path]:
     """Draw every figure the report has data for; return their files by name."""
     drawn: dict[str, Path] = {}
-    makers: dict[str, Callable[[Report, Any], bool]] = {"scatter": _scatter, "greedy_path": _greedy_path}
+    makers: dict[str, Callable[[Report, Any], bool]] = {"scatter": _scatter, "greedy_path": _greedy_path, "path": _path}
     for name, maker in makers.items():
         # The object interface: a figure of our own, whatever backend or state the user's pyplot is in.
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -47,14 +48,14 @@ def _scatter(report: Report, figure: Any) -> bool:
     def place(row: Row) -> tuple[float, float]:
         return 100 * row.accuracy["heldout"], 100 * (row.ood if has_ood else row.accuracy["test"])
 
-    kept = set(report.members)
     ingredients = [row for row in report.rows if row.kind == "ingredient"]
     for chosen, label in ((True, "ingredient in the soup"), (False, "ingredient left out")):
-        points = [place(row) for row in ingredients if any(name.startswith(row.name) for name in kept) == chosen]
+        points = [place(row) for row in ingredients if report.kept(row.name) == chosen]
         if points:
             face = "#56b4e9" if chosen else "none"
             axes.scatter(*zip(*points, strict=True), s=46, facecolors=face, edgecolors="#0072b2", label=label, zorder=2)
-    for name, (colour, marker, size) in _LOOK.items():
+    looks = {**_LOOK, **({} if report.soup in _LOOK else {report.soup: ("#e69f00", "v", 130)})}
+    for name, (colour, marker, size) in looks.items():
         row = next((row for row in report.rows if row.name == name), None)
         if row is None:
             continue
@@ -98,7 +99,7 @@ def _greedy_path(report: Report, figure: Any) -> bool:
     best: list[float] = []
     for step in report.steps:
         best.append(step.soup_score if step.kept else best[-1])
-    axes.plot(numbers, [scale * value for value in best], drawstyle="steps-post", color="#d55e00", label="greedy soup")
+    axes.plot(numbers, [scale * value for value in best], drawstyle="steps-post", color="#d55e00", label="soup")
     axes.plot(
         numbers, [scale * step.own_score for step in report.steps], "o", mfc="none", color="#0072b2", ms=6,
         label="candidate alone",
@@ -109,10 +110,43 @@ def _greedy_path(report: Report, figure: Any) -> bool:
         ]
         if chosen:
             axes.plot(*zip(*chosen, strict=True), marker, color="#d55e00" if kept else "#555555", ms=8, label=label)
-    axes.set_xticks(numbers, [step.name for step in report.steps], rotation=45, ha="right", fontsize=8)
-    axes.set_xlabel("candidates in the order of their held-out score")
+    axes.set_xticks(
+        numbers,
+        [f"−{step.name}" if step.action == "remove" else step.name for step in report.steps],
+        rotation=45,
+        ha="right",
+        fontsize=8,
+    )
+    axes.set_xlabel("steps of the search in their order")
     axes.set_ylabel(f"held-out {report.metric}" + (", %" if report.metric == "accuracy" else ""))
-    axes.set_title(f"Greedy search: {len(report.members)} of {len(report.steps)} kept")
+    axes.set_title(
+        f"{soup_name(report.search).capitalize()}: {sum(s.kept for s in report.steps)} of {len(report.steps)} kept"
+    )
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return True
+
+
+def _path(report: Report, figure: Any) -> bool:
+    """Accuracy along a searched path, in and out of distribution (arXiv:2109.01903, figure 1, in one more dimension)."""
+    if len(report.path) < 2:
+        return False
+    axes = figure.add_subplot()
+    x = [point.position for point in report.path]
+    curves = {
+        "held-out": [point.accuracy["heldout"] for point in report.path],
+        "test": [point.accuracy["test"] for point in report.path],
+    }
+    if len(report.splits) > 2:
+        curves["mean over OOD splits"] = [ood_mean(point.accuracy) for point in report.path]
+    for (name, values), colour, marker in zip(curves.items(), ("#0072b2", "#009e73", "#d55e00"), "o^s", strict=False):
+        axes.plot(x, [100 * value for value in values], marker + "-", color=colour, label=name, ms=5)
+    chosen = report.details.get("alpha", report.details.get("share"))
+    if chosen is not None:
+        axes.axvline(chosen, color="#555555", lw=1, ls="--", label="chosen")
+    axes.set_xlabel(report.path_label)
+    axes.set_ylabel("accuracy, %")
+    axes.set_title(report.soup.capitalize())
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return True

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from soups.errors import StorageError
 from soups.evaluation import ood_mean
 from soups.stores.files import write_json
+
+
+def soup_name(recipe: str) -> str:
+    """Return what people are shown for a recipe's soup.
+
+    >>> soup_name("greedy_removal")
+    'greedy removal soup'
+    """
+    return f"{recipe.replace('_', ' ')} soup"
 
 
 class Row(BaseModel):
@@ -21,6 +30,7 @@ class Row(BaseModel):
         accuracy: in [0, 1], by split ("heldout", "test", then the OOD splits).
         loss: mean cross-entropy in nats, by split.
         note: why it is in the soup or not; how many models it needs at inference.
+        interval: 95 % interval of the accuracy, by split; none for a mean of models.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -30,6 +40,7 @@ class Row(BaseModel):
     accuracy: dict[str, float]
     loss: dict[str, float]
     note: str = ""
+    interval: dict[str, tuple[float, float]] = Field(default_factory=dict[str, tuple[float, float]])
 
     @property
     def ood(self) -> float:
@@ -38,7 +49,11 @@ class Row(BaseModel):
 
 
 class Decision(BaseModel):
-    """One step of a search: scores are on the held-out split; `to_reach` is None for the first."""
+    """One step of a search: scores are on the held-out split; `to_reach` is None for the first.
+
+    For `action` "remove" the score is the soup's without the ingredient, and `kept` says whether it was taken out.
+    `evaluated` is the share of the held-out samples that the decision took.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -47,6 +62,49 @@ class Decision(BaseModel):
     soup_score: float
     to_reach: float | None
     kept: bool
+    action: Literal["add", "remove"] = "add"
+    evaluated: float = 1.0
+
+
+class Difference(BaseModel):
+    """A model against another on the same samples: difference in accuracy with its 95 % interval and test.
+
+    `split` is a reported split, or "OOD" for the mean over the OOD splits, which has an interval and no test.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    against: str
+    split: str
+    value: float
+    low: float
+    high: float
+    p_value: float | None = None
+    test: str = ""
+
+
+class Optimism(BaseModel):
+    """How much too good the held-out score of a choice is: reported minus true, with 95 % of the rounds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    value: float
+    low: float
+    high: float
+    samples: int
+    note: str = ""
+
+
+class PathPoint(BaseModel):
+    """A point of a searched path: its position, accuracy and loss by split."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    position: float
+    accuracy: dict[str, float]
+    loss: dict[str, float]
 
 
 class Report(BaseModel):
@@ -59,9 +117,18 @@ class Report(BaseModel):
         ingredients: fingerprints of all that were tried.
         splits: names of the reported splits with their sizes, held-out first.
         rows: the closing table.
-        steps: decisions of the greedy search.
+        steps: decisions of the recipe's search, or of the greedy one where it has none; `search` says whose.
         lineage: hashes of start, split, ingredients and soup; settings; versions.
         seconds: of the search and of the final evaluation.
+        coefficients: the share of each ingredient, by its row's name, and of "start" where that takes part.
+        by_tensor: shares by tensor and ingredient, where they differ between tensors.
+        path, path_label: the points of a path that was searched, with accuracies that were measured after selection.
+        differences: of soups and the best single model.
+        optimism: what selection did to held-out scores.
+        diversity: of the ingredients on the reported splits, by split and measure.
+        evaluations: held-out scores that the recipe asked for.
+        warnings: what a careful reader must know.
+        details: further findings of the recipe.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -76,6 +143,28 @@ class Report(BaseModel):
     steps: list[Decision]
     lineage: dict[str, Any]
     seconds: dict[str, float]
+    search: str = "greedy"
+    coefficients: dict[str, float] = Field(default_factory=dict[str, float])
+    by_tensor: dict[str, dict[str, float]] = Field(default_factory=dict[str, dict[str, float]])
+    path: list[PathPoint] = Field(default_factory=list[PathPoint])
+    path_label: str = ""
+    differences: list[Difference] = Field(default_factory=list[Difference])
+    optimism: list[Optimism] = Field(default_factory=list[Optimism])
+    diversity: dict[str, dict[str, float | None]] = Field(default_factory=dict[str, dict[str, float | None]])
+    evaluations: int = 0
+    warnings: list[str] = Field(default_factory=list[str])
+    details: dict[str, Any] = Field(default_factory=dict[str, Any])
+
+    @property
+    def soup(self) -> str:
+        """The name of the recipe's row."""
+        return soup_name(self.recipe)
+
+    def kept(self, name: str) -> bool:
+        """Tell whether the ingredient of a row is in the soup."""
+        if self.coefficients:
+            return name in self.coefficients
+        return any(member.startswith(name) for member in self.members)
 
     def row(self, name: str) -> Row:
         """Return a row by its name."""

@@ -1,6 +1,10 @@
 """Checkpoints as lazily read tensors, and the pool of ingredients."""
 
 from soups.stores.checkpoint import TorchStore as TorchStore
+from soups.stores.collection import find_checkpoints as find_checkpoints
+from soups.stores.collection import fitted as fitted
+from soups.stores.collection import open_fitted as open_fitted
+from soups.stores.collection import recorded_classes as recorded_classes
 from soups.stores.folder import FolderStore as FolderStore
 from soups.stores.lora import LoRAStore as LoRAStore
 from soups.stores.opening import open_store as open_store

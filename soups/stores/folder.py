@@ -180,6 +180,11 @@ class FolderStore(ExtentStore):
             store.close()
 
 
+def is_model_folder(folder: Path) -> bool:
+    """Tell whether a folder is one model in Hugging Face's layout."""
+    return any((folder / name).exists() for name in (*_SINGLE, *_INDEXED))
+
+
 def open_file(path: str) -> SafetensorsStore | TorchStore:
     """Open one file of weights by its ending."""
     return SafetensorsStore(path) if path.endswith(".safetensors") else TorchStore(path)

@@ -8,13 +8,17 @@ Layout, one folder an ingredient, named by the fingerprint of what determines it
       predictions/<weights hash>-<split hash>.safetensors   logits, computed once
       failures/<fingerprint>.json               why a run failed; removed when it succeeds
 
-`record.json` is written last, and on local disks the whole folder is renamed into place, so an ingredient is there whole
-or not at all. Writers of one name write the same content; whoever comes second leaves the first one's.
+On local disks the whole folder is renamed into place, so an ingredient is there whole or not at all. Object stores (s3://)
+have no renaming and no locks. There the weights go up first, under a name with their hash, and then `record.json`, which
+names that file: one object, which appears whole or not at all. So two machines that make the same ingredient at once, with
+other bits for whatever reason, cannot mix; the first record stays where the store can create exclusively (AWS S3 and what
+follows it), and elsewhere the last one replaces it whole. Work that a lock would let one process do is done twice at worst.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import uuid
 from collections.abc import Generator
@@ -28,12 +32,14 @@ from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from soups.errors import StorageError, WeightsError
-from soups.stores.files import replacing_folder, sha256_file, storage_errors, write_json
-from soups.stores.safetensors import read_safetensors, write_safetensors
+from soups.errors import SoupError, StorageError, WeightsError
+from soups.stores.files import fsync_folder, replacing_folder, sha256_file, storage_errors, write_json
+from soups.stores.safetensors import SafetensorsStore, read_safetensors, write_safetensors
+from soups.stores.store import Store
 from soups.weights import Weights, check_finite, hash_architecture, hash_weights
 
 WEIGHTS, RECORD = "weights.safetensors", "record.json"
+_OBJECT_STORES = frozenset({"s3", "gs", "az", "oci", "oss"})
 
 
 def _now() -> str:
@@ -50,13 +56,14 @@ class Ingredient(BaseModel):
         start: weights hash of the model that fine-tuning started from.
         architecture: hash of names, dtypes and shapes.
         split: hash of the train, held-out and test splits and the class names.
-        weights: hash of the weights; `file_sha256` and `file_bytes` are the file's.
+        weights: hash of the weights; `file` is the name of their file, `file_sha256` and `file_bytes` are that file's.
         metrics: by split, then by name ("accuracy" in [0, 1], "loss" in nats, "count").
         durations: in seconds, by phase.
         versions: of the libraries and of this code.
         layout: what the run ran on: devices, strategy, threads, host.
         created: UTC, ISO 8601.
         notes: anything else worth keeping (the probe's penalty, the averages' names).
+        history: values by epoch ("epoch", "step", "train/loss", "heldout/accuracy", "heldout/loss"), as far as measured.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -68,6 +75,7 @@ class Ingredient(BaseModel):
     architecture: str = ""
     split: str = ""
     weights: str = ""
+    file: str = WEIGHTS
     file_sha256: str = ""
     file_bytes: int = 0
     metrics: dict[str, dict[str, float]] = Field(default_factory=dict)
@@ -76,11 +84,12 @@ class Ingredient(BaseModel):
     layout: dict[str, Any] = Field(default_factory=dict)
     created: str = Field(default_factory=_now)
     notes: dict[str, Any] = Field(default_factory=dict)
+    history: list[dict[str, float]] = Field(default_factory=list[dict[str, float]])
 
     @property
     def short(self) -> str:
-        """The first eight characters of the fingerprint, as shown to people."""
-        return self.fingerprint[:8]
+        """What people are shown: the name of a checkpoint from elsewhere, else eight characters of the fingerprint."""
+        return str(self.notes.get("name", self.fingerprint[:8]))
 
     def heldout(self, metric: str = "accuracy") -> float:
         """Return a metric on the held-out split."""
@@ -106,17 +115,28 @@ class Pool:
     def __init__(self, url: str | Path) -> None:
         self.url = str(url)
         try:
-            self._files, root = cast(tuple[Any, str], fsspec.url_to_fs(self.url))
+            # Other machines write to a remote pool, so listings are never remembered.
+            options = {"use_listings_cache": False} if "://" in self.url else {}
+            self._files, root = cast(tuple[Any, str], fsspec.url_to_fs(self.url, **options))
         except (ImportError, ValueError) as error:
             raise StorageError(
                 f"Cannot open the pool {self.url}: {error}. Install what the protocol needs (for s3:// that is `pip "
-                f"install s3fs`), or use a local folder: pool.path=…"
+                f"install 'soups[s3]'`), or use a local folder: pool.path=…"
             ) from error
         self.root = PurePosixPath(root)
         self.local = isinstance(self._files, LocalFileSystem)
 
     def __contains__(self, fingerprint: str) -> bool:
         return self._exists("ingredients", fingerprint, RECORD)
+
+    @property
+    def files(self) -> Any:
+        """The fsspec file system that the pool is on."""
+        return self._files
+
+    def place(self, *parts: str) -> str:
+        """Return a path of the pool on its file system."""
+        return self._path(*parts)
 
     def check_writable(self) -> None:
         """Write and remove a small file, so that a full or read-only place shows before work is spent.
@@ -126,7 +146,7 @@ class Pool:
         """
         probe = self._path(f".writable-{uuid.uuid4().hex[:8]}")
         with self._errors():
-            self._files.makedirs(str(self.root), exist_ok=True)
+            self._make_folder(str(self.root))
             with self._files.open(probe, "wb") as file:
                 file.write(b"\0" * 4096)
             self._files.rm(probe)
@@ -134,6 +154,28 @@ class Pool:
     def ingredients(self) -> list[Ingredient]:
         """Return the records of all finished ingredients, in the order of their fingerprints."""
         return [self.ingredient(name) for name in self._names("ingredients")]
+
+    def names(self) -> list[str]:
+        """Return the fingerprints of all finished ingredients, without reading their records."""
+        return self._names("ingredients")
+
+    def starts(self) -> list[Ingredient]:
+        """Return the records of all shared starts."""
+        return [self._record("starts", name) for name in self._names("starts")]
+
+    def find(self, beginning: str) -> str:
+        """Return the one fingerprint that begins so.
+
+        Raises:
+            StorageError: there is none, or more than one.
+        """
+        names = self.names()
+        found = [name for name in names if name.startswith(beginning)]
+        if len(found) == 1 and beginning:
+            return found[0]
+        known = ", ".join(name[:8] for name in (found or names)[:8]) or "none"
+        problem = "fits more than one ingredient" if found else "is no ingredient"
+        raise StorageError(f"{beginning!r} {problem} of the pool {self.url}: {known}.")
 
     def ingredient(self, fingerprint: str) -> Ingredient:
         """Return the record of an ingredient.
@@ -156,6 +198,32 @@ class Pool:
         """
         return self._weights("ingredients", self.ingredient(fingerprint), verify)
 
+    def store(self, fingerprint: str) -> Store:
+        """Open an ingredient's weights for reading one tensor at a time; the caller closes it.
+
+        Raises:
+            StorageError: the file is absent, truncated or damaged.
+        """
+        path = self._path("ingredients", fingerprint, self.ingredient(fingerprint).file)
+        return SafetensorsStore(path if self.local else self._files.unstrip_protocol(path))
+
+    def weights_file(self, fingerprint: str) -> Path | None:
+        """Return where an ingredient's weights are, for reading a part of them; None on storage that is not local.
+
+        Raises:
+            StorageError: the file is absent or has another size than its record says.
+        """
+        return (
+            Path(self._path("ingredients", fingerprint, WEIGHTS)) if self._sized("ingredients", fingerprint) else None
+        )
+
+    def start_file(self, weights_hash: str) -> Path | None:
+        """Return where the weights of a shared start are, by their hash; None if the pool lacks it or is not local."""
+        for record in self.starts() if self.local else []:
+            if record.weights == weights_hash and self._sized("starts", record.fingerprint):
+                return Path(self._path("starts", record.fingerprint, WEIGHTS))
+        return None
+
     def add(self, record: Ingredient, weights: Weights) -> Ingredient:
         """Add a finished ingredient; the fields that describe the weights are filled in. One that is there stays.
 
@@ -169,6 +237,25 @@ class Pool:
             if self._files.exists(failure):
                 self._files.rm(failure)
         return added
+
+    def remove(self, fingerprint: str) -> None:
+        """Remove a finished ingredient. It is there whole or gone: what a crash leaves of it, no reader sees.
+
+        Raises:
+            StorageError: there is none, or the place cannot be written.
+        """
+        if fingerprint not in self:
+            self._record("ingredients", fingerprint)  # tells which there are
+        folder = self._path("ingredients", fingerprint)
+        with self._errors():
+            if self.local:
+                hidden = Path(folder).with_name(f".{fingerprint}.{uuid.uuid4().hex[:8]}.tmp")
+                Path(folder).rename(hidden)
+                fsync_folder(hidden.parent)
+                shutil.rmtree(hidden)
+            else:
+                self._files.rm(f"{folder}/{RECORD}")  # without it the ingredient is not there
+                self._files.rm(folder, recursive=True)
 
     def start(self, fingerprint: str) -> tuple[Ingredient, dict[str, Tensor]] | None:
         """Return a shared start by the fingerprint of what determines it, or None."""
@@ -185,7 +272,7 @@ class Pool:
     def lock(self, name: str) -> Generator[None]:
         """Hold a lock among the processes of one machine, so that shared work is done once.
 
-        On storage without locks (fsspec URLs) this does nothing: two may do the work, and one result is kept.
+        On object stores this does nothing: two may do the work, and one result is kept.
         """
         if not self.local:
             yield
@@ -205,19 +292,59 @@ class Pool:
     def fail(self, failure: Failure) -> None:
         """Record why a run failed, for those who will look."""
         with self._errors():
-            self._files.makedirs(self._path("failures"), exist_ok=True)
+            self._make_folder(self._path("failures"))
             self._put_text(self._path("failures", f"{failure.fingerprint}.json"), failure.model_dump_json(indent=2))
 
     def failure(self, fingerprint: str) -> Failure | None:
         """Return why the last run of this ingredient failed, if it did."""
         if fingerprint in self or not self._exists("failures", f"{fingerprint}.json"):
             return None
-        return Failure.model_validate_json(self._files.cat_file(self._path("failures", f"{fingerprint}.json")))
+        with self._errors("read"):
+            return Failure.model_validate_json(self._files.cat_file(self._path("failures", f"{fingerprint}.json")))
+
+    def report_progress(self, name: str, done: dict[str, int]) -> None:
+        """Say how far the run of an ingredient is, for displays on any machine; not kept safe, and overwritten often.
+
+        Raises:
+            StorageError: the place cannot be written.
+        """
+        path = self._path("progress", f"{name}.json")
+        with self._errors():
+            if self.local:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                Path(path).write_text(json.dumps(done))
+            else:
+                self._files.pipe_file(path, json.dumps(done).encode())
+
+    def progress(self, name: str) -> dict[str, int] | None:
+        """Return how far the run of an ingredient is, or None when nothing is known."""
+        with self._errors("read"):
+            try:
+                return json.loads(self._files.cat_file(self._path("progress", f"{name}.json")))
+            except (FileNotFoundError, json.JSONDecodeError):  # not begun, or just being written
+                return None
+
+    def forget_progress(self, name: str) -> None:
+        """Remove what `report_progress` left."""
+        path = self._path("progress", f"{name}.json")
+        with self._errors():
+            if self._files.exists(path):
+                self._files.rm(path)
+
+    def failures(self) -> list[Failure]:
+        """Return why runs failed whose ingredients are still missing, in the order of their fingerprints."""
+        folder = self._path("failures")
+        with self._errors("read"):
+            if not self._files.exists(folder):
+                return []
+            names = sorted(PurePosixPath(str(place)).name for place in self._files.ls(folder, detail=False))
+        whole = [name.removesuffix(".json") for name in names if name.endswith(".json") and not name.startswith(".")]
+        return [failure for name in whole if (failure := self.failure(name))]
 
     def predictions(self, weights_hash: str, split_hash: str) -> Tensor | None:
         """Return stored logits, float32 (N, classes), of some weights on a split, or None."""
         path = self._path("predictions", f"{weights_hash[:24]}-{split_hash[:24]}.safetensors")
-        if not self._files.exists(path):
+        if not self._exists("predictions", PurePosixPath(path).name):
             return None
         with self._as_local(path) as local:
             try:
@@ -250,16 +377,31 @@ class Pool:
                 with replacing_folder(Path(target)) as folder:
                     record = self._fill(folder, record, weights)
             else:
+                record = record.model_copy(update={"file": f"weights-{record.weights[:16]}.safetensors"})
                 with tempfile.TemporaryDirectory() as scratch:
                     record = self._fill(Path(scratch), record, weights)
-                    for name in (WEIGHTS, RECORD):
-                        self._files.makedirs(target, exist_ok=True)
-                        self._files.put_file(str(Path(scratch) / name), f"{target}/{name}")
+                    self._make_folder(target)
+                    self._files.put_file(str(Path(scratch) / record.file), f"{target}/{record.file}")
+                    self._create(f"{target}/{RECORD}", (Path(scratch) / RECORD).read_bytes())
         return self._record(kind, record.fingerprint)
+
+    def _make_folder(self, path: str) -> None:
+        # Object stores have no folders; asked for one, their clients would make the bucket, also a misspelt one.
+        if not _OBJECT_STORES.intersection(self._files.protocol if isinstance(self._files.protocol, tuple) else ()):
+            self._files.makedirs(path, exist_ok=True)
+
+    def _create(self, path: str, content: bytes) -> None:
+        """Make a remote file whole, unless it is there; where the store cannot tell, replace it whole."""
+        try:
+            self._files.pipe_file(path, content, mode="create")
+        except FileExistsError:  # another machine was faster, and its weights lie beside ours
+            return
+        except (NotImplementedError, TypeError, ValueError):
+            self._files.pipe_file(path, content)
 
     @staticmethod
     def _fill(folder: Path, record: Ingredient, weights: Weights) -> Ingredient:
-        path = folder / WEIGHTS
+        path = folder / record.file
         write_safetensors(path, weights, {"fingerprint": record.fingerprint})
         record = record.model_copy(update={"file_sha256": sha256_file(path), "file_bytes": path.stat().st_size})
         write_json(folder / RECORD, record.model_dump(mode="json"))
@@ -281,16 +423,9 @@ class Pool:
                 ) from error
 
     def _weights(self, kind: str, record: Ingredient, verify: bool = False) -> dict[str, Tensor]:
-        path = self._path(kind, record.fingerprint, WEIGHTS)
-        again = (
-            f"Remove the folder {self._path(kind, record.fingerprint)} and run the same command again: it is made anew."
-        )
+        path, again = self._path(kind, record.fingerprint, record.file), self._again(kind, record.fingerprint)
         with self._as_local(path) as local:
-            # The size tells a truncated file before it is mapped: a mapped file that is short kills the process.
-            size = local.stat().st_size if local.exists() else -1
-            if size != record.file_bytes:
-                found = "is absent" if size < 0 else f"has {size} bytes"
-                raise StorageError(f"{path} {found}; {record.file_bytes} were written. {again}")
+            self._check_size(path, local, record, again)
             try:
                 weights = read_safetensors(local)
             except StorageError as error:
@@ -302,6 +437,24 @@ class Pool:
             raise StorageError(f"{path} was altered after it was written: its hash is not the recorded one. {again}")
         return weights
 
+    def _sized(self, kind: str, name: str) -> bool:
+        if not self.local:
+            return False
+        path = self._path(kind, name, WEIGHTS)
+        self._check_size(path, Path(path), self._record(kind, name), self._again(kind, name))
+        return True
+
+    def _again(self, kind: str, name: str) -> str:
+        return f"Remove the folder {self._path(kind, name)} and run the same command again: it is made anew."
+
+    @staticmethod
+    def _check_size(path: str, local: Path, record: Ingredient, again: str) -> None:
+        # The size tells a truncated file before it is mapped: a mapped file that is short kills the process.
+        size = local.stat().st_size if local.exists() else -1
+        if size != record.file_bytes:
+            found = "is absent" if size < 0 else f"has {size} bytes"
+            raise StorageError(f"{path} {found}; {record.file_bytes} were written. {again}")
+
     @contextmanager
     def _as_local(self, path: str) -> Generator[Path]:
         if self.local:
@@ -309,8 +462,9 @@ class Pool:
             return
         with tempfile.TemporaryDirectory() as scratch:
             target = Path(scratch) / "file.safetensors"
-            if self._files.exists(path):
-                self._files.get_file(path, str(target))
+            with self._errors("read"):
+                if self._files.exists(path):
+                    self._files.get_file(path, str(target))
             yield target
 
     def _put_text(self, path: str, text: str) -> None:
@@ -324,15 +478,28 @@ class Pool:
         with self._errors("read"):
             if not self._files.exists(folder):
                 return []
-            self._files.invalidate_cache()
             names = sorted(PurePosixPath(place).name for place in self._files.ls(folder, detail=False))
             return [name for name in names if not name.startswith(".") and self._exists(kind, name, RECORD)]
 
     def _exists(self, *parts: str) -> bool:
-        return bool(self._files.exists(self._path(*parts)))
+        with self._errors("read"):
+            return bool(self._files.exists(self._path(*parts)))
 
     def _path(self, *parts: str) -> str:
         return str(self.root.joinpath(*parts))
 
-    def _errors(self, doing: str = "write"):
-        return storage_errors(f"the pool {self.url}", doing)
+    @contextmanager
+    def _errors(self, doing: str = "write") -> Generator[None]:
+        if self.local:
+            with storage_errors(f"the pool {self.url}", doing):
+                yield
+            return
+        try:
+            yield
+        except SoupError:
+            raise
+        except Exception as error:  # each storage's library has errors of its own, and few are OSErrors
+            raise StorageError(
+                f"Cannot {doing} the pool {self.url}: {type(error).__name__}: {error}. Check the address, the credentials "
+                f"and the connection, then run the same command again: what the pool holds is whole and is not made anew."
+            ) from error

@@ -301,3 +301,33 @@ class AliasedStore(Store):
     def close(self) -> None:
         """Close the store underneath."""
         self.store.close()
+
+
+class HeaderStore(Store):
+    """A checkpoint that is not there yet: names, shapes and dtypes, for plans.
+
+    Args:
+        location: what to call it in messages.
+        plan: every tensor.
+        tied: names that repeat another one.
+    """
+
+    def __init__(self, location: str, plan: Mapping[str, TensorMeta], tied: Mapping[str, str] | None = None) -> None:
+        self.location = location
+        self._plan, self._tied = dict(plan), dict(tied or {})
+
+    def keys(self) -> list[str]:
+        """Return the names of all tensors."""
+        return [*self._plan, *self._tied]
+
+    def meta(self, key: str) -> TensorMeta:
+        """Return shape and dtype of a tensor."""
+        return self._plan[self._tied.get(key, key)]
+
+    def read_flat(self, key: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
+        """Refuse: there is nothing to read."""
+        raise WeightsError(f"{self.location} is only planned; its tensor {key!r} cannot be read.")
+
+    def tied(self) -> dict[str, str]:
+        """Map each tied name to the name it repeats."""
+        return dict(self._tied)

@@ -29,6 +29,7 @@ def huggingface_text(
     pretrained: bool = True,
     pooling: str = "library",
     freeze_embeddings: bool = True,
+    freeze_layers: int = 0,
     dropout: float | None = 0.0,
     head: str | None = None,
     **options: Any,
@@ -42,6 +43,7 @@ def huggingface_text(
         pooling: "library" is the architecture's own `…ForSequenceClassification`; "mean" puts the head on the mean of the
             encoder's last hidden states, as sentence encoders are trained.
         freeze_embeddings: leave the input embeddings as they were pretrained.
+        freeze_layers: leave so many of the lowest layers as well.
         dropout: rate of all dropout layers; null keeps the configuration's. With a rate above zero, fits on another number
             of devices draw other masks.
         head: name of the final linear layer, when it is not the last one of width `num_classes`.
@@ -66,6 +68,14 @@ def huggingface_text(
         embeddings = cast(Any, module).get_input_embeddings()
         for part in _embedding_parts(module, embeddings):
             part.requires_grad_(False)
+    if freeze_layers:
+        stack = max(
+            (part for part in module.modules() if isinstance(part, nn.ModuleList)), key=len, default=nn.ModuleList()
+        )
+        if not 0 < freeze_layers <= len(stack):
+            raise ConfigError(f"model.freeze_layers={freeze_layers}, but the model has {len(stack)} layers.")
+        for layer in list(stack)[:freeze_layers]:
+            layer.requires_grad_(False)
     return make_network(module, TextInput(tokenizer), num_classes, head)
 
 

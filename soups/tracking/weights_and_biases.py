@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -72,6 +73,39 @@ def group_name(group: str | None, pool: str) -> str:
     return group or Path(pool).name
 
 
+def ingredient_artifact(ingredient: Mapping[str, Any]) -> Any:
+    """Return what stands for an ingredient in W&B's lineage: its record without its weights, which stay in the pool.
+
+    The run that made it logs it and the soup's run uses it; equal content is one version there, whoever comes first.
+
+    Args:
+        ingredient: `fingerprint`, `weights` (their hash), `determinants` and `metrics` of the record.
+    """
+    import wandb
+
+    kept = {key: ingredient[key] for key in ("fingerprint", "weights", "determinants", "metrics")}
+    name = f"ingredient-{str(kept['fingerprint'])[:16]}"
+    artifact = wandb.Artifact(name, type="ingredient", metadata={"weights": kept["weights"], **kept["metrics"]})
+    with artifact.new_file("record.json") as file:
+        json.dump(kept, file, indent=2, sort_keys=True)
+    return artifact
+
+
+def finish_ingredient(run: Any, ingredient: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
+    """Add the final numbers of a fine-tune to its run, and online its artifact.
+
+    Args:
+        run: of wandb; not ended.
+        ingredient: see `ingredient_artifact`.
+        seconds: by phase.
+    """
+    numbers = ingredient["metrics"].get("heldout", {})
+    run.summary.update({f"heldout/{key}": value for key, value in numbers.items() if key != "count"})
+    run.summary.update({f"seconds/{key}": value for key, value in seconds.items()})
+    if not run.offline:
+        run.log_artifact(ingredient_artifact(ingredient))
+
+
 def log_soup(
     tracking: Mapping[str, Any],
     folder: Path,
@@ -79,12 +113,13 @@ def log_soup(
     group: str,
     config: Mapping[str, Any],
     summary: Mapping[str, float],
-    columns: Sequence[str],
-    rows: Sequence[Sequence[Any]],
+    tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[Any]]]],
     steps: Sequence[Mapping[str, Any]],
     figures: Mapping[str, Path],
     lineage: Mapping[str, Any],
     weights: Path,
+    page: Path | None = None,
+    ingredients: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Log a finished soup as a run of its own.
 
@@ -95,25 +130,32 @@ def log_soup(
         group: shared with the ingredients' runs.
         config: the soup's settings.
         summary: final numbers.
-        columns, rows: the closing table.
+        tables: header and rows by name.
         steps: decisions of the search in order, as history.
         figures: image files by name.
         lineage: which ingredients went in, with their hashes.
         weights: the soup's file; uploaded as an artifact when online.
+        page: the HTML report.
+        ingredients: records of the members (see `ingredient_artifact`); online, the soup's artifact descends from them.
     """
-    mode = str(tracking["mode"])
-    if not require_wandb(mode):
+    if not require_wandb(str(tracking["mode"])):
         return
     import wandb
 
     settings = {**config, "lineage": dict(lineage)}
     with start_run(tracking, folder, name, name, group, "soup", settings) as run:
-        for step in steps:
-            run.log({f"search/{key}": value for key, value in step.items()})
-        run.log({"results": wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+        run.define_metric("search/*", step_metric="search/step")
+        for number, step in enumerate(steps, start=1):
+            run.log({"search/step": number, **{f"search/{key}": value for key, value in step.items()}})
+        for key, (columns, rows) in tables.items():
+            run.log({f"tables/{key}": wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
         run.log({f"figures/{key}": wandb.Image(str(path)) for key, path in figures.items()})
+        if page is not None:
+            run.log({"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
         run.summary.update(dict(summary))
-        if mode == "online":
+        if not run.offline:
+            for ingredient in ingredients:
+                run.use_artifact(ingredient_artifact(ingredient))
             artifact = wandb.Artifact(name, type="soup", metadata=dict(lineage))
             artifact.add_file(str(weights))
             run.log_artifact(artifact)

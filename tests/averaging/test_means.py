@@ -17,9 +17,11 @@ from soups.averaging import (
     LAWA,
     SWA,
     PowerEMA,
+    averaged,
     ema_update_,
     latest_mean,
     power_update_,
+    release,
     swa_update_,
     update,
 )
@@ -193,6 +195,47 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_updates_in_the_background_give_the_same_bits(kind):
+    points = trajectory(9, torch.float32)
+    behind, plain = KINDS[kind](background=True), KINDS[kind]()
+    weights = {name: tensor.clone() for name, tensor in points[0].items()}
+    beside = SWA()  # in the same pass, not in the background
+    for point in points:
+        for name, tensor in point.items():
+            weights[name].copy_(tensor)  # training goes on while the last update may still be running
+        update([behind, beside], weights, released=False)
+        release([behind, beside])
+        plain.update(point)
+    assert behind._pass.offload is not None and behind._pass.means == (behind, beside)
+    copied = copy.deepcopy(behind)  # of a finished update
+    assert all(torch.equal(copied.value()[name], tensor) for name, tensor in plain.value().items())
+    assert all(torch.equal(behind.value()[name], tensor) for name, tensor in plain.value().items())
+    close(beside.value(), combine(points, [1 / 9] * 9), 1e-6)
+    again = KINDS[kind]()
+    again.load_state_dict(behind.state_dict())
+    again.update(points[3])
+    behind.update(points[3])
+    assert all(torch.equal(again.value()[name], tensor) for name, tensor in behind.value().items())
+
+
+def test_an_error_in_the_background_is_raised_at_the_next_use():
+    class Fails(SWA):
+        def _apply(self, *_):
+            raise MemoryError("full")
+
+    average = Fails(background=True)
+    average.update({"w": torch.ones(2)})
+    with pytest.raises(MemoryError, match="full"):
+        average.value()
+
+
+def test_only_averages_away_from_the_weights_are_updated_in_the_background():
+    cpu, elsewhere = torch.ones(1), torch.ones(1, device="meta")
+    assert not EMA()._behind(elsewhere) and not EMA(device="cpu")._behind(cpu)
+    assert EMA(device="cpu")._behind(elsewhere) and not EMA(device="cpu", background=False)._behind(elsewhere)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stop", [1, 2, 5])
 def test_restored_averages_continue_to_the_last_bit(kind, stop):
     points = trajectory(9, torch.float32)
@@ -309,6 +352,22 @@ def test_plain_functions_do_the_same():
         for number, point in enumerate(points):
             function(plain, point, number)
         close(plain, run(average, points))
+
+
+def test_a_swap_refuses_what_it_would_leave_out():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with (
+        pytest.raises(WeightsError, match=r"no tensor 'module\.0\.weight'.*0\.weight"),
+        averaged(model, {f"module.{name}": tensor for name, tensor in before.items()}),
+    ):
+        pass
+    with pytest.raises(WeightsError, match="shape"), averaged(model, {"0.bias": torch.zeros(3)}):
+        pass
+    with averaged(model, {name: torch.full_like(tensor, 7.0) for name, tensor in before.items()}):  # tied names too
+        assert all(bool((tensor == 7).all()) for tensor in model.state_dict().values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_weights_that_moved_or_changed_are_noticed():

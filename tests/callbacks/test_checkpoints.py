@@ -25,6 +25,7 @@ def callbacks(tmp_path, folder="snapshots"):
         SWA(start="25%", every="1ep"),
         LAWA(k=3, every="4st"),
         EMA(decay=0.99, name="rounded", dtype="bfloat16"),
+        EMA(decay=0.5, name="behind", background=True),
         PostHocEMA(snapshot_every="5st", folder=tmp_path / folder),
     ]
 
@@ -84,6 +85,36 @@ def test_resume_is_bit_identical_at_any_step(tmp_path, toy, crash):
     assert all(
         toy.same(read_safetensors(tmp_path / "whole" / f), read_safetensors(tmp_path / "parts" / f)) for f in files
     )
+
+
+def test_resume_with_a_start_that_the_checkpoint_had_not_reached(tmp_path, toy):
+    module_type = by_step(toy)
+
+    def keep():
+        return SWA(start="3ep", every="1ep")
+
+    whole, first, rest = keep(), keep(), keep()
+    toy.trainer(tmp_path, whole, max_epochs=5).fit(module_type())
+    trainer = toy.trainer(tmp_path, first, max_epochs=5, max_steps=8)
+    with pytest.warns(UserWarning, match="never started"):
+        trainer.fit(module_type())
+    trainer.save_checkpoint(tmp_path / "early.ckpt")
+    toy.trainer(tmp_path, rest, max_epochs=5).fit(module_type(), ckpt_path=tmp_path / "early.ckpt")
+    assert rest._session.tracked["swa"].mean.count == 3
+    assert toy.same(rest.average(), whole.average())
+
+
+def test_saving_after_the_fit_has_raw_weights_and_averages_wherever_it_is_called(tmp_path, toy):
+    module, ema = toy.Toy(), EMA(decay=0.9)
+    trainer = toy.trainer(tmp_path, ema)
+    trainer.fit(module)
+    average = ema.average()
+    trainer.save_checkpoint(tmp_path / "raw.ckpt")
+    with ema.applied():
+        trainer.save_checkpoint(tmp_path / "inside.ckpt")
+    for name in ("raw.ckpt", "inside.ckpt"):
+        assert toy.same(load_averaged(tmp_path / name, "raw"), module.points[-1])
+        assert toy.same(load_averaged(tmp_path / name), average)
 
 
 def test_state_dict_is_raw_and_the_average_loads_strictly(tmp_path, toy):

@@ -3,7 +3,7 @@
 import itertools
 import math
 
-import numpy
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -64,7 +64,7 @@ def test_wilson_refuses_what_cannot_be(right_ones: int, count: int) -> None:
 
 
 def test_mean_interval_is_the_textbooks_and_bootstrap_agrees() -> None:
-    values = torch.from_numpy(numpy.random.default_rng(0).exponential(size=2000))
+    values = torch.from_numpy(np.random.default_rng(0).exponential(size=2000))
     found = mean_interval(values, 0.9)
     low, high = stats.norm.interval(0.9, values.numpy().mean(), stats.sem(values.numpy()))
     assert (found.low, found.high) == pytest.approx((low, high), rel=1e-12)
@@ -78,7 +78,7 @@ def test_bootstrap_against_its_exact_distribution() -> None:
     """Of three samples all 27 resamples can be listed."""
     values = torch.tensor([0.0, 1.0, 10.0], dtype=torch.float64)
     every = [sum(draw) / 3 for draw in itertools.product(values.tolist(), repeat=3)]
-    expected = numpy.quantile(every, [0.2, 0.8])
+    expected = np.quantile(every, [0.2, 0.8])
     found = bootstrap_interval(values, 0.6, resamples=20001, seed=0)
     assert (found.low, found.high) == pytest.approx(tuple(expected))
 
@@ -138,7 +138,7 @@ def test_agreement_everywhere_still_leaves_doubt() -> None:
 
 def test_tangos_interval_covers_as_often_as_it_says() -> None:
     """4000 pairs of models with a known difference of 3 points on 300 samples."""
-    source = numpy.random.default_rng(3)
+    source = np.random.default_rng(3)
     table = source.multinomial(300, [0.06, 0.03, 0.91], size=4000)
     inside = 0
     cache: dict[tuple[int, int], bool] = {}
@@ -196,7 +196,7 @@ def test_means_over_splits_keep_images_together() -> None:
 def test_expected_maximum_in_closed_form() -> None:
     assert expected_maximum(1) == pytest.approx(0, abs=1e-9)
     assert expected_maximum(3) == pytest.approx(1.5 / math.sqrt(math.pi))
-    table = numpy.random.default_rng(0).standard_normal((20000, 32)).max(1)
+    table = np.random.default_rng(0).standard_normal((20000, 32)).max(1)
     assert expected_maximum(32) == pytest.approx(table.mean(), abs=0.02)
 
 

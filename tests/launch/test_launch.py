@@ -13,8 +13,9 @@ from torchvision import models as torchvision_models
 from transformers import ViTConfig, ViTForImageClassification
 
 from soups.errors import ConfigError, WeightsError
-from soups.launch.cook import choose_members, cook
+from soups.launch.cook import check_options, cook
 from soups.launch.fine_tune import fine_tune
+from soups.launch.members import choose_members
 from soups.launch.progress import SweepProgress
 from soups.launch.settings import (
     Settings,
@@ -116,9 +117,9 @@ def test_foreign_ingredients_are_refused_by_name_or_skipped(settings: Settings) 
     assert "cccccccc: another architecture (1 unexpected ('extra.weight'))" in text
     assert "dddddddd: another split (data.split_seed: 5 there, 0 here)" in text
     skipping = changed(settings, "soup.foreign", "skip")
-    assert [record.fingerprint for record in choose_members(skipping, pool)] == [mine.fingerprint]
+    assert [record.fingerprint for record in choose_members(skipping, pool)[0]] == [mine.fingerprint]
     excluding = changed(settings, "soup.exclude", ["bbbb", "c" * 64, "dddddddd"])
-    assert [record.fingerprint for record in choose_members(excluding, pool)] == [mine.fingerprint]
+    assert [record.fingerprint for record in choose_members(excluding, pool)[0]] == [mine.fingerprint]
     report, folder = cook(skipping)
     assert report.members == [mine.fingerprint] and (folder / "soup.safetensors").is_file()
 
@@ -159,7 +160,10 @@ def test_every_configuration_composes() -> None:
             fitting = [text for text in fill if text.split("=")[0].split(".")[1] + ": ???" in path.read_text()]
             assert compose_settings([f"{group}={path.stem}", *fitting])
     for path in (conf / "soup").glob("*.yaml"):
-        assert compose_settings([f"+soup={path.stem}"])["soup"]["recipe"] == path.stem
+        if path.stem != "base":
+            settings = compose_settings([f"+soup={path.stem}"])
+            check_options(settings)
+            assert settings["soup"]["recipe"] == path.stem and settings["soup"]["metric"] == "accuracy"
 
 
 def test_progress_is_read_from_the_pool(tmp_path: Path) -> None:

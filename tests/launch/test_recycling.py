@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from soups.errors import ConfigError, DataError
-from soups.launch.members import member
+from soups.launch.bodies import member
 from soups.launch.protocol import build_program
 from soups.launch.recycling import Recycling, shard
 from soups.launch.settings import open_pool

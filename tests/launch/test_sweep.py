@@ -14,8 +14,10 @@ import pytest
 import timm
 import torch
 
+from soups.reporting import Report, flatten
 from soups.stores import read_safetensors, write_safetensors
 from soups.stores.pool import Pool
+from soups.tracking.workspace import metrics_of, sections
 from tests.launch.conftest import ROOT, SWEEP
 
 pytestmark = pytest.mark.slow
@@ -277,23 +279,46 @@ def test_a_file_where_the_pool_should_be(train_py: Run, tmp_path: Path) -> None:
     assert (tmp_path / "pool").read_text() == "mine"
 
 
+def read_run(folder: Path, *options: str) -> str:
+    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", *options, "--json", str(folder)]
+    return subprocess.run(command, text=True, capture_output=True, check=True, stdin=subprocess.DEVNULL).stdout
+
+
 def test_wandb_keeps_a_run_for_each_ingredient_and_one_for_the_soup(train_py: Run, tmp_path: Path) -> None:
     done = train_py(*SWEEP, "sweep.size=2", "tracking=wandb")
     assert done.returncode == 0 and "is finished, but" not in done.stdout, done.stdout
     runs = sorted((tmp_path / "outputs" / "wandb").glob("offline-run-*"))
     assert len(runs) == 3
-    found = {}
+    pool = Pool(tmp_path / "pool")
+    records = {record.fingerprint[:16]: record for record in pool.ingredients()}
+    report = Report.load(next((tmp_path / "outputs" / "soups").glob("*/")))
+    drawn: set[str] = set()
     for run in runs:
-        command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--summary", "--json", str(run)]
-        read = subprocess.run(command, text=True, capture_output=True, check=True, stdin=subprocess.DEVNULL)
-        found[run.name.rpartition("-")[2]] = json.loads(read.stdout)
-    soup = next(
-        value
-        for name, value in found.items()
-        if name not in {r.fingerprint[:16] for r in Pool(tmp_path / "pool").ingredients()}
-    )
-    text = json.dumps(soup)
-    assert "greedy soup/test" in text and "lineage" in text
-    pictures = list((tmp_path / "outputs" / "wandb").rglob("media/images/**/*.png"))
-    tables = list((tmp_path / "outputs" / "wandb").rglob("media/table/*.json"))
-    assert len(pictures) == 2 and len(tables) == 1
+        found = json.loads(read_run(run, "--summary"))
+        identity = run.name.partition("-")[2].split("-", 2)[2]
+        summary, config = found["summary"], found["config"]
+        raw = [json.loads(line) for line in read_run(run).splitlines()]
+        about = next(record["run"] for record in raw if record["type"] == "run")
+        assert about["run_group"] == "pool", "the pool's name"
+        drawn |= set(summary) | {f"config:{key}" for key in flatten(config)}
+        drawn |= {key for record in raw if record["type"] == "history" for key in record["history"]["item"]}
+        if identity in records:
+            record = records.pop(identity)
+            assert summary["heldout/accuracy"] == pytest.approx(record.heldout(), abs=1e-9)
+            assert summary["seconds/fit"] == pytest.approx(record.durations["fit"])
+            assert about["job_type"] == "ingredient"
+        else:
+            soup, best = report.row("greedy soup"), report.row("best single")
+            assert summary["test/accuracy"] == pytest.approx(soup.accuracy["test"])
+            assert summary["gain/ood"] == pytest.approx(soup.ood - best.ood)
+            assert summary["greedy soup/test"] == summary["test/accuracy"] and config["lineage"]["soup"]
+            assert about["job_type"] == "soup"
+    assert records == {}, "every ingredient has a run"
+    media = tmp_path / "outputs" / "wandb"
+    assert len(list(media.rglob("media/images/**/*.png"))) == 2 and len(list(media.rglob("media/html/*.html"))) == 1
+    tables = [json.loads(path.read_text()) for path in media.rglob("media/table/**/*.json")]
+    ingredients = next(table for table in tables if "in the soup" in table["columns"])
+    assert sorted(row[0] for row in ingredients["data"]) == sorted(record.short for record in pool.ingredients())
+    pytest.importorskip("wandb_workspaces")
+    for title, panels in sections().items():
+        assert metrics_of(panels) <= drawn, f"panels of {title!r} draw what no run has"

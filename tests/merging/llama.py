@@ -60,3 +60,46 @@ def write_family(root, dtype=torch.float32, count=3):
         (folder / "config.json").write_text(json.dumps(config(dtype)))
         (folder / "generation_config.json").write_text("{}")
     return root
+
+
+def write_tokenizer(folder, tokens, added=()):
+    """Write a word-level tokenizer: `tokens` get the ids from 0 on, `added` follow as special tokens."""
+    entries = [
+        {"id": len(tokens) + i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": True}
+        for i, token in enumerate(added)
+    ]  # fmt: skip
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": entries,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": {token: i for i, token in enumerate(tokens)}, "unk_token": tokens[0]},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": tokens[0]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+VOCABULARIES = {
+    "base": (["<unk>", "the", "cat", "sat"], ["<s>"]),
+    "m1": (["<unk>", "cat", "the", "sat", "dog"], ["<s>", "<one>"]),
+    "m2": (["<unk>", "the", "bird", "cat", "sat", "dog"], ["<two>"]),
+}
+
+
+def write_vocabularies(root, dtype=torch.float32, padded=0):
+    """Write `base`, `m1` and `m2` with vocabularies of their own; embeddings get `padded` rows more than tokens."""
+    for number, (name, (tokens, added)) in enumerate(VOCABULARIES.items()):
+        folder = root / name
+        folder.mkdir(parents=True)
+        rows = len(tokens) + len(added) + padded
+        model = {key: tensor.to(dtype) for key, tensor in weights(number, layers=1, vocabulary=rows).items()}
+        save_file(model, folder / "model.safetensors", {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config(dtype, layers=1) | {"vocab_size": rows}))
+        write_tokenizer(folder, tokens, added)
+    return root

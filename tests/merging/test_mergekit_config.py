@@ -165,9 +165,10 @@ def test_mistakes_are_named_with_their_line(root, change, message):
         ("models: [{model: ROOT/m1, parameters: {weight: 1}}]\nbase_model: ROOT/base\nmerge_method: linear", "has no weight"),
         ("slices: [{sources: [{model: ROOT/m1, layer_range: [2, 5]}]}]\nmerge_method: passthrough", "after its 4 layers"),
         ("slices: [{sources: [{model: ROOT/m1, layer_range: [2, 1]}]}]\nmerge_method: passthrough", "first < last"),
-        ("modules: {vision: {models: [{model: ROOT/m1}]}}\nmerge_method: passthrough", "only the module 'default'"),
-        ("models: [{model: ROOT/m1}]\nmerge_method: passthrough\ntokenizer: {tokens: {a: b}}", "not supported yet"),
-        ("models: [{model: ROOT/m1}]\nmerge_method: passthrough\nchat_template: chatml", "not supported"),
+        ("modules: {vision: {models: [{model: ROOT/m1}]}}\nmerge_method: passthrough", "no tensor belongs to module 'vision'"),
+        ("models: [{model: ROOT/m1}]\nmerge_method: passthrough\ntokenizer: {tokens: {a: b}}", "line 3: tokenizer.tokens.a"),
+        ("models: [{model: ROOT/m1}]\nmerge_method: passthrough\nchat_template: chatlm", "neither 'auto', nor one of alpaca, chatml"),
+        ("models: [{model: ROOT/m1}]\nmerge_method: linear\nsearch: {weight: [1, 2]}", "line 3: a search needs a held-out score"),
         ("[1, 2]\n", "a mapping"),
         ("models: [\n", "no valid YAML"),
         ("\n", "is empty"),
@@ -204,7 +205,7 @@ def test_models_of_other_shapes_are_named(root, tmp_path):
 
 
 def test_a_plan_reads_no_tensor(root):
-    _, planned = describe_plan(LINEAR.replace("ROOT", str(root)))
+    _, (planned,) = describe_plan(LINEAR.replace("ROOT", str(root)))
     with open_store(root / "m1") as store:
         size = sum(store.meta(name).numel for name in store)
     assert planned.plan.bytes_to_read == 2 * 2 * size and planned.plan.bytes_to_write == 4 * size

@@ -1,6 +1,7 @@
 """Element by element against mergekit itself, where it is installed: `pip install mergekit==0.1.5`."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from soups.stores import open_store
 mergekit_config = pytest.importorskip("mergekit.config")
 mergekit_merge = pytest.importorskip("mergekit.merge")
 mergekit_options = pytest.importorskip("mergekit.options")
+tokenizers = pytest.importorskip("tokenizers")
 
 spec = importlib.util.spec_from_file_location("merging_llama", Path(__file__).parent / "llama.py")
 llama = importlib.util.module_from_spec(spec)
@@ -175,3 +177,54 @@ def test_dtypes(root, tmp_path):
     check(ours, theirs, 1e-3)
     ours, theirs = both(root, tmp_path / "2", CASES["linear"].replace("float32", "float64"), "bf16")
     check(ours, theirs, 1e-12)
+
+
+VOCABULARIES = {
+    "union": "tokenizer: {source: union}",
+    "union, legacy": "tokenizer_source: union",
+    "base": "tokenizer_source: base",
+    "a model": "tokenizer: {source: ROOT/m2}",
+    "padded": "tokenizer: {source: union, pad_to_multiple_of: 16}",
+    "tokens": """tokenizer:
+  source: union
+  tokens:
+    dog: {source: {kind: zero}, force: true}
+    bird: {source: ROOT/m2}
+    <one>: {source: {kind: model_token, model: ROOT/base, token: cat}}
+    <two>: {source: {kind: model_token, model: ROOT/m1, token_id: 3}, force: true}
+    <new>: {source: {kind: model_token, model: ROOT/m2, token: bird}}""",
+}
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("case", VOCABULARIES)
+def test_vocabularies(tmp_path, case, padding):
+    """The same row for the same token; the order of new tokens is mergekit's own affair."""
+    llama.write_vocabularies(tmp_path / "f32", padded=padding)
+    text = models("{weight: 0.5}", 2, merge_method="task_arithmetic") + VOCABULARIES[case] + "\n"
+    ours, theirs = both(tmp_path, tmp_path, text)
+    ids = {}
+    for who in ("ours", "theirs"):
+        tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / who / "tokenizer.json"))
+        ids[who] = tokenizer.get_vocab(with_added_tokens=True)
+    assert set(ids["ours"]) == set(ids["theirs"])
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        one, two = ours.pop(name), theirs.pop(name)
+        assert one.shape == two.shape
+        for token, row in ids["ours"].items():
+            assert torch.allclose(one[row], two[ids["theirs"][token]], atol=2e-6), (name, token)
+        assert torch.allclose(one[len(ids["ours"]) :], two[len(ids["theirs"]) :], atol=2e-6)
+    check(ours, theirs)
+    sizes = [json.loads((tmp_path / who / "config.json").read_text())["vocab_size"] for who in ("ours", "theirs")]
+    assert sizes[0] == sizes[1] == one.shape[0]
+
+
+def test_truncated_embeddings(tmp_path):
+    llama.write_vocabularies(tmp_path / "f32")
+    text = models("{weight: 0.5}", 2, base=False, merge_method="linear").replace("ROOT", str(tmp_path / "f32"))
+    options = mergekit_options.MergeOptions(quiet=True, unsafe_truncate_embeddings=True)
+    config = mergekit_config.MergeConfiguration.model_validate(yaml.safe_load(text))
+    mergekit_merge.run_merge(config, str(tmp_path / "theirs"), options)
+    merge_recipe(text, tmp_path / "ours", truncate_embeddings=True)
+    with open_store(tmp_path / "ours") as ours, open_store(tmp_path / "theirs") as theirs:
+        check(ours.load(), theirs.load())

@@ -11,7 +11,9 @@ from typing import Any, cast
 import yaml
 
 from soups.errors import ConfigError
+from soups.merging.mergekit.chat_templates import CHAT_TEMPLATES
 from soups.merging.mergekit.schema import Document, Recipe, Reference
+from soups.merging.mergekit.vocabulary import Shared
 from soups.stores.writer import carried_files
 
 _TOKENIZER = (
@@ -30,6 +32,7 @@ def folder_files(
     *,
     layers: int | None,
     untied: bool,
+    shared: Shared | None = None,
     copy_tokenizer: bool,
     write_card: bool,
 ) -> dict[str, bytes | Path]:
@@ -42,6 +45,7 @@ def folder_files(
         folders: the models that are folders.
         layers: the number of layers of the output, if it was changed.
         untied: whether the output has a head of its own where some models had not.
+        shared: the vocabulary that the models were brought to.
         copy_tokenizer: take the tokenizer along.
         write_card: write a README.md.
 
@@ -56,9 +60,11 @@ def folder_files(
     carried = carried_files(folders[donor])
     files |= {name: path for name, path in carried.items() if name not in _TOKENIZER and name not in files}
     if "config.json" in carried:
-        files["config.json"] = updated_config(carried["config.json"], document, layers, untied=untied)
+        files["config.json"] = updated_config(
+            carried["config.json"], document, layers, untied=untied, vocabulary=shared.size if shared else None
+        )
     if copy_tokenizer:
-        files |= carried_files(_tokenizer_folder(document, donor, folders), _TOKENIZER)
+        files |= _tokenizer_files(document, donor, folders, shared)
     if document.chat_template:
         template = _chat_template(document.chat_template, list(folders.values()))
         if template is not None:
@@ -66,17 +72,20 @@ def folder_files(
     return files
 
 
-def updated_config(path: Path, document: Document, layers: int | None, *, untied: bool = False) -> bytes:
-    """Return a model's config.json with the output's dtype, number of layers and untied head."""
-    try:
-        config = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON: {error}. Copy the model again.") from error
+def updated_config(
+    path: Path, document: Document, layers: int | None, *, untied: bool = False, vocabulary: int | None = None
+) -> bytes:
+    """Return a model's config.json with the output's dtype, number of layers and of tokens, and untied head."""
+    config = _json(path)
     dtype = document.out_dtype or document.dtype
     if dtype:
         config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     if untied and "tie_word_embeddings" in config:
         config["tie_word_embeddings"] = False
+    if vocabulary is not None:
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict) and "vocab_size" in part:
+                part["vocab_size"] = vocabulary
     if layers is not None:
         for key in _LAYER_COUNTS:
             if isinstance(config.get(key), int):
@@ -89,48 +98,51 @@ def updated_config(path: Path, document: Document, layers: int | None, *, untied
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
-def _tokenizer_folder(document: Document, donor: Reference, folders: dict[Reference, Path]) -> Path:
-    spec = document.tokenizer
-    if spec and (spec.tokens or spec.pad_to_multiple_of):
-        raise ConfigError(
-            "tokenizer: tokens and pad_to_multiple_of are not supported yet. Build the tokenizer beforehand."
-        )
-    source = spec.source if spec else document.tokenizer_source
-    if source is None:
-        return folders[donor]
-    text = str(source)
-    if text == "base":
-        if document.base_model is None:
-            raise ConfigError("The tokenizer's source is 'base', but there is no base_model.")
-        return folders.get(document.base_model, folders[donor])
-    if text == "union":
-        contents = {(folder / "tokenizer.json").read_bytes() for folder in folders.values() if _has_tokenizer(folder)}
-        if len(contents) > 1:
-            raise ConfigError(
-                "The tokenizer's source is 'union', but the models' tokenizers differ, and building a union is not supported "
-                "yet. Name one model as the source, or bring the models to one vocabulary first."
-            )
-        return folders[donor]
-    for reference, folder in folders.items():
-        if str(reference) == text:
-            return folder
-    if Path(text).is_dir():
-        return Path(text)
-    raise ConfigError(f"The tokenizer's source {text!r} is neither 'union', nor 'base', nor a model folder.")
+def _tokenizer_files(
+    document: Document, donor: Reference, folders: dict[Reference, Path], shared: Shared | None
+) -> dict[str, bytes | Path]:
+    if shared is None:
+        source = str((document.tokenizer.source if document.tokenizer else document.tokenizer_source) or "")
+        folder = document.base_model if source == "base" and document.base_model else donor
+        return dict(carried_files(folders.get(folder, folders[donor]), _TOKENIZER))
+    files: dict[str, bytes | Path] = dict(carried_files(shared.vocabulary.folder, _TOKENIZER))
+    if not shared.changed:
+        return files
+    files["tokenizer.json"] = json.dumps(shared.vocabulary.content, ensure_ascii=False, indent=2).encode()
+    # Files of the old formats know nothing of the new tokens, and some loaders prefer them.
+    files = {
+        name: path for name, path in files.items() if not name.endswith((".model", "added_tokens.json", "vocab.json"))
+    }
+    settings = files.get("tokenizer_config.json")
+    if isinstance(settings, Path):
+        content = _json(settings)
+        if "added_tokens_decoder" in content:
+            content["added_tokens_decoder"] = {
+                str(entry["id"]): {key: value for key, value in entry.items() if key != "id"}
+                for entry in shared.vocabulary.content["added_tokens"]
+            }
+            files["tokenizer_config.json"] = (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode()
+    return files
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer.json").is_file()
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}. Copy the model again.") from error
 
 
 def _chat_template(setting: str, folders: Sequence[Path]) -> str | None:
     if setting == "auto":
         found = [template for folder in folders if (template := _template_of(folder))]
         return Counter(found).most_common(1)[0][0] if found else None
+    if setting in CHAT_TEMPLATES:
+        return CHAT_TEMPLATES[setting]
     if len(setting) >= 20 and "{" in setting:
         return setting
     raise ConfigError(
-        f"chat_template {setting!r} is not supported: write 'auto', or the template itself (Jinja, at least 20 characters)."
+        f"chat_template {setting!r} is neither 'auto', nor one of {', '.join(CHAT_TEMPLATES)}, nor a template itself (Jinja, at "
+        f"least 20 characters)."
     )
 
 

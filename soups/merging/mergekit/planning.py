@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,14 @@ from soups.merging.mergekit.layers import Layers, Place, depth
 from soups.merging.mergekit.methods import SPECS, Spec
 from soups.merging.mergekit.parameters import names_of
 from soups.merging.mergekit.schema import Document, Module, Parameters, Recipe, Reference
+from soups.merging.mergekit.vocabulary import Shared, share_vocabulary
+from soups.merging.mergekit.vocabulary import truncate_embeddings as cut_embeddings
 from soups.merging.method import Method
 from soups.merging.methods import make_method
 from soups.merging.operands import Source
 from soups.merging.stream import Job
+from soups.stores.folder import FolderStore
+from soups.stores.lora import LoRAStore
 from soups.stores.store import AliasedStore, Store, TensorMeta
 from soups.weights import describe_mismatch
 
@@ -55,6 +60,7 @@ class Section:
         length: how many layers; `None` for all of them.
         levels: parameters of the slice, the module and the document, in order of precedence.
         path: where in the file it is.
+        module: the part of the model that it makes; `None` for all of it.
     """
 
     inputs: tuple[Input, ...]
@@ -63,6 +69,7 @@ class Section:
     length: int | None
     levels: tuple[Parameters | None, ...]
     path: tuple[str | int, ...]
+    module: str | None = None
 
 
 @dataclass
@@ -75,6 +82,7 @@ class Planned:
         layers: the number of layers, if it was changed.
         warnings: what is odd about the document.
         untied: whether an output head is written that some models had tied to the embedding.
+        shared: the vocabulary that the models are brought to, if one was asked for.
     """
 
     plan: Plan
@@ -82,6 +90,7 @@ class Planned:
     layers: int | None
     warnings: list[str] = field(default_factory=list[str])
     untied: bool = False
+    shared: Shared | None = None
 
 
 def references(document: Document) -> list[Reference]:
@@ -95,13 +104,11 @@ def references(document: Document) -> list[Reference]:
 
 def _sections(document: Document, path: tuple[str | int, ...]) -> list[Section]:
     if document.modules:
-        unknown = [name for name in document.modules if name != "default"]
-        if unknown:
-            raise ConfigError(
-                f"modules: {unknown[0]!r}: only the module 'default' is supported, the whole model. Models of several towers "
-                f"are merged by `models`, all towers at once."
-            )
-        return list(_of_part(document.modules["default"], document, (*path, "modules", "default")))
+        return [
+            replace(section, module=name)
+            for name, module in document.modules.items()
+            for section in _of_part(module, document, (*path, "modules", name))
+        ]
     return list(_of_part(document, document, path))
 
 
@@ -126,7 +133,9 @@ def _of_part(part: Document | Module, document: Document, path: tuple[str | int,
                 raise ConfigError(f"slices {number}: {one.model} occurs twice among the sources of one slice.")
 
 
-def plan_document(recipe: Recipe, number: int, opener: Opener, *, seed: int = 0) -> Planned:
+def plan_document(
+    recipe: Recipe, number: int, opener: Opener, *, seed: int = 0, truncate_embeddings: bool = False
+) -> Planned:
     """Plan one document of a recipe, reading headers only.
 
     Args:
@@ -134,16 +143,17 @@ def plan_document(recipe: Recipe, number: int, opener: Opener, *, seed: int = 0)
         number: which document.
         opener: opens a model; asked once for each.
         seed: for the methods that draw random masks.
+        truncate_embeddings: cut embeddings of different lengths to the shortest, whatever their rows stand for.
 
     Raises:
         ConfigError: an unknown method, parameters or layers that do not fit; the message names the line.
         WeightsError: models that do not fit each other.
     """
-    return _Planner(recipe, number, opener, seed).run()
+    return _Planner(recipe, number, opener, seed, truncate_embeddings).run()
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, number: int, opener: Opener, seed: int) -> None:
+    def __init__(self, recipe: Recipe, number: int, opener: Opener, seed: int, truncate: bool) -> None:
         self.recipe, self.number, self.seed = recipe, number, seed
         self.document = recipe.documents[number]
         if self.document.merge_method not in SPECS:
@@ -155,9 +165,14 @@ class _Planner:
         self.sections = _sections(self.document, ())
         self.warnings: list[str] = []
         self.stores = {reference: opener(reference) for reference in references(self.document)}
+        self.folders = {ref: folder for ref, store in self.stores.items() if (folder := folder_of(store)) is not None}
         self.untied = self._give_heads()
-        self.layers = {reference: Layers(store) for reference, store in self.stores.items()}
         self.donor = self.document.base_model or self.sections[0].inputs[0].model
+        self.shared = share_vocabulary(self.document, self.stores, self.folders, self.donor)
+        if truncate:
+            cut_embeddings(self.stores)
+        self.modules = self._split_modules()
+        self.layers = {(module, reference): Layers(names) for (module, reference), names in self.modules.items()}
         self.methods: dict[tuple[Any, ...], Method] = {}
 
     def _give_heads(self) -> bool:
@@ -170,6 +185,31 @@ class _Planner:
                 given = True
         return given
 
+    def _split_modules(self) -> dict[tuple[str | None, Reference], list[str]]:
+        """Return each model's tensor names by module; `None` is the whole model."""
+        if not self.document.modules:
+            return {(None, reference): list(store) for reference, store in self.stores.items()}
+        modules = list(self.document.modules)
+        owners = {reference: split_modules(store, modules) for reference, store in self.stores.items()}
+        used = {module for owner in owners.values() for module in owner.values()}
+        for module in modules:
+            if module not in used:
+                parts = sorted({name.split(".")[0] for owner in owners.values() for name in owner})
+                raise ConfigError(
+                    f"{self.at('modules', module)}: no tensor belongs to module {module!r}. Names begin with {parts[:8]}."
+                )
+        for reference, owner in owners.items():
+            if lost := [name for name, module in owner.items() if module is None]:
+                raise ConfigError(
+                    f"{self.at('modules')}: {len(lost)} tensors of {reference} are in none of the modules {modules}, {lost[0]!r} "
+                    f"among them. Name their part of the model as well, or add the module 'default' for the rest."
+                )
+        return {
+            (module, reference): [name for name, where in owner.items() if where == module]
+            for module in modules
+            for reference, owner in owners.items()
+        }
+
     def at(self, *path: str | int) -> str:
         return self.recipe.at(self.number, path)
 
@@ -177,14 +217,24 @@ class _Planner:
         self._check_parameters()
         for section in self.sections:
             self._check_section(section)
-        jobs = self._whole() if self.sections[0].length is None else self._sliced()
+        jobs: list[Job] = []
+        layers = None
+        for module in dict.fromkeys(section.module for section in self.sections):
+            sections = [section for section in self.sections if section.module == module]
+            if sections[0].length is None:
+                jobs += self._whole(sections[0])
+                continue
+            jobs += self._sliced(sections)
+            layers = sum(section.length or 0 for section in sections)
+            if module not in (None, "default"):
+                self.warnings.append(
+                    f"{self.at('modules', module)}: the output's {module} has {layers} layers; set that in its config.json."
+                )
+                layers = None
         tied = self._tied({job.key for job in jobs})
         plan = Plan(tuple(job for job in jobs if job.key not in tied), tied)
-        layers = None
-        if self.sections[0].length is not None:
-            layers = sum(section.length or 0 for section in self.sections)
         untied = self.untied and _HEAD not in tied
-        return Planned(plan, self.donor, layers, self.warnings, untied)
+        return Planned(plan, self.donor, layers, self.warnings, untied, self.shared)
 
     def _tied(self, names: set[str]) -> dict[str, str]:
         donor = self.stores[self.donor].tied()
@@ -241,22 +291,28 @@ class _Planner:
         sample.check(count, has_base=section.base is not None, name=f"{where}: {method}")
 
     def _check_range(self, one: Input, section: Section, where: str) -> None:
-        stacks = self.layers[one.model].stacks
+        layers = self.layers[section.module, one.model]
+        stacks = layers.stacks
         if len(stacks) != 1:
             raise ConfigError(
-                f"{where}: slices need one stack of layers, but {one.model} has {len(stacks)}: {stacks[:5]}. Use models."
+                f"{where}: slices need one stack of layers, but {one.model} has {len(stacks)}: {stacks[:5]}. Use models, or "
+                f"modules with slices in each."
             )
-        count, end = self.layers[one.model].count(stacks[0]), (one.first or 0) + (section.length or 0)
+        count, end = layers.count(stacks[0]), (one.first or 0) + (section.length or 0)
         if end > count:
             raise ConfigError(
                 f"{where}: layer_range [{one.first}, {end}] of {one.model} ends after its {count} layers."
             )
 
-    def _whole(self) -> list[Job]:
-        (section,) = self.sections
-        donor = self.stores[self.donor]
-        names = _names_of_all(donor, [self.stores[one.model] for one in section.inputs])
-        layers = self.layers[self.donor]
+    def _whole(self, section: Section) -> list[Job]:
+        donor = self.donor if self.donor in [one.model for one in section.inputs] else section.inputs[0].model
+        names = self.modules[section.module, donor]
+        _check_fit(
+            self.stores[donor],
+            names,
+            [(self.stores[one.model], self.modules[section.module, one.model]) for one in section.inputs],
+        )
+        layers = self.layers[section.module, donor]
         jobs: list[Job] = []
         for name in names:
             place = layers.place(name)
@@ -264,15 +320,15 @@ class _Planner:
             jobs.append(self._job(section, name, [name] * len(section.inputs), t))
         return jobs
 
-    def _sliced(self) -> list[Job]:
+    def _sliced(self, sections: Sequence[Section]) -> list[Job]:
         jobs: list[Job] = []
-        for number, section in enumerate(self.sections):
+        for number, section in enumerate(sections):
             first = section.inputs[0]
-            store, layers = self.stores[first.model], self.layers[first.model]
-            for name in store:
+            layers = self.layers[section.module, first.model]
+            for name in self.modules[section.module, first.model]:
                 place = layers.place(name)
                 if place.stack is None:
-                    wanted = 0 if place.layer < 0 else len(self.sections) - 1
+                    wanted = 0 if place.layer < 0 else len(sections) - 1
                     if number == wanted:
                         jobs.append(self._job(section, name, [name] * len(section.inputs), 0.0))
                     continue
@@ -295,7 +351,7 @@ class _Planner:
             if shape != meta.shape:
                 raise WeightsError(
                     f"{source.store.location}: {source.key!r} has shape {shape}, but {donor.store.location} has {meta.shape}. "
-                    f"If these are vocabularies of different sizes, bring the models to one tokenizer first."
+                    f"If these are vocabularies of different sizes, ask for one with `tokenizer: {{source: union}}`."
                 )
         if not meta.dtype.is_floating_point:
             return Job(name, meta, None, (donor,))
@@ -335,13 +391,49 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _names_of_all(donor: Store, stores: Sequence[Store]) -> list[str]:
-    expected = headers(donor)
-    for store in stores:
-        found = headers(store)
-        if problem := describe_mismatch(expected, found):
+def _check_fit(donor: Store, names: Sequence[str], others: Sequence[tuple[Store, Sequence[str]]]) -> None:
+    expected = headers(donor, names)
+    for store, own in others:
+        if problem := describe_mismatch(expected, headers(store, own)):
             raise WeightsError(
                 f"{store.location} does not fit {donor.location}: {problem}. Models that are merged need the same "
-                f"architecture and vocabulary; leave this one out, or bring it to the same shape first."
+                f"architecture and vocabulary. Vocabularies are brought together by `tokenizer: {{source: union}}`; leave the "
+                f"model out, or bring it to the same shape first, where that is not what differs."
             )
-    return list(donor)
+
+
+def folder_of(store: Store) -> Path | None:
+    """Return the folder on this machine that a model was opened from, its base's if it is an adapted one."""
+    if isinstance(store, FolderStore):
+        return store.folder
+    return folder_of(store.base) if isinstance(store, LoRAStore) else None
+
+
+# mergekit's names for the parts of multimodal models, by what the tensors' names begin with; `None` is what is left.
+_MODULES: dict[str, tuple[str | None, ...]] = {
+    "text_decoder": ("language_model", None),
+    "vision_tower": ("vision_tower", "vision_model", "visual"),
+    "vision_model": ("vision_model", "vision_tower", "visual"),
+    "multi_modal_projector": ("multi_modal_projector", "projector", "visual.merger"),
+    "default": (None,),
+}
+
+
+def split_modules(names: Iterable[str], modules: Sequence[str]) -> dict[str, str | None]:
+    """Return the module that each tensor is in: the one whose prefix fits it best, with or without a leading `model.`.
+
+    >>> split_modules(["visual.merger.w", "visual.blocks.0.w", "lm_head.w"], ["text_decoder", "vision_tower", "multi_modal_projector"])
+    {'visual.merger.w': 'multi_modal_projector', 'visual.blocks.0.w': 'vision_tower', 'lm_head.w': 'text_decoder'}
+    """
+    prefixes = {
+        prefix: module
+        for module in reversed(modules)
+        for prefix in _MODULES.get(module, (module,))
+        if prefix is not None
+    }
+    rest = next((module for module in modules if None in _MODULES.get(module, ())), None)
+    owner: dict[str, str | None] = {}
+    for name in names:
+        fitting = [prefix for prefix in prefixes if name.startswith((f"{prefix}.", f"model.{prefix}."))]
+        owner[name] = prefixes[max(fitting, key=len)] if fitting else rest
+    return owner

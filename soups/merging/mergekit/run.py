@@ -16,13 +16,12 @@ from torch import Tensor
 from soups.errors import ConfigError, StorageError
 from soups.merging.api import execute
 from soups.merging.mergekit.files import folder_files
-from soups.merging.mergekit.planning import Planned, plan_document
+from soups.merging.mergekit.planning import Planned, folder_of, plan_document, references
 from soups.merging.mergekit.schema import Document, Recipe, Reference, read_recipe
 from soups.stores.files import fingerprint, write_text
-from soups.stores.folder import FolderStore
 from soups.stores.opening import open_store
 from soups.stores.sources import is_remote
-from soups.stores.store import RenamedStore, Store
+from soups.stores.store import HeaderStore, Store
 from soups.stores.writer import DEFAULT_SHARD_BYTES
 from soups.weights import Weights
 
@@ -34,6 +33,7 @@ def merge_recipe(
     seed: int = 0,
     strict: bool = False,
     overwrite: bool = False,
+    truncate_embeddings: bool = False,
     copy_tokenizer: bool = True,
     write_card: bool = True,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -49,6 +49,8 @@ def merge_recipe(
         seed: for the methods that draw random masks (mergekit's `--random-seed`).
         strict: make every warning an error.
         overwrite: replace what is at `out`.
+        truncate_embeddings: cut embeddings of different lengths to the shortest, whatever their rows stand for (mergekit's
+            `--unsafe-truncate-embeddings`).
         copy_tokenizer: take the tokenizer along.
         write_card: write a README.md.
         shard_bytes: most bytes in one file.
@@ -75,20 +77,13 @@ def merge_recipe(
             last = number == order[-1]
             target = out if last else parts / str(document.name) if parts else None
             with ExitStack() as stack:
-                opened: dict[Reference, Store] = {}
-
-                def opener(
-                    reference: Reference, opened: dict[Reference, Store] = opened, stack: ExitStack = stack
-                ) -> Store:
-                    if reference not in opened:
-                        opened[reference] = stack.enter_context(open_reference(reference, finished))
-                    return opened[reference]
-
-                plan = plan_document(recipe, number, opener, seed=seed)
+                stores = _opener(stack, finished)
+                plan = plan_document(recipe, number, stores, seed=seed, truncate_embeddings=truncate_embeddings)
                 for warning in plan.warnings:
                     report(warning)
                 planned(plan)
-                folders = {ref: folder for ref, store in opened.items() if (folder := _folder(store)) is not None}
+                models = {ref: folder_of(stores(ref)) for ref in references(document)}
+                folders = {ref: folder for ref, folder in models.items() if folder is not None}
                 files = folder_files(
                     recipe,
                     document,
@@ -96,6 +91,7 @@ def merge_recipe(
                     folders,
                     layers=plan.layers,
                     untied=plan.untied,
+                    shared=plan.shared,
                     copy_tokenizer=copy_tokenizer,
                     write_card=write_card,
                 )
@@ -141,32 +137,44 @@ def describe_plan(
     *,
     seed: int = 0,
     strict: bool = False,
+    truncate_embeddings: bool = False,
     warn: Callable[[str], None] = lambda _: None,
-) -> tuple[Recipe, Planned]:
-    """Plan a configuration of one document without reading or writing a tensor.
+) -> tuple[Recipe, list[Planned]]:
+    """Plan a configuration without reading or writing a tensor.
+
+    Returns:
+        The recipe, and a plan for each of its documents in the order in which they are carried out.
 
     Raises:
-        ConfigError: it has several documents: later ones need the earlier ones' results.
         SoupError: as `merge_recipe`.
     """
     recipe = read_recipe(config)
     report = _reporter(strict, warn)
     for warning in recipe.warnings:
         report(warning)
-    if len(recipe.documents) > 1:
-        raise ConfigError(f"{recipe.where} has {len(recipe.documents)} documents; a dry run plans one. Split the file.")
-    with ExitStack() as stack:
-        opened: dict[Reference, Store] = {}
-
-        def opener(reference: Reference) -> Store:
-            if reference not in opened:
-                opened[reference] = stack.enter_context(open_reference(reference, {}))
-            return opened[reference]
-
-        planned = plan_document(recipe, 0, opener, seed=seed)
-        for warning in planned.warnings:
+    plans: list[Planned] = []
+    finished: dict[str, Store] = {}
+    for number in document_order(recipe):
+        document = recipe.documents[number]
+        with ExitStack() as stack:
+            opener = _opener(stack, finished)
+            plan = plan_document(recipe, number, opener, seed=seed, truncate_embeddings=truncate_embeddings)
+        for warning in plan.warnings:
             report(warning)
-        return recipe, planned
+        plans.append(plan)
+        finished[str(document.name)] = HeaderStore(f"document {document.name}", plan.plan.outputs, plan.plan.tied)
+    return recipe, plans
+
+
+def _opener(stack: ExitStack, finished: Mapping[str, Path | Weights | Store]) -> Callable[[Reference], Store]:
+    opened: dict[Reference, Store] = {}
+
+    def opener(reference: Reference) -> Store:
+        if reference not in opened:
+            opened[reference] = stack.enter_context(open_reference(reference, finished))
+        return opened[reference]
+
+    return opener
 
 
 def _reporter(strict: bool, warn: Callable[[str], None]) -> Callable[[str], None]:
@@ -194,8 +202,6 @@ def document_order(recipe: Recipe) -> list[int]:
         )
     if len(set(names)) != len(names):
         raise ConfigError(f"{recipe.where}: two documents have one name: {names}.")
-    from soups.merging.mergekit.planning import references
-
     order: list[int] = []
     waiting: list[int] = []
 
@@ -216,7 +222,7 @@ def document_order(recipe: Recipe) -> list[int]:
     return order
 
 
-def open_reference(reference: Reference, finished: Mapping[str, Path | Weights]) -> Store:
+def open_reference(reference: Reference, finished: Mapping[str, Path | Weights | Store]) -> Store:
     """Open a model: an earlier document's result, a path, or a repository of the Hugging Face Hub.
 
     Raises:
@@ -244,10 +250,3 @@ def _local(path: str, revision: str | None) -> str:
             f"There is no folder or file {path}, and it could not be had from the Hugging Face Hub either ({error}). "
             f"Check the name, or download it first."[:800]
         ) from error
-
-
-def _folder(store: Store) -> Path | None:
-    if isinstance(store, FolderStore):
-        return store.folder
-    base = getattr(store, "base", None)
-    return _folder(base) if isinstance(base, Store) and not isinstance(store, RenamedStore) else None

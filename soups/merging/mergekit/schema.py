@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from soups.errors import ConfigError, did_you_mean
 
@@ -133,12 +133,51 @@ class Module(Part):
     parameters: Parameters | None = None
 
 
+class ZeroToken(Part):
+    """A row of zeros."""
+
+    kind: Literal["zero"]
+
+
+class ModelToken(Part):
+    """The row of some token of one of the models."""
+
+    kind: Literal["model_token"]
+    model: Reference
+    token: str | None = None
+    token_id: int | None = None
+
+    @model_validator(mode="after")
+    def _one_token(self) -> ModelToken:
+        if (self.token is None) == (self.token_id is None):
+            raise ValueError("exactly one of token and token_id is needed")
+        return self
+
+
+def _token_kind(value: Any) -> str | None:
+    if isinstance(value, Mapping):
+        return str(cast("Mapping[str, Any]", value).get("kind", "model"))
+    return str(getattr(value, "kind", "model"))
+
+
+class TokenSpec(Part):
+    """Where a token's row is from, for the models that lack it; for all of them with `force`."""
+
+    source: Annotated[
+        Annotated[ZeroToken, Tag("zero")]
+        | Annotated[ModelToken, Tag("model_token")]
+        | Annotated[Reference, Tag("model")],
+        Discriminator(_token_kind),
+    ]
+    force: bool = False
+
+
 class TokenizerSpec(Part):
     """Where the tokenizer is from."""
 
     source: str | Reference = "union"
-    tokens: dict[str, Any] | None = None
-    pad_to_multiple_of: int | None = None
+    tokens: dict[str, TokenSpec] | None = None
+    pad_to_multiple_of: int | None = Field(None, ge=1)
 
 
 class Document(Part):
@@ -251,6 +290,12 @@ def _lines(node: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[
 def _validate(recipe: Recipe, number: int, content: Any) -> Document:
     if not isinstance(content, dict):
         raise ConfigError(f"{recipe.at(number, ())}: a mapping with merge_method and models was expected.")
+    if "search" in content:
+        raise ConfigError(
+            f"{recipe.at(number, ('search',))}: a search needs a held-out score, which a file does not have. Lists of candidates "
+            f"go to `python train.py +soup=merge soup.method=… soup.parameters.NAME=[…]`, or to "
+            f"soups.merging.search.search_coefficients; lists in a file are gradients over the layers."
+        )
     try:
         return Document.model_validate(content)
     except ValidationError as error:

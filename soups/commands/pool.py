@@ -1,0 +1,271 @@
+"""`soups pool ls|show|diff|rm|gc`: what a pool holds, and keeping it tidy."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from soups.commands.running import console, readable, reported, warn
+
+if TYPE_CHECKING:
+    from soups.stores.pool import Ingredient, Pool
+
+app = typer.Typer(
+    help="Look into a pool of ingredients and keep it tidy.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Place = Annotated[str, typer.Argument(metavar="POOL", help="The pool: a folder, or an fsspec URL (s3://…).")]
+Output = Annotated[Path, typer.Option(help="Where soups are kept (paths.output), to see what they came from.")]
+
+
+@app.command("ls")
+def list_(place: Place, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the ingredients, best first: held-out accuracy, the settings that differ, age, size; and what failed."""
+    with reported():
+        from soups.errors import StorageError
+        from soups.reporting import differences
+
+        pool = _open(place)
+        records: list[Ingredient] = []
+        damaged: list[str] = []
+        for name in pool.names():
+            try:
+                records.append(pool.ingredient(name))
+            except StorageError as error:
+                damaged.append(str(error))
+        records.sort(key=lambda record: -_heldout(record))
+        keys, _ = differences({record.short: record.determinants for record in records})
+        failures = pool.failures()
+        if as_json:
+            content = [_brief(record, keys) for record in records]
+            failed = [{"fingerprint": item.fingerprint, "error": item.error} for item in failures]
+            typer.echo(
+                json.dumps({"pool": place, "ingredients": content, "failed": failed, "damaged": damaged}, indent=2)
+            )
+            return
+        if records:
+            console.print(_table(records, keys))
+        total = readable(sum(record.file_bytes for record in records))
+        count = f"{len(records)} ingredient{'' if len(records) == 1 else 's'}"
+        console.print(f"{count} in {place}, {total}" if records else f"No ingredients in {place}", markup=False)
+        for failure in failures:
+            console.print(f"failed: {failure.fingerprint[:8]}  {failure.error}", markup=False, style="yellow")
+        for problem in damaged:
+            warn(problem)
+
+
+@app.command()
+def show(
+    place: Place,
+    name: Annotated[str, typer.Argument(help="An ingredient's fingerprint, or its first characters.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole record as JSON.")] = False,
+) -> None:
+    """Show one ingredient's record."""
+    with reported():
+        pool = _open(place)
+        record = pool.ingredient(pool.find(name))
+        if as_json:
+            typer.echo(record.model_dump_json(indent=2))
+            return
+        from rich.table import Table
+
+        from soups.reporting import flatten
+
+        rows: dict[str, Any] = {
+            "fingerprint": record.fingerprint, "weights": record.weights, "start": record.start, "split": record.split,
+            "created": f"{record.created} ({_age(record)} ago)", "size": readable(record.file_bytes),
+            **{f"{split} {key}": value for split, values in record.metrics.items() for key, value in values.items()},
+            **{f"{key}, s": round(value, 2) for key, value in record.durations.items()},
+        }  # fmt: skip
+        table = Table(box=None, show_header=False)
+        table.add_column(style="dim")
+        table.add_column(overflow="fold")
+        hidden = ("start", "split", "training_version")
+        settings = {key: value for key, value in flatten(record.determinants).items() if key not in hidden}
+        for section in (rows, settings, record.layout, record.versions):
+            for key, value in section.items():
+                table.add_row(key, _cell(value))
+            table.add_section()
+        console.print(table)
+
+
+@app.command()
+def diff(
+    place: Place,
+    first: Annotated[str, typer.Argument(help="An ingredient.")],
+    second: Annotated[str, typer.Argument(help="Another one.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show where two ingredients differ: settings and metrics. (`soups diff` compares weights.)"""
+    with reported():
+        from soups.reporting import differences, flatten
+
+        pool = _open(place)
+        one, other = (pool.ingredient(pool.find(name)) for name in (first, second))
+        flat = [flatten(record.determinants) for record in (one, other)]
+        keys, _ = differences({"a": one.determinants, "b": other.determinants})
+        metrics = [flatten(record.metrics) for record in (one, other)]
+        if as_json:
+            settings = {key: [values.get(key) for values in flat] for key in keys}
+            numbers = {
+                key: [values.get(key) for values in metrics] for key in dict.fromkeys([*metrics[0], *metrics[1]])
+            }
+            same = one.weights == other.weights
+            typer.echo(json.dumps({"settings": settings, "metrics": numbers, "same_weights": same}, indent=2))
+            return
+        from rich.table import Table
+
+        table = Table("", one.short, other.short, "difference", box=None)
+        for key in keys:
+            table.add_row(key, *(_cell(values[key]) if key in values else "–" for values in flat), "")
+        table.add_section()
+        for key in dict.fromkeys([*metrics[0], *metrics[1]]):
+            a, b = (values.get(key) for values in metrics)
+            table.add_row(key, _cell(a), _cell(b), "" if a is None or b is None else f"{b - a:+.4g}")
+        console.print(table)
+        if one.weights == other.weights:
+            console.print("Their weights are the same, bit by bit.")
+
+
+@app.command()
+def rm(
+    place: Place,
+    names: Annotated[list[str], typer.Argument(help="Ingredients: fingerprints, or their first characters.")],
+    output: Output = Path("outputs"),
+    force: Annotated[bool, typer.Option("--force", help="Also remove what a finished soup came from.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove ingredients: all that are named, or none if one is missing or a finished soup under --output came from it."""
+    with reported():
+        from soups.errors import StorageError
+        from soups.stores.garbage import lineages, needed_by
+
+        pool = _open(place)
+        found = list(dict.fromkeys(pool.find(name) for name in names))
+        if not force:
+            soups = lineages(output)
+            needed = {name: folders for name in found if (folders := needed_by(name, soups))}
+            if needed:
+                lines = "; ".join(
+                    f"{name[:8]} is in {', '.join(str(folder) for folder in folders)}"
+                    for name, folders in needed.items()
+                )
+                raise StorageError(
+                    f"Finished soups came from these ingredients: {lines}. Nothing was removed; --force does."
+                )
+        short = ", ".join(name[:8] for name in found)
+        if not yes and not typer.confirm(f"Remove {short} from {place}?"):
+            raise typer.Exit(1)
+        for name in found:
+            pool.remove(name)
+        console.print(
+            f"Removed {short}. `soups pool gc {place}` removes their predictions.", soft_wrap=True, markup=False
+        )
+
+
+@app.command()
+def gc(
+    place: Place,
+    output: Output = Path("outputs"),
+    older_than: Annotated[
+        float, typer.Option(help="Hours since it was last written; runs may still need younger ones.")
+    ] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list.")] = False,
+) -> None:
+    """Remove what nothing needs: leftovers of killed runs, free locks, outdated failures, predictions of absent weights."""
+    with reported():
+        from soups.errors import ConfigError
+        from soups.stores.garbage import leftovers, remove
+
+        if older_than < 0:
+            raise ConfigError(f"--older-than {older_than} must be a number of hours, at least 0.")
+        pool = _open(place)
+        items, notes = leftovers(pool, output, 3600 * older_than)
+        for note in notes:
+            warn(note)
+        reasons: dict[str, list[int]] = {}
+        for item in items:
+            reasons.setdefault(item.reason, []).append(item.size)
+            if dry_run:
+                console.print(f"{item.path}  {item.reason}, {readable(item.size)}", soft_wrap=True, markup=False)
+        freed = sum(item.size for item in items) if dry_run else remove(pool, items)
+        what = ", ".join(f"{len(sizes)} {reason}" for reason, sizes in reasons.items())
+        verb = "Would remove" if dry_run else "Removed"
+        console.print(
+            f"{verb} {what}: {readable(freed)}" if items else "Nothing to remove.", soft_wrap=True, markup=False
+        )
+
+
+def _open(place: str) -> Pool:
+    """Open a pool to look at: one that is not there is a mistake here, not a pool to be made."""
+    from soups.errors import StorageError
+    from soups.stores.pool import Pool
+
+    pool = Pool(place)
+    if not pool.files.exists(pool.place()):
+        raise StorageError(f"There is no pool at {place}.")
+    return pool
+
+
+def _heldout(record: Ingredient) -> float:
+    return record.metrics.get("heldout", {}).get("accuracy", float("-inf"))
+
+
+def _brief(record: Ingredient, keys: list[str]) -> dict[str, Any]:
+    from soups.reporting import flatten
+
+    settings = flatten(record.determinants)
+    return {
+        "fingerprint": record.fingerprint, "heldout": record.metrics.get("heldout", {}),
+        "settings": {key: settings[key] for key in keys if key in settings},
+        "created": record.created, "bytes": record.file_bytes, "seconds": record.durations.get("total"),
+    }  # fmt: skip
+
+
+def _table(records: list[Ingredient], keys: list[str]) -> Any:
+    from rich.table import Table
+
+    from soups.reporting import flatten
+
+    table = Table(box=None)
+    table.add_column("ingredient", no_wrap=True)
+    table.add_column("held-out", justify="right", no_wrap=True)
+    settings = {record.short: flatten(record.determinants) for record in records}
+    for key in keys:
+        # In a narrow terminal the heading folds, the values do not.
+        width = max(len(_cell(values[key])) for values in settings.values() if key in values)
+        table.add_column(key.rpartition(".")[2], overflow="fold", min_width=min(24, width))
+    table.add_column("age", justify="right", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
+    for record in records:
+        score = _heldout(record)
+        shown = f"{score:.2%}" if score >= 0 else "–"
+        own = settings[record.short]
+        values = (_cell(own[key]) if key in own else "–" for key in keys)
+        table.add_row(record.short, shown, *values, _age(record), readable(record.file_bytes))
+    return table
+
+
+def _cell(value: Any) -> str:
+    from rich.markup import escape
+
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return escape(value if isinstance(value, str) else json.dumps(value))
+
+
+def _age(record: Ingredient) -> str:
+    try:
+        passed = datetime.now(UTC) - datetime.fromisoformat(record.created)
+    except ValueError:
+        return "–"
+    for unit, length in (("d", timedelta(days=1)), ("h", timedelta(hours=1)), ("min", timedelta(minutes=1))):
+        if passed >= length:
+            return f"{passed // length} {unit}"
+    return f"{max(0, int(passed.total_seconds()))} s"

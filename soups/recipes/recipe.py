@@ -1,0 +1,252 @@
+"""What every recipe takes and gives: candidates, a held-out score, and a soup with the record of how it came about.
+
+A recipe is a function of (candidates, score) and options of its own. What else it needs it names as a parameter, and
+gets as a plain callable or value: `gradient`, `predict`, `labels`, `start`, `fisher`, `on_step`. None of them knows of
+pools, Hydra or Lightning.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from soups.errors import ConfigError, did_you_mean
+from soups.stores import DictStore, Store
+from soups.weights import RunningSum, Weights
+
+Ties = Literal["paper", "official"]
+TIES = ("paper", "official")
+
+Score = Callable[[Weights], float]
+"""Held-out score of some weights; larger is better."""
+
+Predict = Callable[[Weights], Tensor]
+"""Logits, float32 (N, classes), of some weights on the held-out split."""
+
+Fisher = Callable[[Weights], dict[str, Tensor]]
+"""Diagonal Fisher information of some weights, by tensor; tensors without a gradient are left out."""
+
+
+class Trial(NamedTuple):
+    """What became of a trial soup: its score, whether it is kept, and the share of the samples that this took.
+
+    Of one that was dropped early (`soups.recipes.racing`), the score is what it would be if it did like the one to beat
+    on the samples that were not looked at.
+    """
+
+    score: float
+    kept: bool
+    evaluated: float = 1.0
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Decides whether a trial soup reaches a score, if possible from part of the samples; `racing.Race` is one."""
+
+    def decide(self, weights: Weights, to_reach: float, ties: Ties) -> Trial:
+        """Return the decision on some weights; `to_reach` is the last kept one's score, -inf at the start."""
+        ...
+
+
+class Slope(NamedTuple):
+    """A loss and its derivatives.
+
+    Attributes:
+        loss: of a batch, in nats.
+        by_tensor: the gradient by each trainable tensor, a tied one under one of its names; others (BatchNorm's
+            statistics) are left out.
+        by_beta: the derivative by the factor on the logits.
+    """
+
+    loss: float
+    by_tensor: Mapping[str, Tensor]
+    by_beta: float
+
+
+class Gradient(Protocol):
+    """The loss of some weights on one batch of the held-out split, and its derivatives."""
+
+    @property
+    def batches(self) -> int:
+        """How many batches the split has."""
+        ...
+
+    def __call__(self, weights: Weights, batch: int, beta: float) -> Slope:
+        """Return the mean cross-entropy of `beta` times the logits on batch number `batch`, with its derivatives."""
+        ...
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One ingredient to choose from.
+
+    Attributes:
+        name: shown to people.
+        score: its own held-out score; larger is better.
+        load: reads its weights.
+        open: opens its weights for reading one tensor at a time; when absent, `load` serves.
+    """
+
+    name: str
+    score: float
+    load: Callable[[], Weights]
+    open: Callable[[], Store] | None = None
+
+    def store(self) -> Store:
+        """Return the weights as a store; the caller closes it."""
+        return self.open() if self.open else DictStore(self.load(), self.name)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decision: the candidate, the soup's held-out score with it, the score to reach, and whether it stayed.
+
+    For `action` "remove" the score is the soup's without the candidate, and `kept` says whether it was taken out.
+    `evaluated` is the share of the held-out samples that the decision took; `Trial` says what the score is below 1.
+    """
+
+    name: str
+    own_score: float
+    soup_score: float
+    to_reach: float
+    kept: bool
+    action: Literal["add", "remove"] = "add"
+    evaluated: float = 1.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a path that a recipe searched: its position, held-out score, and how to make its weights again."""
+
+    position: float
+    score: float
+    load: Callable[[], Weights]
+
+
+@dataclass(frozen=True)
+class Soup:
+    """Averaged weights and how they came about.
+
+    Attributes:
+        weights: the average.
+        members: names of the ingredients in it, in the order they were added.
+        score: its held-out score.
+        steps: the decisions of a search in their order.
+        coefficients: the share of each member (and of "start", where it takes part); they sum to 1.
+        by_tensor: shares by tensor and member, where they differ between tensors.
+        path: the points of a searched path, in the order of their positions.
+        path_label: what the position on the path is.
+        details: further findings by name.
+        note: how it was made, in a few words for the table.
+    """
+
+    weights: dict[str, Tensor]
+    members: list[str]
+    score: float
+    steps: list[Step] = field(default_factory=list[Step])
+    coefficients: dict[str, float] = field(default_factory=dict[str, float])
+    by_tensor: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+    path: list[Point] = field(default_factory=list[Point])
+    path_label: str = ""
+    details: dict[str, Any] = field(default_factory=dict[str, Any])
+    note: str = ""
+
+
+def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the candidates in falling order of their own score, equal ones in the order given.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if not candidates:
+        raise ConfigError("A soup needs at least one ingredient; the pool has none.")
+    return sorted(candidates, key=lambda candidate: -candidate.score)
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Check an option that is one of several words.
+
+    Raises:
+        ConfigError: naming what is allowed.
+    """
+    if value not in allowed:
+        what = {"ties": "tie rule"}.get(name, name)
+        raise ConfigError(f"There is no {what} {value!r}: {did_you_mean(str(value), allowed)}")
+
+
+def reaches(value: float, best: float, ties: str) -> bool:
+    """Tell whether a score is good enough: at least as good for "paper" (≥), better for "official" (>)."""
+    return value > best or (ties == "paper" and value == best)
+
+
+def decide(score: Score | Judge, weights: Weights, to_reach: float, ties: Ties) -> Trial:
+    """Return whether some weights are kept: a judge decides, a plain score is compared."""
+    if isinstance(score, Judge):
+        return score.decide(weights, to_reach, ties)
+    value = score(weights)
+    return Trial(value, reaches(value, to_reach, ties))
+
+
+def mixed(parts: Sequence[tuple[str, Callable[[], Weights], float]]) -> dict[str, Tensor]:
+    """Return the average of (name, load, share): one model in memory at a time beside the sum.
+
+    The shares are divided by their sum.
+    """
+    total = RunningSum()
+    for name, load, share in parts:
+        total.add(load(), where=name, factor=share)
+    return total.mean()
+
+
+def line(first: Weights, second: Weights, share: float, *, where: str = "the other end") -> dict[str, Tensor]:
+    """Return (1 - share) · first + share · second."""
+    total = RunningSum()
+    total.add(first, factor=1 - share)
+    total.add(second, where=where, factor=share)
+    return total.mean()
+
+
+def grid(points: int, alpha: float | None = None) -> list[float]:
+    """Return `points` positions from 0 to 1, evenly spaced and rounded to what they are meant to be, and `alpha`.
+
+    >>> grid(6), grid(3, 0.3)
+    ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [0.0, 0.3, 0.5, 1.0])
+
+    Raises:
+        ConfigError: fewer than 2, or an alpha outside [0, 1].
+    """
+    if points < 2:
+        raise ConfigError(f"A path needs at least 2 points, not {points}.")
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise ConfigError(f"alpha={alpha} must be between 0 and 1, the ends of the path.")
+    even = {round(number / (points - 1), 12) for number in range(points)}
+    return sorted(even if alpha is None else even | {float(alpha)})
+
+
+# Parameters that are no options of a recipe: what it is given to work with.
+GIVEN = ("candidates", "score", "on_step", "gradient", "predict", "labels", "start", "fisher")
+
+
+def options_of(recipe: Callable[..., Soup]) -> dict[str, Any]:
+    """Return the options of a recipe with their defaults.
+
+    >>> def half(candidates, score, start, share=0.5): ...
+    >>> options_of(half), needs_of(half)
+    ({'share': 0.5}, {'start'})
+    """
+    parameters = inspect.signature(recipe).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if name not in GIVEN}
+
+
+def needs_of(recipe: Callable[..., Soup]) -> set[str]:
+    """Return what a recipe takes besides candidates and score, options apart."""
+    return {name for name in inspect.signature(recipe).parameters if name in GIVEN[2:]}
+
+
+def is_required(recipe: Callable[..., Soup], name: str) -> bool:
+    """Tell whether a recipe cannot do without one of its parameters."""
+    return inspect.signature(recipe).parameters[name].default is inspect.Parameter.empty
