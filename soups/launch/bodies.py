@@ -57,10 +57,10 @@ class Member:
         ]
         linear_probe(self.network, *batches, len(self.splits.classes), device_for(self.settings))
 
-    def fit(self, show_progress: bool = False, callbacks: Sequence[lightning.Callback] = ()) -> lightning.Trainer:
+    def fit(self, callbacks: Sequence[lightning.Callback] = ()) -> lightning.Trainer:
         """Train the network from where it is, as the settings say."""
         start = {name: tensor.detach().clone().cpu() for name, tensor in self.network.module.state_dict().items()}
-        self.network, trainer = train(self.settings, self.splits, start, callbacks, None, show_progress)
+        self.network, trainer = train(self.settings, self.splits, start, callbacks)
         return trainer
 
     def weights(self) -> dict[str, Tensor]:

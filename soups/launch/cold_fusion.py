@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import lightning.pytorch as lightning
 import torch
 
 from soups.errors import ConfigError, StorageError, did_you_mean
 from soups.launch.bodies import Member, body_of, features, fit_parameters, frozen_names, member
+from soups.launch.progress import ReportProgress
 from soups.launch.settings import (
     Settings,
     build_network,
@@ -145,19 +147,32 @@ class ColdFusion:
         repository, number, _ = self._start(work)
         parameters = work.parameters
         record, accuracy = self._fit_and_push(
-            repository, number, parameters["task"], parameters["data"], parameters["seed"], f"{parameters['task']}"
+            repository,
+            number,
+            parameters["task"],
+            parameters["data"],
+            parameters["seed"],
+            parameters["task"],
+            ReportProgress(work.pool, work.node.fingerprint),
         )
         notes = {"contribution": record.id} if record else {}
         return Output(metrics={"heldout": accuracy}, notes=notes)
 
     def _fit_and_push(
-        self, repository: Repository, number: int, task: str, data: Mapping[str, Any], seed: int, contributor: str
+        self,
+        repository: Repository,
+        number: int,
+        task: str,
+        data: Mapping[str, Any],
+        seed: int,
+        contributor: str,
+        *callbacks: lightning.Callback,
     ) -> tuple[Contribution | None, dict[str, float]]:
         """Fine-tune a base on a task in this process (one of the ranks); rank 0 pushes."""
         base, weights = repository.pull(number)
         one = member(self.settings, data, weights, seed=seed)
         one.probe()
-        one.fit()
+        one.fit(callbacks)
         accuracy = one.accuracy(one.splits.heldout)
         if not is_first_process():
             return None, accuracy
@@ -230,7 +245,7 @@ class ColdFusion:
         joint, groups = pooled(parts)
         one = self._pooled_member(joint, groups, weights, parameters)
         one.probe()
-        one.fit()
+        one.fit([ReportProgress(work.pool, work.node.fingerprint)])
         body = one.body()
         return Output(
             {name: body[name] for name in body}, notes={"weights": hash_weights(body), "examples": len(joint.train)}
@@ -267,7 +282,7 @@ class ColdFusion:
     def _fine_tune(self, work: Work) -> Output:
         one = self._judged(work)
         one.probe()
-        one.fit()
+        one.fit([ReportProgress(work.pool, work.node.fingerprint)])
         return Output(metrics={"fine-tuned": one.accuracy(one.splits.test)}, notes={"split": one.splits.hash()})
 
     # Report

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
+from soups.launch.progress import ReportProgress
 from soups.launch.settings import Settings
 from soups.protocols import Node, Operation, Output, Plan, Work
 from soups.protocols.branch_train_merge import Branching, Family, Layout, domain_posterior, layout, mixture_loss
@@ -94,7 +95,7 @@ class BranchTrainMerge:
             torch.set_num_threads(int(settings["threads"]))
         trainer = lightning.Trainer(
             max_epochs=1, accelerator=settings["accelerator"], devices=1, precision=settings["precision"],
-            gradient_clip_val=clip, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            gradient_clip_val=clip, callbacks=[ReportProgress(work.pool, work.node.fingerprint)], logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False,
         )  # fmt: skip
         trainer.fit(LanguageModelling(model, options), loader)

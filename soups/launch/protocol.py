@@ -174,9 +174,10 @@ def run_protocol(
                 Panel("\n".join(f"{name[:8]}  {why}" for name, why in missing.items()), style="red",
                       title=f"{len(missing)} of {len(plan.nodes)} nodes are missing; the same command tries them again")
             )  # fmt: skip
-            if len(missing) == len(plan.nodes) or all(node.fingerprint in missing for node in plan.targets):
-                raise RunError("No target of the plan was reached, so there is nothing to report.")
-        if not missing:
+        lost = sum(node.fingerprint in missing for node in plan.targets)
+        if lost == len(plan.targets):
+            raise RunError("No target of the plan was reached, so there is nothing to report.")
+        if not lost:
             _finish(settings, program, plan)
     except SoupError as error:
         raise UserError(f"\n{error}") from error

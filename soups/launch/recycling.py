@@ -10,6 +10,7 @@ import torch
 from soups.errors import ConfigError, DataError
 from soups.evaluation import ood_mean
 from soups.launch.bodies import Member, fit_parameters, load_body, member
+from soups.launch.progress import ReportProgress
 from soups.launch.settings import Settings, check
 from soups.protocols import Operation, Output, Plan, Work
 from soups.protocols.fusing import fusing
@@ -56,7 +57,7 @@ class Recycling:
     def _body(self, work: Work) -> Output:
         one = member(self.settings, work.parameters["data"], seed=work.parameters["seed"])
         one.probe()
-        one.fit()
+        one.fit([ReportProgress(work.pool, work.node.fingerprint)])
         return Output(one.body(), {"heldout": one.accuracy(one.splits.heldout)})
 
     def _start(self, work: Work) -> Output:
@@ -79,7 +80,7 @@ class Recycling:
             if rest or not size:
                 raise ConfigError(f"loader.batch_size={loader['batch_size']} cannot be shared out among {count} nodes.")
             one.settings = {**one.settings, "loader": {**loader, "batch_size": size}}
-        one.fit()
+        one.fit([ReportProgress(work.pool, work.node.fingerprint)])
         return Output(one.weights(), {"heldout": one.accuracy(one.splits.heldout)})
 
     def _score(self, work: Work) -> Output:
