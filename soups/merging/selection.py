@@ -231,8 +231,7 @@ def exact_cut(stream: Stream, ranks: Sequence[int], total: int, *, dtype: torch.
 
 
 def _held_cuts(stream: Stream, ranks: Sequence[int], total: int, dtype: torch.dtype) -> list[Cut]:
-    places = [total - rank for rank in ranks if 0 < rank < total]
-    if not places:
+    if all(rank <= 0 or rank >= total for rank in ranks):
         return [Cut(float("inf") if rank <= 0 else None) for rank in ranks]
     values = buffer("values", dtype, total)
     start = 0
@@ -242,12 +241,12 @@ def _held_cuts(stream: Stream, ranks: Sequence[int], total: int, dtype: torch.dt
     bits = _bits(values).numpy()
     ordered = buffer("ordered", _bits(values).dtype, total).numpy()
     np.copyto(ordered, bits)
-    ordered.partition(sorted(set(places)))
     cuts: list[Cut] = []
     for rank in ranks:
         if rank <= 0 or rank >= total:
             cuts.append(Cut(float("inf") if rank <= 0 else None))
             continue
+        ordered.partition(total - rank)  # one place at a time: NumPy is several times faster at that
         pattern = ordered[total - rank]
         # What is larger stands behind its place, so only the equal ones have to be counted everywhere.
         quota = rank - int(np.count_nonzero(ordered[total - rank :] > pattern))
