@@ -151,7 +151,7 @@ def test_every_configuration_composes() -> None:
     conf = Path(__file__).parents[2] / "conf"
     groups = {
         "model": ["model.name=x"],
-        "data": ["data.root=x", "data.train=x"],
+        "data": ["data.root=x", "data.train=x", "data.leave_out=x"],
         "optimizer": [],
         "tracking": [],
         "trainer": [],
