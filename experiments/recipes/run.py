@@ -28,6 +28,7 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from soups.evaluation import decompose, ensemble, negative_flip_rate, ood_mean, score
+from soups.evaluation.diversity import locality
 from soups.evaluation.statistics import wilson
 from soups.launch.kitchen import Kitchen, LazyWeights
 from soups.launch.members import choose_members, open_ingredients, origin_of
@@ -237,16 +238,12 @@ def decomposition(studies: list[dict[str, Any]]) -> list[str]:
             [torch.stack([study["logits"][name][split] for name in study["names"][:members]]) for study in studies]
         )
         terms = decompose(table, first)
-        target = torch.nn.functional.one_hot(first, table.shape[-1]).double()
-        soups = [
-            (study["logits"]["uniform"][split].double().softmax(-1) - target).square().sum(-1).mean()
-            for study in studies
-        ]
+        soups = torch.stack([study["logits"]["uniform"][split] for study in studies])
+        cost = locality(terms, soups, first)
         lines.append(
-            f"Squared error on {split} over {len(studies)} sweeps of {members}: bias² {terms.bias:.4f}, variance "
-            f"{terms.variance:.4f}, covariance {terms.covariance:.4f}; ensemble {terms.ensemble:.4f}, uniform soup "
-            f"{statistics.mean(map(float, soups)):.4f}, so that locality costs "
-            f"{statistics.mean(map(float, soups)) - terms.ensemble:+.4f}."
+            f"Squared error on {split} over {len(studies)} sweeps of {members} (DiWA's decomposition): bias² {terms.bias:.4f}, "
+            f"variance {terms.variance:.4f}, covariance {terms.covariance:.4f}; ensemble {terms.ensemble:.4f}, uniform soup "
+            f"{terms.ensemble + cost:.4f}: locality costs {cost:+.4f}."
         )
     return lines
 
