@@ -18,7 +18,7 @@ from tests.launch.conftest import compose_settings
 
 
 def test_the_posterior_is_bayes_rule_averaged_over_samples() -> None:
-    likelihoods = torch.tensor([[0.2, 0.5], [0.6, 0.1]]).double().log()
+    likelihoods = torch.tensor([[0.2, 0.5], [0.6, 0.1]], dtype=torch.float64).log()
     first = [0.25, 0.75]  # uniform weights times 0.2 and 0.6
     weights = [0.7 * 0.5 + 0.3 * share for share in first]
     second = [weights[0] * 0.5, weights[1] * 0.1]
@@ -27,7 +27,7 @@ def test_the_posterior_is_bayes_rule_averaged_over_samples() -> None:
 
 
 def test_the_mixture_mixes_probabilities_not_their_logarithms() -> None:
-    likelihoods = torch.tensor([[0.5, 0.1], [0.1, 0.3]]).double().log()
+    likelihoods = torch.tensor([[0.5, 0.1], [0.1, 0.3]], dtype=torch.float64).log()
     expected = -(math.log(0.25 * 0.5 + 0.75 * 0.1) + math.log(0.25 * 0.1 + 0.75 * 0.3)) / 2
     assert mixture_loss(likelihoods, torch.tensor([0.25, 0.75])) == pytest.approx(expected, abs=1e-12)
     assert mixture_loss(likelihoods, torch.tensor([0.0, 1.0])) == pytest.approx(
