@@ -52,10 +52,10 @@ class Member:
 
     def probe(self) -> None:
         """Fit the head on the frozen body; the held-out split chooses its penalty."""
-        batches = [
+        train, heldout = (
             evaluation_batches(self.settings, part, self.network) for part in (self.splits.train, self.splits.heldout)
-        ]
-        linear_probe(self.network, *batches, len(self.splits.classes), device_for(self.settings))
+        )
+        linear_probe(self.network, train, heldout, len(self.splits.classes), device_for(self.settings))
 
     def fit(self, callbacks: Sequence[lightning.Callback] = ()) -> lightning.Trainer:
         """Train the network from where it is, as the settings say."""

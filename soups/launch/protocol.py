@@ -33,6 +33,7 @@ from soups.launch.settings import (
     is_first_process,
     launched_outside,
     open_pool,
+    refuse_sweeps_in_ranks,
     resolve,
     versions,
 )
@@ -160,6 +161,7 @@ def run_protocol(
     """
     quiet()
     try:
+        refuse_sweeps_in_ranks()
         fixed, swept, _ = split_arguments(arguments)
         if swept:
             raise ConfigError(

@@ -38,7 +38,8 @@ class Target:
 
     def auxiliary(self, name: str, data: Mapping[str, Any]) -> Node:
         """Return the body fine-tuned on an auxiliary task."""
-        parameters = {"model": dict(self.model), "data": dict(data), "training": dict(self.training)}
+        parameters: dict[str, Any] = {"model": dict(self.model), "data": dict(data)}
+        parameters["training"] = dict(self.training)
         parameters["seed"] = derive_seed(self.seed, "auxiliary", name) % 2**31
         return Node("train", "body.fit", parameters, (), f"auxiliary {name}")
 
@@ -59,7 +60,8 @@ class Target:
             number: tells runs apart that differ in their seed alone.
             shard: (i, n): train on the i-th of n parts of the training split, with a batch of one n-th.
         """
-        parameters = {"data": dict(self.data), "training": dict(self.training), "shard": list(shard) if shard else None}
+        parameters: dict[str, Any] = {"data": dict(self.data), "training": dict(self.training)}
+        parameters["shard"] = list(shard) if shard else None
         parameters["seed"] = derive_seed(self.seed, "target", number) % 2**31
         return Node("train", "target.fit", parameters, (start, body) if body else (start,), f"target from {name}")
 

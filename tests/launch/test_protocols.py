@@ -33,7 +33,9 @@ def test_a_plan_is_the_same_wherever_it_runs(name: str, tmp_path: Path) -> None:
 
 
 def test_what_is_no_protocol_says_so() -> None:
-    settings = compose_settings(["+protocol=lo_fi", "protocol._target_=builtins.dict"])
+    settings = compose_settings(
+        ["+protocol=lo_fi", "protocol._target_=soups.launch.bodies.fit_parameters", "~protocol.nodes"]
+    )
     with pytest.raises(ConfigError, match="must make an object with name, plan"):
         build_program(settings)
     settings = compose_settings(["+protocol=lo_fi", "protocol._target_=soups.launch.recycling.LoFy"])
