@@ -207,7 +207,7 @@ def tensor_cut(stream: Stream, ranks: Sequence[int], total: int, *, dtype: torch
     """Return `cut_at` of one tensor, which is held if it has at most `room` elements."""
     if total > room:
         return cut_at([stream], ranks, total, dtype=dtype)
-    return [Cut(cut.threshold) for cut in _held_cuts(stream, ranks, total, dtype)]
+    return held_cut(_gathered(stream, total, dtype), ranks, exact=False)
 
 
 def exact_cut(stream: Stream, ranks: Sequence[int], total: int, *, dtype: torch.dtype, room: int = 0) -> list[Cut]:
@@ -217,7 +217,7 @@ def exact_cut(stream: Stream, ranks: Sequence[int], total: int, *, dtype: torch.
     most `room` elements is held.
     """
     if total <= room:
-        return _held_cuts(stream, ranks, total, dtype)
+        return held_cut(_gathered(stream, total, dtype), ranks, exact=True)
     inner = [rank for rank in ranks if 0 < rank < total]
     found = iter(_select([stream], inner, dtype, map) if inner else [])
     cuts: list[Cut] = []
@@ -230,17 +230,20 @@ def exact_cut(stream: Stream, ranks: Sequence[int], total: int, *, dtype: torch.
     return cuts
 
 
-def _held_cuts(stream: Stream, ranks: Sequence[int], total: int, dtype: torch.dtype) -> list[Cut]:
+def held_cut(values: Tensor, ranks: Sequence[int], *, exact: bool) -> list[Cut]:
+    """Return, for each k in `ranks`, the cut that keeps the k largest magnitudes of a flat tensor on the CPU.
+
+    Args:
+        values: with signs; not changed.
+        ranks: how many to keep.
+        exact: keep exactly k, the earlier of equal ones first, instead of everything that equals the k-th.
+    """
+    total = values.numel()
     if all(rank <= 0 or rank >= total for rank in ranks):
         return [Cut(float("inf") if rank <= 0 else None) for rank in ranks]
-    values = buffer("values", dtype, total)
-    start = 0
-    for chunk in stream():
-        values[start : start + chunk.numel()] = chunk
-        start += chunk.numel()
-    bits = _bits(values).numpy()
-    ordered = buffer("ordered", _bits(values).dtype, total).numpy()
-    np.copyto(ordered, bits)
+    bits = _bits(values)
+    largest = torch.iinfo(bits.dtype).max  # all bits but the sign
+    ordered = torch.bitwise_and(bits, largest, out=buffer("ordered", bits.dtype, total)).numpy()
     cuts: list[Cut] = []
     for rank in ranks:
         if rank <= 0 or rank >= total:
@@ -248,12 +251,23 @@ def _held_cuts(stream: Stream, ranks: Sequence[int], total: int, dtype: torch.dt
             continue
         ordered.partition(total - rank)  # one place at a time: NumPy is several times faster at that
         pattern = ordered[total - rank]
-        # What is larger stands behind its place, so only the equal ones have to be counted everywhere.
-        quota = rank - int(np.count_nonzero(ordered[total - rank :] > pattern))
-        equal = int(np.count_nonzero(ordered == pattern))
-        last = None if quota == equal else int(np.flatnonzero(bits == pattern)[quota - 1])
-        cuts.append(Cut(float(torch.tensor(pattern).view(dtype)), last))
+        threshold, last = float(torch.tensor(pattern).view(values.dtype)), None
+        if exact:
+            # What is larger stands behind its place.
+            quota = rank - int(np.count_nonzero(ordered[total - rank :] > pattern))
+            equal = np.flatnonzero((values.numpy() == threshold) | (values.numpy() == -threshold))
+            last = None if quota == len(equal) else int(equal[quota - 1])
+        cuts.append(Cut(threshold, last))
     return cuts
+
+
+def _gathered(stream: Stream, total: int, dtype: torch.dtype) -> Tensor:
+    values = buffer("values", dtype, total)
+    start = 0
+    for chunk in stream():
+        values[start : start + chunk.numel()] = chunk
+        start += chunk.numel()
+    return values
 
 
 def _place_of_tie(stream: Stream, threshold: float, number: int) -> int:

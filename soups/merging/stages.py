@@ -19,8 +19,8 @@ from torch import Tensor
 
 from soups.errors import ConfigError
 from soups.merging.method import Scope, WholeModelMethod, as_mask, one_of, per_model, weighted_sum
-from soups.merging.operands import BlockSum, Chunk, Operands, Unit, absolute
-from soups.merging.selection import Cut, Map, Stream, cut_at, exact_cut, tensor_cut
+from soups.merging.operands import BlockSum, Chunk, HeldOperands, Operands, Unit, absolute
+from soups.merging.selection import Cut, Map, Stream, cut_at, exact_cut, held_cut, tensor_cut
 
 
 class Transform(ABC):
@@ -64,6 +64,14 @@ def magnitudes(operands: Operands) -> Stream:
     return lambda: (absolute(chunk.deltas()[0]) for chunk in operands)
 
 
+def tensor_cuts(operands: Operands, ranks: Sequence[int], *, exact: bool) -> list[Cut]:
+    """Return, for each k in `ranks`, the cut that keeps the k largest |τ| of the only model in `operands`."""
+    if isinstance(operands, HeldOperands) and operands.delta.device.type == "cpu":
+        return held_cut(operands.delta, ranks, exact=exact)
+    select = exact_cut if exact else tensor_cut
+    return select(magnitudes(operands), ranks, operands.numel, dtype=operands.dtype, room=operands.room)
+
+
 @dataclass(frozen=True)
 class Trim(WholeModelTransform):
     """Keep the largest magnitudes (TIES, arXiv:2306.01708, section 4, step 1) and set the rest to zero.
@@ -92,9 +100,7 @@ class Trim(WholeModelTransform):
 
     def observe(self, operands: Operands, model: int) -> Cut:
         """Find this tensor's cut."""
-        rank = self._rank(model, operands.numel)
-        select = exact_cut if self.exact else tensor_cut
-        return select(magnitudes(operands), [rank], operands.numel, dtype=operands.dtype, room=operands.room)[0]
+        return tensor_cuts(operands, [self._rank(model, operands.numel)], exact=self.exact)[0]
 
     def observe_all(self, operands: Sequence[Operands], model: int, map: Map) -> Cut:
         """Find the model's cut."""

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from soups.merging.method import one_of
 from soups.merging.operands import Chunk, Operands, Unit
-from soups.merging.selection import Cut, exact_cut
-from soups.merging.stages import TaskVectors, Transform, magnitudes, mergekit_form
+from soups.merging.selection import Cut
+from soups.merging.stages import TaskVectors, Transform, mergekit_form, tensor_cuts
 
 Several = float | tuple[float, ...]
 
@@ -53,8 +53,7 @@ class Band(Transform):
         if self.within == "row":
             return []
         top, kept = self._counts(model, operands.numel)
-        ranks = [top, top + kept]
-        return exact_cut(magnitudes(operands), ranks, operands.numel, dtype=operands.dtype, room=operands.room)
+        return tensor_cuts(operands, [top, top + kept], exact=True)
 
     def apply(self, delta: Tensor, seen: list[Cut], chunk: Chunk, model: int) -> Tensor:
         """Set everything outside the band to zero."""
