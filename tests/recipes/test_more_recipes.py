@@ -238,7 +238,7 @@ def test_every_recipe_names_what_does_not_fit_and_needs_one_ingredient(name: str
     odd = [candidate("a", [0.0], 1.0), candidate("odd", [0.0, 1.0], 0.5)]
     if name in ("wise_ft", "merge"):
         given = {"start": candidate("start", [0.0, 0.0])}
-    with pytest.raises(WeightsError, match="does not fit|odd"):
+    with pytest.raises(WeightsError, match=r"does not fit|odd"):
         RECIPES[name](odd, lambda weights: 0.0, **given)
 
 
