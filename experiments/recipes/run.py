@@ -1,7 +1,7 @@
 """Every recipe on the same sweeps: what it gains, and what it costs.
 
     python -m experiments.recipes.run trainer.threads=1        three sweeps of the default task, then the table
-    python -m experiments.recipes.run --name movies +experiment=movies trainer.threads=1        the text task
+    python -m experiments.recipes.run --name movies experiment=movies trainer.threads=1        the text task
 
 Each sweep is `experiments.model_soups.run`'s: a split, a shared start and a draw of the search space of its own; what its
 pool holds is found, not redone. Every recipe then runs in a process of its own, forked from one that has the data, so that
@@ -28,6 +28,7 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from soups.evaluation import decompose, ensemble, negative_flip_rate, ood_mean, score
+from soups.evaluation.diversity import locality
 from soups.evaluation.statistics import wilson
 from soups.launch.kitchen import Kitchen, LazyWeights
 from soups.launch.members import choose_members, open_ingredients, origin_of
@@ -46,15 +47,15 @@ RECIPES: list[tuple[str, str, dict[str, Any]]] = [
     ("greedy, ≥", "greedy", {"ties": "paper"}),
     ("greedy, >", "greedy", {"ties": "official"}),
     ("greedy with removal", "greedy_removal", {}),
-    ("greedy with weights", "greedy_weights", {}),
+    ("greedy with weights", "greedy_weights", {"rounds": 3}),
     ("top-k", "top_k", {}),
     ("learned, by model", "learned", {"per": "model"}),
     ("learned, by tensor", "learned", {"per": "tensor"}),
-    ("WiSE-FT, best single", "wise_ft", {"end": "best"}),
-    ("WiSE-FT, uniform", "wise_ft", {"end": "uniform"}),
-    ("BCWI, plain", "bcwi", {"form": "plain"}),
-    ("BCWI, soup", "bcwi", {"form": "soup"}),
-    ("BCWI, Fisher", "bcwi", {"form": "fisher"}),
+    ("WiSE-FT, best single", "wise_ft", {"end": "best", "points": 6}),
+    ("WiSE-FT, uniform", "wise_ft", {"end": "uniform", "points": 6}),
+    ("BCWI, plain", "bcwi", {"form": "plain", "points": 6}),
+    ("BCWI, soup", "bcwi", {"form": "soup", "points": 6}),
+    ("BCWI, Fisher", "bcwi", {"form": "fisher", "points": 6}),
     ("interpolation of two", "interpolation", {}),
 ]
 # On these a path is shown in and out of distribution.
@@ -237,16 +238,12 @@ def decomposition(studies: list[dict[str, Any]]) -> list[str]:
             [torch.stack([study["logits"][name][split] for name in study["names"][:members]]) for study in studies]
         )
         terms = decompose(table, first)
-        target = torch.nn.functional.one_hot(first, table.shape[-1]).double()
-        soups = [
-            (study["logits"]["uniform"][split].double().softmax(-1) - target).square().sum(-1).mean()
-            for study in studies
-        ]
+        soups = torch.stack([study["logits"]["uniform"][split] for study in studies])
+        cost = locality(terms, soups, first)
         lines.append(
-            f"Squared error on {split} over {len(studies)} sweeps of {members}: bias² {terms.bias:.4f}, variance "
-            f"{terms.variance:.4f}, covariance {terms.covariance:.4f}; ensemble {terms.ensemble:.4f}, uniform soup "
-            f"{statistics.mean(map(float, soups)):.4f}, so that locality costs "
-            f"{statistics.mean(map(float, soups)) - terms.ensemble:+.4f}."
+            f"Squared error on {split} over {len(studies)} sweeps of {members} (DiWA's decomposition): bias² {terms.bias:.4f}, "
+            f"variance {terms.variance:.4f}, covariance {terms.covariance:.4f}; ensemble {terms.ensemble:.4f}, uniform soup "
+            f"{terms.ensemble + cost:.4f}: locality costs {cost:+.4f}."
         )
     return lines
 

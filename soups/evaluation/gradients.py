@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,10 +17,16 @@ from soups.weights import Weights
 
 
 class Slope(NamedTuple):
-    """Loss of a batch in nats, its gradient by each trainable tensor, its derivative by the factor on the logits."""
+    """A loss and its derivatives.
+
+    Attributes:
+        loss: of a batch, in nats.
+        by_tensor: the gradient by each trainable tensor, a tied one under one of its names; BatchNorm's statistics have none.
+        by_beta: the derivative by the factor on the logits.
+    """
 
     loss: float
-    by_tensor: dict[str, Tensor]
+    by_tensor: Mapping[str, Tensor]
     by_beta: float
 
 

@@ -38,7 +38,7 @@ from soups.launch.settings import (
     versions,
 )
 from soups.protocols import Node, Operation, Plan, execute, in_sequence, perform
-from soups.reporting import draw_page, page_tables
+from soups.reporting import draw_page, page_tables, write_html
 from soups.reporting.page import Page
 from soups.stores.files import fingerprint
 from soups.stores.pool import Failure, Ingredient, Pool
@@ -253,6 +253,7 @@ def _finish(settings: Settings, program: Program, plan: Plan) -> None:
     if isinstance(program, Exports):
         program.export(plan, open_pool(settings), folder)
     figures = draw_page(page, folder)
+    write_html(page, folder / "report.html")
     page.save(folder)  # last: a folder with this file is whole
     if not known:
         log_page(

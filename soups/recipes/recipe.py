@@ -8,13 +8,14 @@ pools, Hydra or Lightning.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from soups.errors import ConfigError, did_you_mean
+from soups.evaluation.gradients import Slope as Slope
 from soups.stores import DictStore, Store
 from soups.weights import RunningSum, Weights
 
@@ -50,21 +51,6 @@ class Judge(Protocol):
     def decide(self, weights: Weights, to_reach: float, ties: Ties) -> Trial:
         """Return the decision on some weights; `to_reach` is the last kept one's score, -inf at the start."""
         ...
-
-
-class Slope(NamedTuple):
-    """A loss and its derivatives.
-
-    Attributes:
-        loss: of a batch, in nats.
-        by_tensor: the gradient by each trainable tensor, a tied one under one of its names; others (BatchNorm's
-            statistics) are left out.
-        by_beta: the derivative by the factor on the logits.
-    """
-
-    loss: float
-    by_tensor: Mapping[str, Tensor]
-    by_beta: float
 
 
 class Gradient(Protocol):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from soups.reporting.report import Report, Row
+from soups.reporting.report import Report, Row, soup_name
 from soups.stores.files import write_text
 
 _STYLE = {"soup": "bold", "best": "bold", "ensemble": "italic", "start": "dim", "ingredient": ""}
@@ -24,7 +24,7 @@ def tables(report: Report, width: int) -> list[Table]:
 
     The best figure of each column is green, with the mean and the ensemble (several models at inference) not counted.
     """
-    title = f"{report.soup.capitalize()} of {len(report.ingredients)} ingredients: accuracy in %"
+    title = f"{soup_name(report.recipe, first=True)} of {len(report.ingredients)} ingredients: accuracy in %"
     splits = columns(report)
     if width >= 30 + 11 * (len(splits) + 1) + 30 or len(splits) <= 2:
         return [_table(report, title, splits, notes=True)]

@@ -95,10 +95,16 @@ def test_resume_with_a_start_that_the_checkpoint_had_not_reached(tmp_path, toy):
 
     whole, first, rest = keep(), keep(), keep()
     toy.trainer(tmp_path, whole, max_epochs=5).fit(module_type())
-    trainer = toy.trainer(tmp_path, first, max_epochs=5, max_steps=8)
-    with pytest.warns(UserWarning, match="never started"):
-        trainer.fit(module_type())
-    trainer.save_checkpoint(tmp_path / "early.ckpt")
+
+    class Crash(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 8:
+                trainer.save_checkpoint(tmp_path / "early.ckpt")
+                raise RuntimeError("crash")
+
+    with pytest.raises(RuntimeError, match="crash"):
+        toy.trainer(tmp_path, first, Crash(), max_epochs=5).fit(module_type())
+    assert first._session.tracked["swa"].mean.count == 0
     toy.trainer(tmp_path, rest, max_epochs=5).fit(module_type(), ckpt_path=tmp_path / "early.ckpt")
     assert rest._session.tracked["swa"].mean.count == 3
     assert toy.same(rest.average(), whole.average())

@@ -276,4 +276,4 @@ def test_plain_functions_on_the_same_folder(base: list[str], elsewhere: Path) ->
 
 def test_every_recipe_is_tested_here() -> None:
     tested = {mark[0] for mark in test_every_recipe_by_configuration.pytestmark[0].args[1]}
-    assert tested | {"uniform"} == set(RECIPES)
+    assert tested | {"uniform", "merge"} == set(RECIPES)

@@ -112,7 +112,7 @@ def test_a_program_that_knows_nothing_of_soups_ends_in_one(run: Run, project: Pa
     # Another recipe over the same pool, with the program's own start.
     again = run("+soup=wise_ft", "soup.points=3", command[1])
     assert again.returncode == 0 and "3 of 3 ingredients found, 0 to fine-tune" in again.stdout, again.stdout
-    assert "wise ft soup by val/acc (max)" in again.stdout, again.stdout
+    assert "WiSE-FT soup by val/acc (max)" in again.stdout, again.stdout
     assert [record.created for record in pool.ingredients()] == [record.created for record in records]
 
     # A metric that remembers the best so far would choose wrongly, and is found out.
