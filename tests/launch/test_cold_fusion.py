@@ -173,7 +173,7 @@ def test_the_command_killed_and_resumed_ends_in_the_same_base(data: Path, tmp_pa
     repository = Repository(tmp_path / "pool" / "repository" / "main")
     assert repository.current() == program.repository("main").current()
     (folder,) = (tmp_path / "outputs" / "protocols").iterdir()
-    assert {"page.json", "accuracy_by_round.png"} <= {path.name for path in folder.iterdir()}
+    assert {"page.json", "report.html", "accuracy_by_round.png"} <= {path.name for path in folder.iterdir()}
     assert Page.load(folder).subject == "protocol"
 
 
