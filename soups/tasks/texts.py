@@ -157,7 +157,7 @@ def draw(total: int, sizes: Sequence[int], seed: int, groups: Sequence[str] | No
     Raises:
         DataError: there are too few samples.
     """
-    order = torch.randperm(total, generator=generator(seed, "split")).tolist()
+    order: list[int] = torch.randperm(total, generator=generator(seed, "split")).tolist()
     if groups is not None:
         members: dict[str, list[int]] = {}
         for index in order:
