@@ -2,6 +2,7 @@
 
     python -m benchmarks.averaging                      (about 5 minutes; prints a table)
     python -m benchmarks.averaging --models vit_tiny_patch16_224 --rounds 5
+    python -m benchmarks.averaging --ours               (without the other libraries)
     python -m benchmarks.averaging --step               (whole training steps of a small ViT, with and without)
     python -m benchmarks.averaging --memory             (peak memory beside the weights)
 
@@ -128,11 +129,11 @@ def peers(model: nn.Module) -> dict[str, Callable[[], Any]]:
     return calls
 
 
-def measure(model_name: str, rounds: int, clock: Callable[[], float]) -> None:
+def measure(model_name: str, rounds: int, clock: Callable[[], float], *, ours: bool = False) -> None:
     model = timm.create_model(model_name)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     long = torch.zeros(FLOOR_ELEMENTS), torch.ones(FLOOR_ELEMENTS)
-    calls = {"floor": lambda: long[0].lerp_(long[1], 0.1), **contestants(model), **peers(model)}
+    calls = {"floor": lambda: long[0].lerp_(long[1], 0.1), **contestants(model), **({} if ours else peers(model))}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -144,11 +145,12 @@ def measure(model_name: str, rounds: int, clock: Callable[[], float]) -> None:
     share = parameters / FLOOR_ELEMENTS
     floor = [t * share for t in times.pop("floor")]
     print(f"\n{model_name}: {parameters / 1e6:.1f} M parameters, floor {1e3 * statistics.median(floor):.2f} ms")
-    print(f"  {'':36}{'median':>8}{'minima':>8}{'  x one EMA':>12}")
-    one = statistics.median(times["soups EMA"])
+    print(f"  {'':36}{'median':>8}{'minima':>8}{'x one EMA':>12}{'minima':>8}")
+    one = times["soups EMA"]
     for name, taken in times.items():
         ratio = statistics.median(t / f for t, f in zip(taken, floor, strict=True))
-        print(f"  {name:36}{ratio:8.2f}{min(taken) / min(floor):8.2f}{statistics.median(taken) / one:12.2f}")
+        of_one = statistics.median(t / o for t, o in zip(taken, one, strict=True))
+        print(f"  {name:36}{ratio:8.2f}{min(taken) / min(floor):8.2f}{of_one:12.2f}{min(taken) / min(one):8.2f}")
 
 
 def training_step(rounds: int, clock: Callable[[], float]) -> None:
@@ -190,26 +192,27 @@ def training_step(rounds: int, clock: Callable[[], float]) -> None:
 
 
 def memory() -> None:
-    """Report peak memory of averages over that of the weights, each in a process of its own."""
-    print("\npeak memory of updates beside the weights, in copies of them (40 M parameters, float32)")
+    """Report peak memory of averages beside the weights, each in a process of its own (Linux)."""
+    print("\npeak memory of six updates beside the weights, in copies of them (40 M parameters, float32)")
     for name, made in (
-        ("nothing", "[]"),
         ("one EMA", "[EMA(0.9)]"),
         ("3 averages", "[EMA(0.9), SWA(), PowerEMA(0.1)]"),
         ("LAWA(k=3): mean and 3 snapshots", "[LAWA(3)]"),
+        ("one EMA in the background", "[EMA(0.9, background=True)]"),
     ):
         program = (
-            "import resource, torch; from soups.averaging import *;"
+            "import pathlib, re, torch; from soups.averaging import *;"
             "w = {str(i): torch.ones(10_000_000) for i in range(4)};"
             f"a = {made};"
+            "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())[1]);"
+            "pathlib.Path('/proc/self/clear_refs').write_text('5');"  # the peak starts anew at what is held now
+            "before = peak();"
             "[update(a, w) for _ in range(6)];"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+            "[average.value() for average in a];"
+            "print(peak() - before)"
         )
-        peak = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
-        if name == "nothing":
-            base = peak
-        else:
-            print(f"  {name:36}{(peak - base) * 1024 / 160e6:8.2f}")
+        grown = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+        print(f"  {name:36}{grown * 1024 / 160e6:8.2f}")
 
 
 def main() -> None:
@@ -217,6 +220,7 @@ def main() -> None:
     arguments.add_argument("--models", nargs="*", default=list(MODELS))
     arguments.add_argument("--rounds", type=int, default=15)
     arguments.add_argument("--threads", type=int, default=1)
+    arguments.add_argument("--ours", action="store_true", help="leave the other libraries out")
     arguments.add_argument("--step", action="store_true")
     arguments.add_argument("--memory", action="store_true")
     options = arguments.parse_args()
@@ -230,7 +234,7 @@ def main() -> None:
             memory()
         return
     for name in options.models:
-        measure(name, options.rounds, clock)
+        measure(name, options.rounds, clock, ours=options.ours)
 
 
 if __name__ == "__main__":

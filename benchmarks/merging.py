@@ -90,8 +90,8 @@ def shapes(gigabytes: float) -> dict[str, tuple[int, ...]]:
     return {**result, "model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
 
 
-def generate(folder: Path, gigabytes: float, models: int) -> list[Path]:
-    """Write a base and fine-tunes of it; existing ones are kept."""
+def generate(folder: Path, gigabytes: float, models: int, torch_files: bool) -> list[Path]:
+    """Write a base and fine-tunes of it, also as torch files if asked for; existing ones are kept."""
     import torch
     from safetensors.torch import save_file
 
@@ -108,7 +108,8 @@ def generate(folder: Path, gigabytes: float, models: int) -> list[Path]:
                 base += 0.002 * torch.randn(shape, generator=torch.Generator().manual_seed(1000 * number + place))
             weights[name] = base.bfloat16()
         save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-        torch.save(weights, path / "weights.pt")
+        if torch_files:
+            torch.save(weights, path / "weights.pt")
         hidden, layers = wanted["model.norm.weight"][0], sum("q_proj" in name for name in wanted)
         config = {
             "architectures": ["LlamaForCausalLM"],
@@ -126,11 +127,11 @@ def generate(folder: Path, gigabytes: float, models: int) -> list[Path]:
     return paths
 
 
-def prepared(folder: Path, gigabytes: float, models: int) -> list[Path]:
+def prepared(folder: Path, gigabytes: float, models: int, torch_files: bool) -> list[Path]:
     """Generate models in a process of their own (a child's peak RSS includes its parent's before it starts); warm the cache."""
-    arguments = [str(folder), str(gigabytes), str(models)]
+    arguments = [str(folder), str(gigabytes), str(models), "yes" if torch_files else ""]
     code = "import sys, runpy; m = runpy.run_path(sys.argv[1]); from pathlib import Path; "
-    code += "m['generate'](Path(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]))"
+    code += "m['generate'](Path(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]), bool(sys.argv[5]))"
     subprocess.run([sys.executable, "-c", code, __file__, *arguments], check=True)
     paths = [folder / ("base" if number == 0 else f"m{number}") for number in range(models + 1)]
     for path in paths:
@@ -206,10 +207,13 @@ def show(name: str, cost: Cost, against: Cost) -> None:
 
 def compare(arguments: argparse.Namespace, work: Path) -> None:
     """Print the table of methods."""
-    paths = prepared(work / f"{arguments.size}", arguments.size, arguments.models)
+    paths = prepared(work / f"{arguments.size}", arguments.size, arguments.models, not arguments.skip_naive)
+    if arguments.prepare:
+        return
     one = (paths[0] / "model.safetensors").stat().st_size / 1e9
     print(
-        f"{arguments.models} models and a base of {one:.2f} GB, bfloat16; {arguments.threads} threads; best of {arguments.repeats}"
+        f"{arguments.models} models and a base of {one:.2f} GB, bfloat16; {arguments.threads} threads; best of {arguments.repeats}; "
+        f"load {os.getloadavg()[0]:.1f}"
     )
     print("\n| run | wall s | CPU s | peak RSS GiB | wall / floor | CPU / floor |\n|---|---|---|---|---|---|")
     floors = {base: floor(paths, arguments.models, base, work / "out", arguments.repeats) for base in (False, True)}
@@ -238,14 +242,17 @@ def compare(arguments: argparse.Namespace, work: Path) -> None:
 def scaling(arguments: argparse.Namespace, work: Path) -> None:
     """Print time and memory against model size and number of models."""
     method = (arguments.methods or "ties").split(",")[0]
-    print(
-        f"soups {method}, {arguments.threads} threads\n\n| GB a model | models | wall s | CPU s | peak RSS GiB |\n|---|---|---|---|---|"
-    )
     cases = [(size, 2) for size in (0.25, 0.5, 1, 2, 4)] + [(0.25, models) for models in (4, 8, 16)]
+    cases = [(size, models) for size, models in cases if size <= arguments.largest]
+    if arguments.prepare:
+        for size, models in cases:
+            prepared(work / f"{size}", size, models, False)
+        return
+    print(
+        f"soups {method}, {arguments.threads} threads, load {os.getloadavg()[0]:.1f}\n\n| GB a model | models | wall s | CPU s | peak RSS GiB |\n|---|---|---|---|---|"
+    )
     for size, models in cases:
-        if size > arguments.largest:
-            continue
-        paths = prepared(work / f"{size}", size, models)
+        paths = prepared(work / f"{size}", size, models, False)
         cost = soups_run(method, paths, models, work, arguments.threads, arguments.repeats)
         print(f"| {size} | {models} | {cost.wall:.2f} | {cost.cpu:.2f} | {cost.rss:.2f} |", flush=True)
 
@@ -262,6 +269,7 @@ def main() -> None:
     parser.add_argument("--skip-naive", action="store_true")
     parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--largest", type=float, default=math.inf, help="largest model of --scaling")
+    parser.add_argument("--prepare", action="store_true", help="only generate the models, in --work")
     parser.add_argument("--work", type=Path, help="where to keep the generated models; a temporary folder otherwise")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

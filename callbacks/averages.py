@@ -20,7 +20,7 @@ class Averages(Averaging):
         **members: name to averaging callback.
 
     Raises:
-        ConfigError: no members.
+        ConfigError: no members, or members that are an `Averages` themselves.
     """
 
     def __init__(self, **members: Averaging) -> None:
@@ -29,6 +29,11 @@ class Averages(Averaging):
                 "Averages() was given nothing to keep. Write, for instance, Averages(ema=EMA(), lawa=LAWA())."
             )
         for name, member in members.items():
+            if isinstance(member, Averages):
+                raise ConfigError(
+                    f"{name!r} is itself an Averages, whose members have names of their own. Give all of them to one "
+                    f"Averages(...)."
+                )
             member.settings.name = name
         self._members = list(members.values())
         super().__init__(self._members[0].settings)
@@ -38,5 +43,5 @@ class Averages(Averaging):
         return [inner for member in self._members for inner in member.members()]
 
     def make(self, plan: Plan, covers: Callable[[str], bool] | None) -> dict[str, Mean]:
-        """Never called: the members make their own averages."""
-        raise NotImplementedError
+        """Return the averages of all members."""
+        return {name: mean for member in self.members() for name, mean in member.make(plan, covers).items()}

@@ -336,8 +336,8 @@ class Session:
     @contextlib.contextmanager
     def holding(self, name: str) -> Generator[None]:
         """Within the block the module holds an average."""
-        self.swap_in(name)
         try:
+            self.swap_in(name)
             yield
         finally:
             self.swap_out()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from soups.reporting.page import Cell, Curves, Page, Table
+from soups.reporting.page import Cell, Curves, Page, Point, Scatter, Table
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,9 +64,61 @@ def curves(pages: Sequence[Page]) -> list[Curves]:
         high: dict[str, list[float | None]] = {}
         for name in part.series:
             columns = list(zip(*[one.series[name] for one in same], strict=True))  # type: ignore[union-attr]
-            means[name] = [statistics.mean(values) for values in columns]
-            spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in columns]
-            low[name] = [mean - sd for mean, sd in zip(means[name], spread, strict=True)]
-            high[name] = [mean + sd for mean, sd in zip(means[name], spread, strict=True)]
+            means[name] = [None if None in values else statistics.mean(values) for values in columns]
+            spread = [statistics.stdev(values) if len(values) > 1 and None not in values else 0.0 for values in columns]
+            bands = list(zip(means[name], spread, strict=True))
+            low[name] = [None if mean is None else mean - sd for mean, sd in bands]
+            high[name] = [None if mean is None else mean + sd for mean, sd in bands]
         found.append(part.model_copy(update={"series": means, "low": low, "high": high}))
+    return found
+
+
+def differences(pages: Sequence[Page], pairs: Sequence[tuple[str, str]], part: int = 0) -> str:
+    """Return what one row of a table gains or loses against another, mean ± sd of the differences within a seed."""
+    lines: list[str] = []
+    found = [page.parts[part] for page in pages]
+    tables_ = [table for table in found if isinstance(table, Table)]
+    for one, two in pairs:
+        cells: list[str] = []
+        for number, column in enumerate(tables_[0].columns[1:], 1):
+            changes = []
+            for table in tables_:
+                rows = {str(row[0]): row[number] for row in table.rows}
+                first, second = rows[one], rows[two]
+                if isinstance(first, int | float) and isinstance(second, int | float):
+                    changes.append(first - second)
+            if len(changes) == len(tables_):
+                spread = statistics.stdev(changes) if len(changes) > 1 else float("nan")
+                cells.append(f"{column.removesuffix(', %')} {statistics.mean(changes):+.2f} ± {spread:.2f}")
+        lines.append(f"- {one} − {two}: {', '.join(cells)}")
+    return "\n".join(lines) + "\n"
+
+
+def write_results(pages: Sequence[Page], seeds: Sequence[int], path: Path, part: int = 0) -> None:
+    """Write a table of all pages as CSV, one row a seed, model and column."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["seed", "model", "column", "value"])
+        for seed, page in zip(seeds, pages, strict=True):
+            table = page.parts[part]
+            assert isinstance(table, Table)
+            for row in table.rows:
+                for column, value in zip(table.columns[1:], row[1:], strict=True):
+                    if isinstance(value, int | float):
+                        writer.writerow([seed, row[0], column, value])
+
+
+def scatter(pages: Sequence[Page]) -> list[Scatter]:
+    """Return the pages' scatters as one each: the mean of every group over the pages."""
+    found: list[Scatter] = []
+    for number, part in enumerate(pages[0].parts):
+        if not isinstance(part, Scatter):
+            continue
+        same = [page.parts[number] for page in pages]
+        groups: dict[str, list[Point]] = {}
+        for name in part.groups:
+            points = [one.groups[name][0] for one in same]  # type: ignore[union-attr]
+            x, y = (statistics.mean(getattr(point, axis) for point in points) for axis in ("x", "y"))
+            groups[name] = [Point(name=name, x=x, y=y)]
+        found.append(part.model_copy(update={"groups": groups}))
     return found

@@ -1,6 +1,7 @@
 """The command line, as its users see it."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -45,6 +46,24 @@ def test_merge(models):
     soups("merge", models / "merge.yml", models / "out", "--overwrite", "--quiet", "--out-shard-size", "200")
     assert len(list((models / "out").glob("*.safetensors"))) == 2
     soups("merge", models / "merge.yml", models / "o2", "--allow-crimes", "--lazy-unpickle", "--lora-merge-cache", "x")
+
+
+def test_a_merge_reports_on_a_page(models):
+    soups("merge", models / "merge.yml", models / "out", "--report", models / "report.html", "--quiet")
+    text = (models / "report.html").read_text()
+    data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', text)[1])
+    curves, far, angle = data["figures"]
+    assert list(curves["series"]) == ["0.safetensors", "1.safetensors", "2.safetensors"] and len(curves["x"]) == 4
+    with open_store(models / "out") as out, open_store(models / "0.safetensors") as base:
+        for number in range(3):
+            a, b = out.read(f"layers.{number}.w"), base.read(f"layers.{number}.w")
+            assert curves["series"]["0.safetensors"][number] == pytest.approx(
+                float((a - b).norm() / b.norm()), rel=1e-5
+            )
+        moved = sum(float((out.read(key) - base.read(key)).square().sum()) for key in out) ** 0.5
+    assert far["row_labels"] == ["start", "1.safetensors", "2.safetensors", "merged"]
+    assert far["values"][0][3] == pytest.approx(moved, rel=1e-5) and angle["values"][2][2] == 1
+    assert "ties of 2 models" in text and "merge_method: ties" in text
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(models):
@@ -169,3 +188,43 @@ def test_kill_minus_nine_leaves_no_output_that_looks_whole(models):
     soups("merge", models / "merge.yml", models / "out")
     with open_store(models / "0.safetensors") as store:
         assert not store.read("w").any()
+
+
+def test_cold_fusion_between_strangers(tmp_path):
+    """Two contributors with checkpoints of their own kinds, one round, its log and its replay."""
+    base = {"encoder.w": torch.zeros(3, 2), "encoder.b": torch.zeros(2)}
+    write_safetensors(tmp_path / "base.safetensors", base)
+    repo = tmp_path / "repo"
+    assert "2 shared tensors" in soups("cold", "init", repo, tmp_path / "base.safetensors", "--quorum", 2).output
+    assert "base 0" in soups("cold", "pull", repo, tmp_path / "pulled.safetensors").output
+    trained = {name: tensor + 1 for name, tensor in open_store(tmp_path / "pulled.safetensors").load().items()}
+    torch.save(
+        {"state_dict": {f"model.{n}": t for n, t in trained.items()} | {"head": torch.ones(9)}}, tmp_path / "a.ckpt"
+    )
+    torch.save({name: tensor + 2 for name, tensor in trained.items()}, tmp_path / "b.pt")
+    push = ("cold", "push", repo)
+    assert "names under a prefix" in soups(*push, tmp_path / "a.ckpt", "--base", 0, "--contributor", "a", code=1).output
+    soups(*push, tmp_path / "a.ckpt", "--base", 0, "--contributor", "a", "--prefix", "model.", "--task", "sums")
+    assert "No round: 1 waiting, 2 must pass" in soups("cold", "fuse", repo).output
+    assert (
+        "never had the base 'abc'"
+        in soups(*push, tmp_path / "b.pt", "--base", "abc", "--contributor", "b", code=1).output
+    )
+    assert "2 waiting, a round needs 2" in soups(*push, tmp_path / "b.pt", "--base", 0, "--contributor", "b").output
+    assert "2 of 2 by linear" in soups("cold", "fuse", repo).output
+    soups("cold", "pull", repo, tmp_path / "new.safetensors")
+    with open_store(tmp_path / "new.safetensors") as store:
+        assert store.metadata["cold.number"] == "1" and torch.equal(store.read("encoder.w"), torch.full((3, 2), 2.0))
+    log = soups("cold", "log", repo).output
+    assert "base 1" in log and "from base 0 norm" in log
+    assert "round 1  2 contributions  same bits" in soups("cold", "replay", repo).output
+    record = repo / "rounds" / "000001.json"
+    record.write_text(
+        record.read_text().replace('"scale":1.0', '"scale":0.5', 1).replace('"scale": 1.0', '"scale": 0.5', 1)
+    )
+    assert "did not come out as the log says" in soups("cold", "replay", repo, code=1).output
+    assert (
+        "--stale=often"
+        in soups("cold", "init", tmp_path / "x", tmp_path / "base.safetensors", "--stale", "often", code=1).output
+    )
+    assert "soups cold init" in soups("cold", "log", tmp_path / "nowhere", code=1).output

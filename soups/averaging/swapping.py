@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from soups.averaging.checkpoint import plain_name
+from soups.errors import WeightsError, did_you_mean
 from soups.weights import Weights
 
 
@@ -78,6 +79,26 @@ class Swap:
         return {**self._own, **self._copied}
 
 
+def _check(module: nn.Module, tensors: Weights, weights: Weights) -> None:
+    """Refuse what would be left out in silence or break the module's shapes."""
+    everything = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    known = {plain_name(name) for name, _ in everything}
+    if unknown := [name for name in weights if name not in known]:
+        raise WeightsError(
+            f"The module has no tensor {unknown[0]!r} ({len(unknown)} of {len(weights)} names are unknown to it): "
+            f"{did_you_mean(unknown[0], known)} Give weights of this architecture, under the module's own names."
+        )
+    for name, tensor in tensors.items():
+        if name in weights and weights[name].shape != tensor.shape and not hasattr(tensor, "to_local"):
+            raise WeightsError(
+                f"Tensor {name!r} has shape {tuple(weights[name].shape)}, and the module's is {tuple(tensor.shape)}. "
+                f"Give weights of this architecture."
+            )
+
+
 @contextlib.contextmanager
 def averaged(module: nn.Module, weights: Weights) -> Generator[nn.Module]:
     """Within the block the module holds `weights` (an average's `value()`, or a state dict); afterwards its own again.
@@ -87,10 +108,16 @@ def averaged(module: nn.Module, weights: Weights) -> Generator[nn.Module]:
     ...     inside = layer.weight.item()
     >>> inside, layer.weight.item() == 3.0
     (3.0, False)
+
+    Raises:
+        WeightsError: a name that the module does not have, or another shape; the module is as before.
     """
-    swap = Swap(slots(module))
-    swap.enter({plain_name(name): tensor for name, tensor in weights.items()})
+    tensors = slots(module)
+    weights = {plain_name(name): tensor for name, tensor in weights.items()}
+    _check(module, tensors, weights)
+    swap = Swap(tensors)
     try:
+        swap.enter(weights)
         yield module
     finally:
         swap.exit()

@@ -36,6 +36,7 @@ def dashboard(
                 console.print(f"Wrote {out}.", markup=False, soft_wrap=True)
             return
         import wandb
+        from wandb.errors import CommError, UsageError
 
         try:
             entity = entity or str(wandb.Api().default_entity or "")
@@ -44,7 +45,7 @@ def dashboard(
             made = [workspace(project, entity, name), *([report(project, entity, name)] if with_report else [])]
             for item in made:
                 console.print(str(item.save().url), markup=False, soft_wrap=True)
-        except (wandb.errors.UsageError, wandb.errors.CommError) as error:
+        except (UsageError, CommError) as error:
             raise ConfigError(
                 f"W&B did not take it: {error}. Log in (`wandb login`), or look at it with --dry-run."
             ) from error

@@ -33,6 +33,7 @@ def merge(
         bool,
         typer.Option("--unsafe-truncate-embeddings", help="Cut embeddings of different lengths to the shortest."),
     ] = False,
+    report: Annotated[Path | None, typer.Option(help="Also write an HTML page about the merge here.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     lora_merge_cache: Annotated[str | None, typer.Option(hidden=True)] = None,
     lazy_unpickle: Annotated[bool, typer.Option(hidden=True)] = True,
@@ -71,6 +72,12 @@ def merge(
 
         start = time.perf_counter()
         done = 0
+        said: list[str] = []
+
+        def warn_(message: str) -> None:
+            said.append(message)
+            warn(message)
+
         with ExitStack() as stack:
             advance: list[Any] = []
 
@@ -92,7 +99,7 @@ def merge(
                 copy_tokenizer=copy_tokenizer,
                 write_card=write_model_card,
                 shard_bytes=parse_size(out_shard_size),
-                warn=warn,
+                warn=warn_,
                 planned=planned_,
                 budget=parse_size(memory),
                 threads=threads,
@@ -102,6 +109,12 @@ def merge(
         seconds = time.perf_counter() - start
         if not quiet:
             console.print(f"{path}: {readable(done)} read in {seconds:.1f} s, {readable(done / seconds)}/s")
+        if report is not None:
+            from soups.commands.inspect import layer_of
+            from soups.reporting.html import write_html
+            from soups.reporting.merge_page import merge_page
+
+            write_html(merge_page(config, out, layer_of, seed=random_seed, seconds=seconds, warnings=said), report)
 
 
 def _print_plan(planned: Planned, budget: int, threads: int | None) -> None:

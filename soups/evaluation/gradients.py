@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,10 +17,16 @@ from soups.weights import Weights
 
 
 class Slope(NamedTuple):
-    """Loss of a batch in nats, its gradient by each trainable tensor, its derivative by the factor on the logits."""
+    """A loss and its derivatives.
+
+    Attributes:
+        loss: of a batch, in nats.
+        by_tensor: the gradient by each trainable tensor, a tied one under one of its names; BatchNorm's statistics have none.
+        by_beta: the derivative by the factor on the logits.
+    """
 
     loss: float
-    by_tensor: dict[str, Tensor]
+    by_tensor: Mapping[str, Tensor]
     by_beta: float
 
 
@@ -58,12 +64,12 @@ class HeldoutGradient:
             if len(labels):
                 logits = forward(self.module, inputs, self.device)
                 loss = functional.cross_entropy(factor * logits, labels, reduction="sum") / whole
-                *gradients, by_beta = torch.autograd.grad(loss, [*parameters, factor], allow_unused=True)
+                *gradients, by_beta = torch.autograd.grad(loss, [*parameters, factor], materialize_grads=True)
             else:
                 loss, by_beta = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
                 gradients = [torch.zeros_like(parameter) for parameter in parameters]
-        found = {name: value for name, value in zip(names, gradients, strict=True) if value is not None}
-        numbers = torch.stack([loss.detach().double(), by_beta.detach().double()])
+        found = dict(zip(names, gradients, strict=True))
+        numbers = torch.stack([loss.detach().to(factor.dtype), by_beta.detach().to(factor.dtype)])
         if world > 1:
             for value in (*found.values(), numbers):
                 distributed.all_reduce(value)
@@ -101,10 +107,9 @@ def diagonal_fisher(
             for number in range(min(len(labels), samples - seen)):
                 logits = forward(module, _rows(inputs, slice(number, number + 1)), device)
                 loss = functional.cross_entropy(logits, logits.argmax(dim=1))
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
                 for total, value in zip(sums, gradients, strict=True):
-                    if value is not None:
-                        total.add_(value.detach().float().square().cpu())
+                    total.add_(value.detach().float().square().cpu())
                 seen += 1
     if not seen:
         raise ConfigError(f"The Fisher information needs samples; {samples} were asked for.")

@@ -58,7 +58,7 @@ def best_of_n(rewards: Tensor, gold: Tensor, sizes: Sequence[int]) -> list[float
         if not 1 <= size <= total:
             raise DataError(f"Best of {size} needs from 1 to {total} candidates.")
         draws = math.comb(total, size)
-        values.append(math.fsum(math.comb(k, size - 1) / draws * value for k, value in enumerate(sorted_gold)))
+        values.append(math.fsum(math.comb(k, size - 1) * value for k, value in enumerate(sorted_gold)) / draws)
     return values
 
 

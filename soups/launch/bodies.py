@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from soups.evaluation import predict, score
-from soups.launch.settings import Settings, build_network, build_splits
+from soups.launch.settings import LAYOUT, TRAINING_VERSION, Settings, build_network, build_splits
 from soups.launch.start import device_for, evaluation_batches
 from soups.launch.training import train
 from soups.seeding import generator
@@ -52,16 +52,20 @@ class Member:
 
     def probe(self) -> None:
         """Fit the head on the frozen body; the held-out split chooses its penalty."""
-        batches = [
+        train, heldout = (
             evaluation_batches(self.settings, part, self.network) for part in (self.splits.train, self.splits.heldout)
-        ]
-        linear_probe(self.network, *batches, len(self.splits.classes), device_for(self.settings))
+        )
+        linear_probe(self.network, train, heldout, len(self.splits.classes), device_for(self.settings))
 
-    def fit(self, show_progress: bool = False, callbacks: Sequence[lightning.Callback] = ()) -> lightning.Trainer:
+    def fit(self, callbacks: Sequence[lightning.Callback] = ()) -> lightning.Trainer:
         """Train the network from where it is, as the settings say."""
         start = {name: tensor.detach().clone().cpu() for name, tensor in self.network.module.state_dict().items()}
-        self.network, trainer = train(self.settings, self.splits, start, callbacks, None, show_progress)
+        self.network, trainer = train(self.settings, self.splits, start, callbacks)
         return trainer
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return all weights, copied."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.network.module.state_dict().items()}
 
     def body(self) -> dict[str, Tensor]:
         """Return the weights without the head."""
@@ -73,6 +77,7 @@ def member(
     data: Mapping[str, Any],
     body: Weights | None = None,
     splits: Splits | None = None,
+    pretrained: bool = True,
     **changes: Any,
 ) -> Member:
     """Build a member.
@@ -82,6 +87,7 @@ def member(
         data: the task's own `data` section.
         body: weights to start from; the pretrained ones when None.
         splits: the task, where it is built already.
+        pretrained: false where the weights are loaded by the caller.
         changes: sections that differ from the settings'.
 
     Raises:
@@ -89,7 +95,7 @@ def member(
     """
     own: Settings = {**settings, "data": dict(data), **changes}
     splits = splits or build_splits(own)
-    if body is not None:
+    if body is not None or not pretrained:
         own["model"] = {**own["model"], "pretrained": False}
     network = build_network(own, len(splits.classes))
     if body is not None:
@@ -162,3 +168,17 @@ def few(labels: Tensor, count: int, classes: int, seed: int) -> list[int]:
     by_class = [[index for index in order if int(labels[index]) == label] for label in range(classes)]
     turns = [indices[turn] for turn in range(count) for indices in by_class if turn < len(indices)]
     return sorted(turns[: max(count, classes)])
+
+
+def fit_parameters(settings: Settings) -> dict[str, Any]:
+    """Return what decides a fit, its data, start and seed apart."""
+    return {
+        "training_version": TRAINING_VERSION,
+        "input": {"size": settings["loader"]["size"]},
+        "task": settings["task"],
+        "optimizer": settings["optimizer"],
+        "augment": settings["augment"],
+        "batch_size": settings["loader"]["batch_size"],
+        "trainer": {key: value for key, value in settings["trainer"].items() if key not in LAYOUT},
+        "callbacks": settings.get("callbacks") or {},
+    }

@@ -172,7 +172,9 @@ def _rows(
         average,
         best,
         *(
-            _row(kitchen, soup_name(name), "soup", logits[soup_name(name)], f"{len(soup.members)} averaged")
+            _row(
+                kitchen, soup_name(name), "soup", logits[soup_name(name)], soup.note or f"{len(soup.members)} averaged"
+            )
             for name, soup in cooked.items()
         ),
         _row(kitchen, "logit ensemble", "ensemble", together, f"{len(members)} models at inference"),
@@ -187,6 +189,8 @@ def _notes(cooked: Mapping[str, Soup], recipe: str, metric: str) -> dict[str, st
     """Say of each ingredient what became of it: in the greedy search, or its share in another recipe's soup."""
     soup = cooked[recipe]
     if recipe not in ("greedy", "uniform") and not (recipe == "diwa" and soup.steps):
+        if not soup.coefficients:
+            return dict.fromkeys(soup.members, "merged")
         return {name: f"share {value:.3f}" for name, value in soup.coefficients.items()}
     notes: dict[str, str] = {}
     for number, step in enumerate(cooked["greedy"].steps):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import lightning.pytorch as lightning
 import torch
 
 from soups.errors import ConfigError, StorageError, did_you_mean
-from soups.launch.bodies import Member, body_of, features, frozen_names, member
+from soups.launch.bodies import Member, body_of, features, fit_parameters, frozen_names, member
+from soups.launch.progress import ReportProgress
 from soups.launch.settings import (
-    LAYOUT,
-    TRAINING_VERSION,
     Settings,
     build_network,
     check,
@@ -78,7 +78,7 @@ class ColdFusion:
         contributions = rounds * per_round
         self.study = Study(
             model=dict(settings["model"]),
-            training=_training(settings),
+            training=fit_parameters(settings),
             seen=seen,
             unseen={name: dict(data) for name, data in unseen.items() if data is not None},
             rounds=rounds,
@@ -147,19 +147,32 @@ class ColdFusion:
         repository, number, _ = self._start(work)
         parameters = work.parameters
         record, accuracy = self._fit_and_push(
-            repository, number, parameters["task"], parameters["data"], parameters["seed"], f"{parameters['task']}"
+            repository,
+            number,
+            parameters["task"],
+            parameters["data"],
+            parameters["seed"],
+            parameters["task"],
+            ReportProgress(work.pool, work.node.fingerprint),
         )
         notes = {"contribution": record.id} if record else {}
         return Output(metrics={"heldout": accuracy}, notes=notes)
 
     def _fit_and_push(
-        self, repository: Repository, number: int, task: str, data: Mapping[str, Any], seed: int, contributor: str
+        self,
+        repository: Repository,
+        number: int,
+        task: str,
+        data: Mapping[str, Any],
+        seed: int,
+        contributor: str,
+        *callbacks: lightning.Callback,
     ) -> tuple[Contribution | None, dict[str, float]]:
         """Fine-tune a base on a task in this process (one of the ranks); rank 0 pushes."""
         base, weights = repository.pull(number)
         one = member(self.settings, data, weights, seed=seed)
         one.probe()
-        one.fit()
+        one.fit(callbacks)
         accuracy = one.accuracy(one.splits.heldout)
         if not is_first_process():
             return None, accuracy
@@ -232,7 +245,7 @@ class ColdFusion:
         joint, groups = pooled(parts)
         one = self._pooled_member(joint, groups, weights, parameters)
         one.probe()
-        one.fit()
+        one.fit([ReportProgress(work.pool, work.node.fingerprint)])
         body = one.body()
         return Output(
             {name: body[name] for name in body}, notes={"weights": hash_weights(body), "examples": len(joint.train)}
@@ -269,7 +282,7 @@ class ColdFusion:
     def _fine_tune(self, work: Work) -> Output:
         one = self._judged(work)
         one.probe()
-        one.fit()
+        one.fit([ReportProgress(work.pool, work.node.fingerprint)])
         return Output(metrics={"fine-tuned": one.accuracy(one.splits.test)}, notes={"split": one.splits.hash()})
 
     # Report
@@ -367,18 +380,4 @@ def _round_notes(work: Work, record: Round) -> dict[str, Any]:
         "number": record.number,
         "accepted": len(record.accepted),
         "refused": {verdict.contributor: verdict.reason for verdict in record.verdicts if not verdict.accepted},
-    }
-
-
-def _training(settings: Settings) -> dict[str, Any]:
-    """Return what decides a fit, its data, start and seed apart."""
-    return {
-        "training_version": TRAINING_VERSION,
-        "input": {"size": settings["loader"]["size"]},
-        "task": settings["task"],
-        "optimizer": settings["optimizer"],
-        "augment": settings["augment"],
-        "batch_size": settings["loader"]["batch_size"],
-        "trainer": {key: value for key, value in settings["trainer"].items() if key not in LAYOUT},
-        "callbacks": settings.get("callbacks") or {},
     }

@@ -193,12 +193,9 @@ class Evaluation:
         if weights is not None:
             module.load_state_dict(weights)
         # Only this process evaluates: a torchmetrics.Metric must not wait for the other ranks of the fit to gather from.
-        gathering: dict[Any, Any] = {
-            part: part.distributed_available_fn
-            for part in module.modules()
-            if hasattr(part, "distributed_available_fn")
-        }
-        for part in gathering:
+        metrics: list[Any] = [part for part in module.modules() if hasattr(part, "distributed_available_fn")]
+        gathering = [(part, part.distributed_available_fn) for part in metrics]
+        for part in metrics:
             part.distributed_available_fn = _alone
         try:
             found = loop(module, dataloaders=loaders, datamodule=self.fit.arguments.get("datamodule"), verbose=False)
@@ -207,7 +204,7 @@ class Evaluation:
                 f"trainer.{name} does not run on this project, and a soup is chosen by its validation: {error}"
             ) from error
         finally:
-            for part, available in gathering.items():
+            for part, available in gathering:
                 part.distributed_available_fn = available
             if before is not None:
                 module.trainer = before

@@ -15,7 +15,7 @@ from soups.evaluation.statistics import losses, right
 from soups.launch.members import Origin, empty_network
 from soups.launch.settings import Settings, build_splits
 from soups.launch.start import evaluation_batches
-from soups.recipes import RECIPES, Candidate, Soup, Step, needs_of, options_of
+from soups.recipes import RECIPES, Candidate, Soup, Step, is_required, needs_of, options_of
 from soups.recipes.racing import Race, hardest_first, in_order, network_samples, random_order
 from soups.stores.pool import Ingredient, Pool
 from soups.stores.pool_of_checkpoints import CheckpointPool
@@ -166,12 +166,12 @@ class Kitchen:
         needs = needs_of(recipe)
         given: dict[str, Any] = {}
         if "start" in needs:
-            if origin is None:
+            if origin is None and is_required(recipe, "start"):
                 raise ConfigError(
                     f"The recipe {name} needs the model that fine-tuning started from, which nobody knows of checkpoints "
                     f"made elsewhere: soup.start=/path/of/a/checkpoint."
                 )
-            given["start"] = Candidate(origin.name, float("nan"), origin.load)
+            given["start"] = origin and Candidate(origin.name, float("nan"), origin.load)
         if "on_step" in needs:
             given["on_step"] = on_step
         if "labels" in needs:
@@ -179,16 +179,17 @@ class Kitchen:
         if "predict" in needs:
             given["predict"] = self.heldout_logits
         if "gradient" in needs:
-            given["gradient"] = HeldoutGradient(self.network.module, self._heldout(), self.device)
+            given["gradient"] = HeldoutGradient(self.network.module, self.heldout_batches(), self.device)
         if "fisher" in needs and options.get("form") == "fisher":
             given["fisher"] = lambda weights: diagonal_fisher(
-                self.network.module, weights, self._heldout(), self.device, _FISHER_SAMPLES
+                self.network.module, weights, self.heldout_batches(), self.device, _FISHER_SAMPLES
             )
         chosen = {key: options[key] for key in options_of(recipe) if key in options}
         judge = self._race(candidates, options) if name == "greedy" and options.get("racing") is not None else None
         return recipe(candidates, judge or self.score, **given, **chosen)
 
-    def _heldout(self) -> list[Batch]:
+    def heldout_batches(self) -> list[Batch]:
+        """Return the held-out split as batches, read once."""
         if "heldout" not in self._batches:
             self._batches["heldout"] = evaluation_batches(self.settings, self.splits.heldout, self.network)
         return self._batches["heldout"]
@@ -207,7 +208,7 @@ class Kitchen:
             ]
             order = hardest_first(torch.stack([-losses(logits, self.labels("heldout")) for logits in own]))
         world = ranks()[1]
-        batches = in_order(self._heldout(), order, -(-_RACE_BLOCK // world))
+        batches = in_order(self.heldout_batches(), order, -(-_RACE_BLOCK // world))
         metric = cast(Literal["accuracy", "loss"], self.metric)
         blocks = network_samples(self.network.module, batches, metric, self.device, world)
         return Race(blocks, 1.0 if self.metric == "accuracy" else 0.0, delta, len(candidates))

@@ -6,14 +6,16 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Generator
+from datetime import UTC, datetime
 from typing import Any
 
 import lightning.pytorch as lightning
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from soups.errors import StorageError
-from soups.stores.pool import Ingredient, Pool
+from soups.stores.pool import Failure, Ingredient, Pool
 
 # Seconds between two reports: a local file costs nothing, an object in a store does.
 _LOCAL, _REMOTE = 0.5, 10.0
@@ -93,8 +95,11 @@ class SweepProgress:
         self.console = Console(stderr=True)
         self._stop = threading.Event()
         self._done: set[str] = set()
+        self._failed: set[str] = set()
         self._bars: dict[str, TaskID] = {}
+        self._share = 0.0
         self._began = time.monotonic()
+        self._since = datetime.now(UTC).replace(microsecond=0)
 
     @contextlib.contextmanager
     def running(self) -> Generator[None]:
@@ -137,26 +142,51 @@ class SweepProgress:
             if name in self.pool:
                 self._finish(display, name)
                 continue
+            if name in self._failed:
+                continue
+            # Two more requests a run are too many for a remote pool; its failures are told at the end.
+            if self.pool.local and (failure := self.pool.failure(name)) and self._is_new(failure):
+                self._fail(display, name, failure)
+                continue
             state = self.pool.progress(name)
             if state and state["total"]:
                 partial += state["step"] / state["total"]
                 if name not in self._bars:
-                    self._bars[name] = display.add_task(f"  {self.labels[name]}", total=state["total"], left="")
+                    self._bars[name] = display.add_task(f"  {escape(self.labels[name])}", total=state["total"], left="")
                 display.update(self._bars[name], completed=state["step"], total=state["total"])
+        self._share = (len(self._done) + len(self._failed) + partial) / max(1, len(self.names))
+        display.update(main, completed=self.found + len(self._done), left=self._left())
+
+    def _left(self) -> str:
+        """Say how long the rest takes, at the pace so far; however many runs go on at once is in that pace."""
+        if not 0.02 < self._share < 1:
+            return ""
         elapsed = time.monotonic() - self._began
-        share = (len(self._done) + partial) / max(1, len(self.names))
-        left = f"about {_minutes(elapsed * (1 - share) / share)} left" if share > 0.02 else ""
-        display.update(main, completed=self.found + len(self._done), left=left if share < 1 else "")
+        return f"about {_minutes(elapsed * (1 - self._share) / self._share)} left"
+
+    def _is_new(self, failure: Failure) -> bool:
+        return datetime.fromisoformat(failure.created) >= self._since
+
+    def _fail(self, display: Progress, name: str, failure: Failure) -> None:
+        self._failed.add(name)
+        if name in self._bars:
+            display.remove_task(self._bars.pop(name))
+        why = failure.error.strip().splitlines()[0] if failure.error.strip() else "it left no reason"
+        display.console.print(f"[red]failed[/] {name[:8]}  {escape(self.labels[name])}  {escape(why)}", highlight=False)
 
     def _finish(self, display: Progress, name: str) -> None:
         self._done.add(name)
+        self._failed.discard(name)
         if name in self._bars:
             display.remove_task(self._bars.pop(name))
         record = self.pool.ingredient(name)
         total = len(self.names) + self.found
+        # Also in a log file, where no live display is drawn, each line tells how long the rest takes.
+        self._share = max(self._share, (len(self._done) + len(self._failed)) / len(self.names))
+        left = f"  {rest}" if (rest := self._left()) else ""
         display.console.print(
             f"[{self.found + len(self._done)}/{total}] {record.short}  {self.describe(record)}  "
-            f"{self.labels[name]}  {record.durations.get('total', 0):.0f} s",
+            f"{escape(self.labels[name])}  {record.durations.get('total', 0):.0f} s{left}",
             highlight=False,
         )
 

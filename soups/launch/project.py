@@ -34,6 +34,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from soups.errors import ConfigError, SoupError, WeightsError, did_you_mean
 from soups.launch.fits import Evaluation, Fit, finished_weights, fits_go_to, monitor_of
+from soups.launch.progress import ReportProgress
 from soups.launch.settings import LAYOUT, RunError, UserError, launched_outside, versions
 from soups.launch.training import layout
 from soups.seeding import derive_seed
@@ -262,6 +263,7 @@ def make_ingredient(function: Callable[[DictConfig], Any], config: DictConfig, p
         fit.check()
         fit.initial_weights()  # makes layers that come late
         _give(fit, shared[1])
+        cast(Any, fit.trainer).callbacks.append(ReportProgress(pool, project.fingerprint))
         began = time.perf_counter()
         fit.run()
         if fit.trainer.interrupted:

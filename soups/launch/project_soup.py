@@ -17,13 +17,15 @@ from soups.errors import ConfigError, StorageError, did_you_mean
 from soups.launch.fits import Evaluation, Fit
 from soups.launch.project import Project, belongs, check_metric
 from soups.launch.settings import versions
-from soups.recipes import Candidate, Soup, greedy, uniform
+from soups.recipes import RECIPES, Candidate, Soup, greedy, needs_of, options_of, uniform
+from soups.reporting.report import soup_name
 from soups.stores import read_safetensors, write_safetensors
 from soups.stores.files import fingerprint, replacing_folder, write_json
 from soups.stores.pool import Ingredient, Pool
 from soups.weights import Weights, hash_weights
 
-RECIPES = ("greedy", "uniform")
+# Recipes that need no more than a score, and the start; the validation loop of a program gives no logits or gradients.
+SCORED = tuple(name for name, recipe in RECIPES.items() if needs_of(recipe) <= {"start", "on_step"})
 
 
 class ProjectRow(BaseModel):
@@ -72,15 +74,19 @@ def cook_project(project: Project, options: Mapping[str, Any], fit: Fit, output:
         WeightsError: ingredients that do not belong together.
     """
     recipe = str(options["recipe"])
-    if recipe not in RECIPES:
-        raise ConfigError(f"soup.recipe={recipe} is not for programs of your own yet: {did_you_mean(recipe, RECIPES)}")
+    if recipe not in SCORED:
+        raise ConfigError(
+            f"soup.recipe={recipe} is not for programs of your own: their validation loop gives a score alone. "
+            f"{did_you_mean(recipe, SCORED)}"
+        )
     pool = Pool(project.pool)
     members = belongs(project, pool, str(options["foreign"]), [str(name) for name in options["exclude"]])
-    monitor = check_metric(members[0].metrics["heldout"], project.monitor)
+    (monitor,) = {check_metric(member.metrics["heldout"], project.monitor) for member in members}
+    chosen_options = {key: options[key] for key in options_of(RECIPES[recipe]) if key in options}
     name = fingerprint(
         {
-            "recipe": recipe,
-            "ties": options["ties"],
+            "recipe": {"recipe": recipe, **chosen_options},
+            "start": project.start,
             "monitor": [monitor, project.mode],
             "ingredients": sorted(member.weights for member in members),
         }
@@ -107,19 +113,23 @@ def cook_project(project: Project, options: Mapping[str, Any], fit: Fit, output:
         for record in members
     ]
     began = time.perf_counter()
+    found = pool.start(project.start)
+    assert found is not None
+    _, start = found
     soups: dict[str, Soup] = {
         "uniform": uniform(candidates, score),
-        "greedy": greedy(candidates, score, options["ties"]),
+        "greedy": greedy(candidates, score, chosen_options.get("ties", "paper")),
     }
+    if recipe not in soups:
+        origin = {"start": Candidate("start", math.nan, lambda: start)} if "start" in needs_of(RECIPES[recipe]) else {}
+        soups[recipe] = RECIPES[recipe](candidates, score, **origin, **chosen_options)
     searched = time.perf_counter()
     order = sorted(members, key=lambda record: (-sign * record.heldout(monitor), record.fingerprint))
     best = pool.weights(order[0].fingerprint)
-    start = pool.start(project.start)
-    assert start is not None
-    chosen = {"start": start[1], "best single": best, **{f"{key} soup": soup.weights for key, soup in soups.items()}}
+    chosen = {"start": start, "best single": best, **{soup_name(key): soup.weights for key, soup in soups.items()}}
     notes = {
         "best single": order[0].short,
-        **{f"{key} soup": f"{len(soup.members)} averaged" for key, soup in soups.items()},
+        **{soup_name(key): f"{len(soup.members)} averaged" for key, soup in soups.items()},
     }
     average = {
         key: math.fsum(record.metrics["heldout"][key] for record in members) / len(members)
@@ -198,18 +208,20 @@ def show(report: ProjectReport, folder: Path, console: Console) -> None:
     """Print the closing table and where the soup is."""
     tested = sorted({key for row in report.rows for key in row.test})
     others = [key for key in report.rows[0].heldout if key != report.monitor]
-    table = Table("model", title=f"{report.recipe} soup by {report.monitor} ({report.mode})")
+    table = Table("model", title=f"{soup_name(report.recipe)} by {report.monitor} ({report.mode})")
     for column in (report.monitor, *others, *tested, "note"):
         table.add_column(column, justify="left" if column == "note" else "right")
     for row in report.rows:
         numbers = [row.heldout.get(key) for key in (report.monitor, *others)] + [row.test.get(key) for key in tested]
-        style = "bold" if row.name == f"{report.recipe} soup" else ""
+        style = "bold" if row.name == soup_name(report.recipe) else ""
         table.add_row(
             row.name, *("" if number is None else f"{number:.4f}" for number in numbers), row.note, style=style
         )  # fmt: skip
     console.print()
     console.print(table)
-    console.print(f"The {report.recipe} soup averages {len(report.members)} of {len(report.ingredients)} ingredients.")
+    console.print(
+        f"The {soup_name(report.recipe)} averages {len(report.members)} of {len(report.ingredients)} ingredients."
+    )
     console.print(f"[bold]{folder}/[/]  report.json, soup.safetensors", highlight=False)
     console.print(
         f"Load it: module.load_state_dict(safetensors.torch.load_file('{folder}/soup.safetensors'))", highlight=False

@@ -33,11 +33,12 @@ from soups.launch.settings import (
     is_first_process,
     launched_outside,
     open_pool,
+    refuse_sweeps_in_ranks,
     resolve,
     versions,
 )
 from soups.protocols import Node, Operation, Plan, execute, in_sequence, perform
-from soups.reporting import draw_page, page_tables
+from soups.reporting import draw_page, page_tables, write_html
 from soups.reporting.page import Page
 from soups.stores.files import fingerprint
 from soups.stores.pool import Failure, Ingredient, Pool
@@ -160,6 +161,7 @@ def run_protocol(
     """
     quiet()
     try:
+        refuse_sweeps_in_ranks()
         fixed, swept, _ = split_arguments(arguments)
         if swept:
             raise ConfigError(
@@ -174,9 +176,10 @@ def run_protocol(
                 Panel("\n".join(f"{name[:8]}  {why}" for name, why in missing.items()), style="red",
                       title=f"{len(missing)} of {len(plan.nodes)} nodes are missing; the same command tries them again")
             )  # fmt: skip
-            if len(missing) == len(plan.nodes) or all(node.fingerprint in missing for node in plan.targets):
-                raise RunError("No target of the plan was reached, so there is nothing to report.")
-        if not missing:
+        lost = sum(node.fingerprint in missing for node in plan.targets)
+        if lost == len(plan.targets):
+            raise RunError("No target of the plan was reached, so there is nothing to report.")
+        if not lost:
             _finish(settings, program, plan)
     except SoupError as error:
         raise UserError(f"\n{error}") from error
@@ -250,6 +253,7 @@ def _finish(settings: Settings, program: Program, plan: Plan) -> None:
     if isinstance(program, Exports):
         program.export(plan, open_pool(settings), folder)
     figures = draw_page(page, folder)
+    write_html(page, folder / "report.html")
     page.save(folder)  # last: a folder with this file is whole
     if not known:
         log_page(

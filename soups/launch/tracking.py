@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from soups.launch.settings import Settings, is_first_process, open_pool
+from soups.launch.settings import Settings, from_elsewhere, is_first_process, open_pool
 from soups.reporting import Report, differences, flatten, plain_rows
 from soups.stores.pool import Ingredient
 from soups.tracking import finish_ingredient, group_name, log_soup, require_wandb, start_run
@@ -55,10 +55,11 @@ def track_soup(settings: Settings, report: Report, folder: Path) -> None:
     """Log a finished soup with its tables, figures, page and lineage, if tracking is on."""
     if not require_wandb(str(settings["tracking"]["mode"])):
         return
-    pool = open_pool(settings)
-    tried = [pool.ingredient(name) for name in report.ingredients if name in pool]
-    soup = next(row for row in report.rows if row.name == f"{report.recipe.replace('_', ' ')} soup")
-    best = report.row("best single")
+    tried: list[Ingredient] = []
+    if not from_elsewhere(settings):
+        pool = open_pool(settings)
+        tried = [pool.ingredient(name) for name in report.ingredients if name in pool]
+    soup, best = report.row(report.soup), report.row("best single")
     has_ood = len(report.splits) > 2
     summary = {f"{split}/accuracy": value for split, value in soup.accuracy.items()}
     summary |= {f"{split}/loss": value for split, value in soup.loss.items()}

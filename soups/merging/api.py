@@ -249,6 +249,11 @@ def check_output(target: str, stores: Sequence[Store]) -> None:
                 )
 
 
+def _opened(place: Place, stack: ExitStack) -> Store:
+    """Open a place until the stack ends; a store that the caller opened stays open."""
+    return place if isinstance(place, Store) else stack.enter_context(open_store(place))
+
+
 def merge(
     method: Methods,
     models: Sequence[Place],
@@ -293,8 +298,8 @@ def merge(
     tensor([2., 4.])
     """
     with ExitStack() as stack:
-        stores = [stack.enter_context(open_store(place)) for place in models]
-        start = stack.enter_context(open_store(base)) if base is not None else None
+        stores = [_opened(place, stack) for place in models]
+        start = _opened(base, stack) if base is not None else None
         plan = plan_merge(method, stores, start, dtype=dtype)
         folder = is_folder_of(start or stores[0])
         metadata = {"soups.merge": json.dumps({"method": repr(method), "models": [store.location for store in stores]})}

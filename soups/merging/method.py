@@ -44,17 +44,13 @@ class Method(ABC):
         """Look at one tensor of every model before `combine`; called for scope row or tensor. The answer is passed on."""
         return None
 
-    def observe_all(self, operands: Sequence[Operands], map: Map) -> Any:
-        """Look at every tensor of every model before any `combine`; called for scope model, once."""
-        raise NotImplementedError
-
     @abstractmethod
     def combine(self, chunk: Chunk, seen: Any) -> Tensor:
         """Return the merged chunk, flat, in the compute dtype.
 
         Args:
             chunk: one stretch of every model.
-            seen: what `observe` or `observe_all` returned.
+            seen: what `observe`, or a `WholeModelMethod`'s `observe_all`, returned.
         """
 
     def check(self, models: int, *, has_base: bool, name: str) -> None:
@@ -74,6 +70,14 @@ class Method(ABC):
             raise ConfigError(f"{name} needs {range_} models besides the base; there are {models}.")
 
 
+class WholeModelMethod(Method):
+    """A method that looks at whole models, if its scope is "model"."""
+
+    @abstractmethod
+    def observe_all(self, operands: Sequence[Operands], map: Map) -> Any:
+        """Look at every tensor of every model before any `combine`; called once."""
+
+
 def per_model(value: float | Sequence[float], count: int, what: str = "weight") -> list[float]:
     """Return one number a model from one number for all, or from one for each.
 
@@ -88,6 +92,23 @@ def per_model(value: float | Sequence[float], count: int, what: str = "weight") 
     if len(value) != count:
         raise ConfigError(f"{what} has {len(value)} values for {count} models; give one for all, or one for each.")
     return [float(item) for item in value]
+
+
+def one_of(value: float | Sequence[float], model: int, *, share: str | None = None) -> float:
+    """Return a model's number from one number for all, or from one for each.
+
+    Args:
+        value: the number or numbers.
+        model: which.
+        share: what to call it if it must lie between 0 and 1.
+
+    Raises:
+        ConfigError: it must and does not.
+    """
+    found = value if isinstance(value, int | float) else value[model]
+    if share and not 0 <= found <= 1:
+        raise ConfigError(f"{share}={found} is not between 0 and 1, the share of a task vector to keep.")
+    return found
 
 
 def as_mask(condition: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,8 @@
 """Random numbers keyed by (seed, tensor, model, element): the same for an element wherever the chunk begins.
 
-Philox (Salmon et al., SC 2011) is a function of a key and a counter, so the numbers of elements `start:stop` are had
-without drawing those before. One counter step gives sixteen 16-bit numbers; a probability is rounded to a multiple of 2⁻¹⁶, and who
-divides by it divides by the rounded one, so that expectations are exact.
+NumPy's PCG64DXSM (O'Neill, HMC-CS-2014-0905) can jump, so the numbers of elements `start:stop` are had without drawing those
+before. One step gives four 16-bit numbers; a probability is rounded to a multiple of 2⁻¹⁶, and who divides by it divides by
+the rounded one, so that expectations are exact.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from soups.seeding import derive_seed
 
-_PER_STEP = 16
+_PER_STEP = 4
 _SCALE = 1 << 16
 
 
@@ -25,7 +25,8 @@ def random_bits(seed: int, key: str, model: int, start: int, count: int) -> np.n
     True
     """
     first, skip = divmod(start, _PER_STEP)
-    bits = np.random.Philox(key=derive_seed(seed, "noise", key, model), counter=first)
+    bits = np.random.PCG64DXSM(derive_seed(seed, "noise", key, model))
+    bits.advance(first)
     words = bits.random_raw((skip + count + 3) // 4)
     return words.astype("<u8", copy=False).view(np.uint16)[skip : skip + count]
 

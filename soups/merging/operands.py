@@ -7,7 +7,6 @@ that need those. Whoever sums over a tensor sums block by block in order; this i
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from typing import Literal, NamedTuple
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from soups.errors import WeightsError
+from soups.merging.buffers import buffer
 from soups.stores.store import Store
 
 BLOCK = 16_384
@@ -42,6 +42,7 @@ class Chunk:
         read: gives model i's stretch (the base's for −1), flat, in the compute dtype, in memory of its own or, if told so, in
             memory that the next such call uses again.
         has_base: whether there is a base model.
+        deltas: the task vectors, where they are there already.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class Chunk:
         read: Callable[[int, bool], Tensor],
         *,
         has_base: bool,
+        deltas: list[Tensor] | None = None,
     ) -> None:
         self.key, self.start, self.shape = key, start, shape
         self.count, self._read, self._has_base = count, read, has_base
+        self._deltas = deltas
         self._models: list[Tensor] | None = None
         self._base: Tensor | None = None
 
@@ -84,6 +87,8 @@ class Chunk:
 
     def deltas(self) -> list[Tensor]:
         """Return the task vectors θ_i − θ_0 of this stretch, flat."""
+        if self._deltas is not None:
+            return self._deltas
         base = self.base
         if base is None:
             raise WeightsError(f"{self.key!r}: task vectors need a base model.")
@@ -94,19 +99,10 @@ class Chunk:
         return self.deltas() if self._has_base else self.models
 
 
-# Memory that a thread uses for every chunk: fresh memory would cost a page fault for each 4 KiB of it.
-_buffers = threading.local()
+# Chunks of more elements than this are rare, and get memory of their own.
 _LARGEST_BUFFER = 1 << 20
-
-
-def _buffer(slot: int | str, dtype: torch.dtype, count: int) -> Tensor:
-    if count > _LARGEST_BUFFER:
-        return torch.empty(count, dtype=dtype)
-    kept: dict[tuple[int | str, torch.dtype], Tensor] = _buffers.__dict__.setdefault("kept", {})
-    found = kept.get((slot, dtype))
-    if found is None or found.numel() < count:
-        found = kept[slot, dtype] = torch.empty(count, dtype=dtype)
-    return found[:count]
+# The system is told what comes next once in so many chunks: each hint costs a walk through its page cache.
+_HINT_CHUNKS = 8
 
 
 class Operands:
@@ -122,7 +118,11 @@ class Operands:
         dtype: the dtype to compute in.
         device: where to compute.
         room: elements that a look at the tensor may hold, four bytes each; more must be streamed.
+        holding: bytes that the tensor's task vectors may take, so that they are read and transformed once.
     """
+
+    held = False
+    """Whether the task vectors are in memory, so that what `observe` does to them stays done."""
 
     def __init__(
         self,
@@ -136,6 +136,7 @@ class Operands:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         room: int = 0,
+        holding: int = 0,
     ) -> None:
         self.key = key
         self.shape = shape
@@ -145,6 +146,7 @@ class Operands:
         self.dtype = dtype
         self.device = torch.device(device)
         self.room = room
+        self.holding = holding
         self.numel = math.prod(shape)
         width = shape[-1] if len(shape) > 1 else max(1, self.numel)
         # Chunks are whole blocks, and who sums does so block by block: the cuts then leave no trace.
@@ -178,19 +180,69 @@ class Operands:
         other.models = tuple(models)
         return other
 
+    def hold(self) -> list[HeldOperands] | None:
+        """Read the task vectors whole, if there is room for them; they hold until the thread holds another tensor's."""
+        if self.base is None or len(self.models) * self.numel * self.dtype.itemsize > self.holding:
+            return None
+        fresh = self.device.type != "cpu"
+        held = [
+            torch.empty(self.numel, dtype=self.dtype, device=self.device)
+            if fresh
+            else buffer(f"held {model}", self.dtype, self.numel)
+            for model in range(len(self.models))
+        ]
+        for chunk in self:
+            base, start = chunk.base, chunk.start
+            assert base is not None
+            for whole, model in zip(held, chunk.each(), strict=True):
+                torch.sub(model, base, out=whole[start : start + base.numel()])
+        return [HeldOperands(self.only(model), whole) for model, whole in enumerate(held)]
+
     def _read(self, source: Source, start: int, stop: int, slot: int) -> Tensor:
         store, key = source
-        raw = store.read_flat(key, start, stop, _buffer("raw", store.meta(key).dtype, stop - start))
-        if stop < self.numel:
-            store.will_need(key, stop, min(stop + self.step, self.numel))
+        small = stop - start <= _LARGEST_BUFFER
+        dtype = store.meta(key).dtype
+        raw = store.read_flat(key, start, stop, buffer("raw", dtype, stop - start) if small else None)
+        if stop < self.numel and start // self.step % _HINT_CHUNKS == 0:
+            store.will_need(key, stop, min(stop + _HINT_CHUNKS * self.step, self.numel))
         # A copy even where the dtype fits: weights in memory are never touched.
-        if self.device.type != "cpu" or stop - start > _LARGEST_BUFFER:
+        if self.device.type != "cpu" or not small:
             return raw.to(self.device, self.dtype, copy=True)
-        return _buffer(slot, self.dtype, stop - start).copy_(raw)
+        return buffer(slot, self.dtype, stop - start).copy_(raw)
 
     def __iter__(self) -> Iterator[Chunk]:
         for start, stop in self.spans():
             yield self.at(start, stop)
+
+
+class HeldOperands(Operands):
+    """One model's tensor whose task vector is in memory. Chunks are views of it.
+
+    Args:
+        like: how it is visited.
+        delta: the whole task vector, flat.
+    """
+
+    held = True
+
+    def __init__(self, like: Operands, delta: Tensor) -> None:
+        self.__dict__.update(like.__dict__)
+        self.delta = delta
+
+    def at(self, start: int, stop: int) -> Chunk:
+        """Return one chunk."""
+
+        def read(model: int, shared: bool) -> Tensor:
+            raise AssertionError(f"model {model} of {self.key!r} is held as a task vector")
+
+        return Chunk(self.key, start, self.shape, 1, read, has_base=True, deltas=[self.delta[start:stop]])
+
+
+def absolute(values: Tensor) -> Tensor:
+    """Return |x| of a chunk in memory that the next call uses again."""
+    if values.device.type != "cpu" or values.numel() > _LARGEST_BUFFER:
+        return values.abs()
+    return torch.abs(values, out=buffer("absolute", values.dtype, values.numel()))
 
 
 class BlockSum:
@@ -211,11 +263,18 @@ class BlockSum:
 
     def add(self, values: Tensor) -> None:
         """Add a chunk's values; all chunks but the last have a multiple of `block` elements."""
-        self._parts.extend(float(block.sum(dtype=torch.float64)) for block in values.split(self._block))
+        self._add(values, torch.float64)
 
     def add_magnitudes(self, values: Tensor) -> None:
         """Add the absolute values of a chunk; within a block in the chunk's own dtype, which is enough for a ratio."""
-        self._parts.extend(float(block.sum()) for block in values.abs().split(self._block))
+        self._add(absolute(values), values.dtype)
+
+    def _add(self, values: Tensor, dtype: torch.dtype) -> None:
+        whole = values.numel() // self._block * self._block
+        if whole:
+            self._parts.extend(values[:whole].view(-1, self._block).sum(1, dtype=dtype).tolist())
+        if whole < values.numel():
+            self._parts.append(float(values[whole:].sum(dtype=dtype)))
 
     def value(self) -> float:
         """Return the sum of everything that was added."""

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
+from soups.merging.buffers import buffer
+
 Stream = Callable[[], Iterable[Tensor]]
 """Gives the same chunks of non-negative floats, in the same order, each time it is called."""
 
@@ -103,6 +105,60 @@ def kth_largest(streams: Sequence[Stream], ranks: Sequence[int], *, dtype: torch
     return [threshold for threshold, _, _ in _select(streams, ranks, dtype, map)]
 
 
+def _digit(counts: Tensor, rank: int) -> tuple[int, int, int]:
+    """Return the bin of the `rank`-th largest, its rank in there, and how many are in there."""
+    larger = counts.flip(0).cumsum(0)
+    place = int(torch.searchsorted(larger, rank))
+    digit = _BINS - 1 - place
+    return digit, rank - (int(larger[place - 1]) if place else 0), int(counts[digit])
+
+
+def kth_of_each(
+    parts: Callable[[Any], Sequence[Tensor]],
+    items: Sequence[Any],
+    rank: Callable[[int], int],
+    *,
+    count: int,
+    dtype: torch.dtype,
+    map: Map = map,
+) -> list[float]:
+    """Return the k-th largest of several collections, when one look at an item gives a part of each of them.
+
+    Args:
+        parts: gives, for an item, one flat tensor of non-negative numbers a collection.
+        items: looked at twice (four times in float64), through `map`.
+        rank: k, given how many numbers a collection has.
+        count: how many collections.
+        dtype: of the numbers, float32 or float64.
+        map: how to visit the items.
+
+    >>> halves = [torch.tensor([3.0, 1.0]), torch.tensor([2.0, 5.0])]
+    >>> kth_of_each(lambda half: [half, half + 1], halves, lambda total: total - 1, count=2, dtype=torch.float32)
+    [2.0, 3.0]
+    """
+    total_bits = 32 if dtype == torch.float32 else 64
+    prefixes: list[int | None] = [None] * count
+    ranks = [0] * count
+    for shift in range(total_bits - _LOW_BITS, -1, -_LOW_BITS):
+
+        def look(item: Any, shift: int = shift) -> list[Tensor]:
+            return [
+                _histogram(lambda part=part: [part], shift, prefix)
+                for part, prefix in zip(parts(item), prefixes, strict=True)
+            ]
+
+        totals = [torch.zeros(_BINS, dtype=torch.int64) for _ in range(count)]
+        for found in map(look, items):
+            for total, counts in zip(totals, found, strict=True):
+                total += counts
+        for number, counts in enumerate(totals):
+            wanted = ranks[number] if prefixes[number] is not None else rank(int(counts.sum()))
+            digit, ranks[number], _ = _digit(counts, wanted)
+            prefixes[number] = (prefixes[number] or 0) << _LOW_BITS | digit
+    patterns = torch.tensor(prefixes, dtype=torch.int32 if dtype == torch.float32 else torch.int64)
+    return [float(value) for value in patterns.view(dtype)]
+
+
 def _select(
     streams: Sequence[Stream], ranks: Sequence[int], dtype: torch.dtype, map: Map
 ) -> list[tuple[float, int, int]]:
@@ -120,12 +176,8 @@ def _select(
             histograms[prefix] = torch.stack(parts).sum(0) if parts else torch.zeros(_BINS, dtype=torch.int64)
         new: list[tuple[int | None, int, int]] = []
         for prefix, rank, _ in state:
-            counts = histograms[prefix]
-            larger = counts.flip(0).cumsum(0)
-            place = int(torch.searchsorted(larger, rank))
-            digit = _BINS - 1 - place
-            above = int(larger[place - 1]) if place else 0
-            new.append(((prefix or 0) << _LOW_BITS | digit, rank - above, int(counts[digit])))
+            digit, rest, equal = _digit(histograms[prefix], rank)
+            new.append(((prefix or 0) << _LOW_BITS | digit, rest, equal))
         state = new
     found: list[tuple[float, int, int]] = []
     for prefix, rank, equal in state:
@@ -155,7 +207,7 @@ def tensor_cut(stream: Stream, ranks: Sequence[int], total: int, *, dtype: torch
     """Return `cut_at` of one tensor, which is held if it has at most `room` elements."""
     if total > room:
         return cut_at([stream], ranks, total, dtype=dtype)
-    return [Cut(cut.threshold) for cut in _held_cuts(stream, ranks, total, dtype)]
+    return held_cut(_gathered(stream, total, dtype), ranks, exact=False)
 
 
 def exact_cut(stream: Stream, ranks: Sequence[int], total: int, *, dtype: torch.dtype, room: int = 0) -> list[Cut]:
@@ -165,7 +217,7 @@ def exact_cut(stream: Stream, ranks: Sequence[int], total: int, *, dtype: torch.
     most `room` elements is held.
     """
     if total <= room:
-        return _held_cuts(stream, ranks, total, dtype)
+        return held_cut(_gathered(stream, total, dtype), ranks, exact=True)
     inner = [rank for rank in ranks if 0 < rank < total]
     found = iter(_select([stream], inner, dtype, map) if inner else [])
     cuts: list[Cut] = []
@@ -178,28 +230,44 @@ def exact_cut(stream: Stream, ranks: Sequence[int], total: int, *, dtype: torch.
     return cuts
 
 
-def _held_cuts(stream: Stream, ranks: Sequence[int], total: int, dtype: torch.dtype) -> list[Cut]:
+def held_cut(values: Tensor, ranks: Sequence[int], *, exact: bool) -> list[Cut]:
+    """Return, for each k in `ranks`, the cut that keeps the k largest magnitudes of a flat tensor on the CPU.
+
+    Args:
+        values: with signs; not changed.
+        ranks: how many to keep.
+        exact: keep exactly k, the earlier of equal ones first, instead of everything that equals the k-th.
+    """
+    total = values.numel()
     if all(rank <= 0 or rank >= total for rank in ranks):
         return [Cut(float("inf") if rank <= 0 else None) for rank in ranks]
-    values = torch.empty(total, dtype=dtype)
-    start = 0
-    for chunk in stream():
-        values[start : start + chunk.numel()] = chunk
-        start += chunk.numel()
-    bits = _bits(values).numpy()
-    ordered = bits.copy()
+    bits = _bits(values)
+    largest = torch.iinfo(bits.dtype).max  # all bits but the sign
+    ordered = torch.bitwise_and(bits, largest, out=buffer("ordered", bits.dtype, total)).numpy()
     cuts: list[Cut] = []
     for rank in ranks:
         if rank <= 0 or rank >= total:
             cuts.append(Cut(float("inf") if rank <= 0 else None))
             continue
-        ordered.partition(total - rank)
+        ordered.partition(total - rank)  # one place at a time: NumPy is several times faster at that
         pattern = ordered[total - rank]
-        quota = rank - int(np.count_nonzero(bits > pattern))
-        ties = bits == pattern
-        last = None if quota == np.count_nonzero(ties) else int(np.flatnonzero(ties)[quota - 1])
-        cuts.append(Cut(float(torch.tensor(pattern).view(values.dtype)), last))
+        threshold, last = float(torch.tensor(pattern).view(values.dtype)), None
+        if exact:
+            # What is larger stands behind its place.
+            quota = rank - int(np.count_nonzero(ordered[total - rank :] > pattern))
+            equal = np.flatnonzero((values.numpy() == threshold) | (values.numpy() == -threshold))
+            last = None if quota == len(equal) else int(equal[quota - 1])
+        cuts.append(Cut(threshold, last))
     return cuts
+
+
+def _gathered(stream: Stream, total: int, dtype: torch.dtype) -> Tensor:
+    values = buffer("values", dtype, total)
+    start = 0
+    for chunk in stream():
+        values[start : start + chunk.numel()] = chunk
+        start += chunk.numel()
+    return values
 
 
 def _place_of_tie(stream: Stream, threshold: float, number: int) -> int:

@@ -11,16 +11,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import relu
 
 from soups.errors import ConfigError
-from soups.merging.method import Method, Scope, as_mask, per_model, weighted_sum
-from soups.merging.operands import BlockSum, Chunk, Operands, Unit
-from soups.merging.selection import Cut, Map, Stream, cut_at, exact_cut, tensor_cut
+from soups.merging.method import Scope, WholeModelMethod, as_mask, one_of, per_model, weighted_sum
+from soups.merging.operands import BlockSum, Chunk, HeldOperands, Operands, Unit, absolute
+from soups.merging.selection import Cut, Map, Stream, cut_at, exact_cut, held_cut, tensor_cut
 
 
 class Transform(ABC):
@@ -37,13 +37,17 @@ class Transform(ABC):
         """Look at one tensor of one model (`operands` holds that model alone)."""
         return None
 
-    def observe_all(self, operands: Sequence[Operands], model: int, map: Map) -> Any:
-        """Look at every tensor of one model; called for scope model."""
-        raise NotImplementedError
-
     @abstractmethod
     def apply(self, delta: Tensor, seen: Any, chunk: Chunk, model: int) -> Tensor:
         """Return the transformed stretch of a task vector; `delta` may be overwritten."""
+
+
+class WholeModelTransform(Transform):
+    """A transform that looks at a whole model, if its scope is "model"."""
+
+    @abstractmethod
+    def observe_all(self, operands: Sequence[Operands], model: int, map: Map) -> Any:
+        """Look at every tensor of one model."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,19 @@ class Keep(Transform):
 
 def magnitudes(operands: Operands) -> Stream:
     """Return the stream of |τ| of the only model in `operands`."""
-    return lambda: (chunk.deltas()[0].abs_() for chunk in operands)
+    return lambda: (absolute(chunk.deltas()[0]) for chunk in operands)
+
+
+def tensor_cuts(operands: Operands, ranks: Sequence[int], *, exact: bool) -> list[Cut]:
+    """Return, for each k in `ranks`, the cut that keeps the k largest |τ| of the only model in `operands`."""
+    if isinstance(operands, HeldOperands) and operands.delta.device.type == "cpu":
+        return held_cut(operands.delta, ranks, exact=exact)
+    select = exact_cut if exact else tensor_cut
+    return select(magnitudes(operands), ranks, operands.numel, dtype=operands.dtype, room=operands.room)
 
 
 @dataclass(frozen=True)
-class Trim(Transform):
+class Trim(WholeModelTransform):
     """Keep the largest magnitudes (TIES, arXiv:2306.01708, section 4, step 1) and set the rest to zero.
 
     Attributes:
@@ -83,16 +95,12 @@ class Trim(Transform):
         return self.within
 
     def _rank(self, model: int, total: int) -> int:
-        density = self.density if isinstance(self.density, int | float) else self.density[model]
-        if not 0 <= density <= 1:
-            raise ConfigError(f"density={density} is not between 0 and 1, the share of a task vector to keep.")
+        density = one_of(self.density, model, share="density")
         return total if density == 1 else max(int(density > 0), int(density * total)) + self.extra
 
     def observe(self, operands: Operands, model: int) -> Cut:
         """Find this tensor's cut."""
-        rank = self._rank(model, operands.numel)
-        select = exact_cut if self.exact else tensor_cut
-        return select(magnitudes(operands), [rank], operands.numel, dtype=operands.dtype, room=operands.room)[0]
+        return tensor_cuts(operands, [self._rank(model, operands.numel)], exact=self.exact)[0]
 
     def observe_all(self, operands: Sequence[Operands], model: int, map: Map) -> Cut:
         """Find the model's cut."""
@@ -135,30 +143,38 @@ class KeepNorm(Transform):
         """A tensor: its norms decide."""
         return "tensor"
 
-    def observe(self, operands: Operands, model: int) -> tuple[Any, float, Tensor | None]:
+    def observe(self, operands: Operands, model: int) -> tuple[Any, float, Masks | None]:
         """Measure the tensor's norm before and after."""
         seen = self.inner.observe(operands, model)
         before, after = BlockSum(operands.block), BlockSum(operands.block)
-        masks: list[Tensor] = []
-        # Every model's mask is held at once, a byte an element; ten models share the room.
-        remember = 10 * operands.numel <= 2 * operands.room
+        # An eighth of a byte an element; every model's masks are held at once.
+        masks: Masks | None = {} if operands.held or operands.numel <= 4 * operands.room else None
         for chunk in operands:
             (delta,) = chunk.deltas()
             before.add_magnitudes(delta)
             left = self.inner.apply(delta, seen, chunk, model)
             after.add_magnitudes(left)
-            if remember:
-                masks.append(left.sign().abs_().to(torch.uint8))
+            if operands.held:
+                if left is not delta:
+                    delta.copy_(left)
+            elif masks is not None:
+                masks[chunk.start] = np.packbits(left.cpu().numpy() != 0)
         total = after.value()
-        ratio = before.value() / total if total > 0 else 1.0
-        return seen, ratio, torch.cat(masks) if masks else None
+        return seen, before.value() / total if total > 0 else 1.0, masks
 
-    def apply(self, delta: Tensor, seen: Any, chunk: Chunk, model: int) -> Tensor:
+    def apply(self, delta: Tensor, seen: tuple[Any, float, Masks | None], chunk: Chunk, model: int) -> Tensor:
         """Transform, then multiply by the ratio."""
-        inner, ratio, mask = seen
-        if mask is None:
+        inner, ratio, masks = seen
+        if masks is None:
             return self.inner.apply(delta, inner, chunk, model).mul_(ratio)
-        return delta.mul_(mask[chunk.start : chunk.start + delta.numel()].to(delta.dtype)).mul_(ratio)
+        if chunk.start in masks:
+            kept = torch.from_numpy(np.unpackbits(masks[chunk.start], count=delta.numel()))
+            delta.mul_(kept.to(delta.device, delta.dtype))
+        return delta.mul_(ratio)
+
+
+Masks = dict[int, "np.ndarray[tuple[int], np.dtype[np.uint8]]"]
+"""Which elements were left, by where a chunk begins, packed; nothing where that was done in place."""
 
 
 @dataclass(frozen=True)
@@ -178,8 +194,22 @@ class Elect:
 Reduce = Literal["sum", "mean", "count"]
 
 
+class Seen(NamedTuple):
+    """What a look at a tensor, or at the model, found.
+
+    Attributes:
+        states: each transform's.
+        majority: the sign that ties between signs get.
+        held: the transformed task vectors, where there was room for them.
+    """
+
+    states: list[Any]
+    majority: float = 1.0
+    held: list[Tensor] | None = None
+
+
 @dataclass(frozen=True)
-class TaskVectors(Method):
+class TaskVectors(WholeModelMethod):
     """θ_0 + λ · reduce(consensus(transform(τ_t))).
 
     Attributes:
@@ -209,46 +239,62 @@ class TaskVectors(Method):
         majority = self.consensus is not None and self.consensus.zero == "majority"
         return "model" if majority else self.transform.scope
 
-    def observe(self, operands: Operands) -> Any:
-        """Look at each model's tensor by itself."""
-        return [self.transform.observe(operands.only(i), i) for i in range(len(operands.models))], 1.0
+    def observe(self, operands: Operands) -> Seen:
+        """Look at each model's tensor by itself, and transform it at once where there is room to keep it."""
+        held = operands.hold()
+        if held is None:
+            return Seen([self.transform.observe(operands.only(i), i) for i in range(len(operands.models))])
+        for model, one in enumerate(held):
+            state = self.transform.observe(one, model)
+            for chunk in one:
+                (delta,) = chunk.deltas()
+                tau = self.transform.apply(delta, state, chunk, model)
+                if tau is not delta:
+                    delta.copy_(tau)
+        return Seen([], held=[one.delta for one in held])
 
-    def observe_all(self, operands: Sequence[Operands], map: Map) -> Any:
+    def observe_all(self, operands: Sequence[Operands], map: Map) -> Seen:
         """Look at each model by itself, then at the signs' majority where it is asked for."""
-        count = len(operands[0].models)
-        if self.transform.scope == "model":
-            seen = [self.transform.observe_all([one.only(i) for one in operands], i, map) for i in range(count)]
-        else:
+        transform = self.transform
+        if not isinstance(transform, WholeModelTransform) or transform.scope != "model":
             raise ConfigError("A majority over the model needs a transform of scope model; use zero='plus' or 'none'.")
+        count = len(operands[0].models)
+        seen = Seen([transform.observe_all([one.only(i) for one in operands], i, map) for i in range(count)])
         if self.consensus is None or self.consensus.zero != "majority":
-            return seen, 1.0
+            return seen
         total = sum(map(lambda one: sum(int(torch.sign(self._vote(c, seen)[1]).sum()) for c in one), operands))
-        return seen, 1.0 if total > 0 else -1.0
+        return seen._replace(majority=1.0 if total > 0 else -1.0)
 
-    def _transformed(self, chunk: Chunk, seen: Sequence[Any]) -> list[Tensor]:
-        return [self.transform.apply(delta, seen[i], chunk, i) for i, delta in enumerate(chunk.deltas())]
+    def _transformed(self, chunk: Chunk, seen: Seen | None) -> list[Tensor]:
+        if seen is not None and seen.held is not None:
+            assert chunk.base is not None
+            stop = chunk.start + chunk.base.numel()
+            return [tau[chunk.start : stop] for tau in seen.held]
+        states = seen.states if seen is not None else [None] * chunk.count
+        return [self.transform.apply(delta, states[i], chunk, i) for i, delta in enumerate(chunk.deltas())]
 
-    def _vote(self, chunk: Chunk, seen: Sequence[Any]) -> tuple[list[Tensor], Tensor]:
+    def _vote(self, chunk: Chunk, seen: Seen | None) -> tuple[list[Tensor], Tensor]:
         """Return the transformed task vectors, weighted if weights vote, and the sum that decides the sign."""
         taus = self._transformed(chunk, seen)
         if self.consensus is not None and self.consensus.weighted:
-            taus = [tau * w for tau, w in zip(taus, per_model(self.weight, len(taus)), strict=True)]
+            for tau, weight in zip(taus, per_model(self.weight, len(taus)), strict=True):
+                if weight != 1:
+                    tau.mul_(weight)
         vote = taus[0].clone()
         for tau in taus[1:]:
             vote += tau
         return taus, vote
 
-    def combine(self, chunk: Chunk, seen: Any) -> Tensor:
+    def combine(self, chunk: Chunk, seen: Seen | None) -> Tensor:
         """Return the merged chunk."""
-        assert chunk.base is not None
-        states, majority = seen if seen is not None else ([None] * chunk.count, 1.0)
         weights = per_model(self.weight, chunk.count)
         if self.consensus is None:
-            merged = self._plain(self._transformed(chunk, states), weights)
+            merged = self._plain(self._transformed(chunk, seen), weights)
         else:
-            merged = self._agreed(*self._vote(chunk, states), weights, majority)
+            merged = self._agreed(*self._vote(chunk, seen), weights, seen.majority if seen is not None else 1.0)
         if self.scale != 1:
             merged.mul_(self.scale)
+        assert chunk.base is not None
         return merged.add_(chunk.base)
 
     def _plain(self, taus: list[Tensor], weights: list[float]) -> Tensor:
@@ -273,7 +319,7 @@ class TaskVectors(Method):
         total, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
         for tau, factor, weight in zip(taus, factors, weights, strict=True):
             # |τ| where it has the elected sign, 0 elsewhere: multiplying by ±1 and by 0 is exact.
-            agreeing = relu(tau.mul_(sign))
+            agreeing = tau.mul_(sign).relu_()
             if self.reduce != "sum":
                 there = agreeing.sign()
                 divisor += there if self.reduce == "count" else there.mul_(weight)
@@ -285,3 +331,31 @@ class TaskVectors(Method):
             nobody = as_mask(divisor.abs() < 1e-8, divisor.dtype)
             total.div_(divisor.mul_(1 - nobody).add_(nobody))
         return total
+
+
+def mergekit_form(
+    transform: Transform,
+    *,
+    weight: float | tuple[float, ...],
+    scale: float,
+    normalize: bool,
+    rescale: bool,
+    elect: bool,
+) -> TaskVectors:
+    """Return what mergekit makes of a transform, in all methods of its task arithmetic.
+
+    Args:
+        transform: what is done to each task vector.
+        weight: one for all models or one for each; they vote.
+        scale: mergekit's `lambda`.
+        normalize: divide by the sum of the weights, of those that agree if there is an election.
+        rescale: restore each task vector's L1 norm, tensor by tensor.
+        elect: elect signs, plus where the sum is zero.
+    """
+    return TaskVectors(
+        KeepNorm(transform) if rescale else transform,
+        weight,
+        Elect(weighted=True, zero="plus") if elect else None,
+        "mean" if normalize else "sum",
+        scale,
+    )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from soups.errors import ConfigError, WeightsError
-from soups.merging.method import Method
+from soups.merging.method import Method, WholeModelMethod
 from soups.merging.operands import BLOCK, Chunk, Operands, Source
 from soups.stores.store import TensorMeta
 
@@ -135,14 +135,16 @@ def run(
             chunk=size,
             dtype=dtype,
             device=device,
-            room=0 if chunk else budget // (threads * _HELD_BYTES),
+            # One half for task vectors that stay, one for what a look at a tensor holds.
+            room=0 if chunk else budget // (2 * threads * _HELD_BYTES),
+            holding=0 if chunk else budget // (2 * threads),
         )
 
     with _one_thread_each(), _pool(threads) as (pool, stopped):
         seen_all: dict[int, Any] = {}
-        wide: dict[int, tuple[Method, list[Operands]]] = {}
+        wide: dict[int, tuple[WholeModelMethod, list[Operands]]] = {}
         for job in jobs:
-            if job.method is not None and job.method.scope == "model":
+            if isinstance(job.method, WholeModelMethod) and job.method.scope == "model":
                 wide.setdefault(id(job.method), (job.method, []))[1].append(operands(job, job.method))
         needed = {id(job.method) for job in jobs if job.key not in finished}
         for method, everything in wide.values():

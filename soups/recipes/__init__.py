@@ -10,6 +10,7 @@ from soups.recipes.greedy_removal import greedy_removal as greedy_removal
 from soups.recipes.greedy_weights import greedy_weights as greedy_weights
 from soups.recipes.interpolation import interpolation as interpolation
 from soups.recipes.learned import learned as learned
+from soups.recipes.merge import merge as merge
 from soups.recipes.recipe import Candidate as Candidate
 from soups.recipes.recipe import Gradient as Gradient
 from soups.recipes.recipe import Point as Point
@@ -17,6 +18,7 @@ from soups.recipes.recipe import Score as Score
 from soups.recipes.recipe import Slope as Slope
 from soups.recipes.recipe import Soup as Soup
 from soups.recipes.recipe import Step as Step
+from soups.recipes.recipe import is_required as is_required
 from soups.recipes.recipe import needs_of as needs_of
 from soups.recipes.recipe import options_of as options_of
 from soups.recipes.top_k import top_k as top_k
@@ -34,5 +36,6 @@ RECIPES: dict[str, Callable[..., Soup]] = {
     "wise_ft": wise_ft,
     "bcwi": bcwi,
     "interpolation": interpolation,
+    "merge": merge,
 }
 """Every recipe by name: its module, its configuration `conf/soup/NAME.yaml`, its row in the README."""

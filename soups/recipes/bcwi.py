@@ -54,9 +54,7 @@ def bcwi(
         soups.errors.WeightsError: old and new do not fit each other.
     """
     check_choice("form", form, FORMS)
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise ConfigError(f"alpha={alpha} must be between 0 (the new model) and 1 (the old one).")
-    positions = sorted({*grid(points), *([alpha] if alpha is not None else [])})
+    positions = grid(points, alpha)
     best = ranked(candidates)[0]
     old = start.load()
     if form == "soup":

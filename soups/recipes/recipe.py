@@ -8,13 +8,14 @@ pools, Hydra or Lightning.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from soups.errors import ConfigError, did_you_mean
+from soups.evaluation.gradients import Slope as Slope
 from soups.stores import DictStore, Store
 from soups.weights import RunningSum, Weights
 
@@ -50,21 +51,6 @@ class Judge(Protocol):
     def decide(self, weights: Weights, to_reach: float, ties: Ties) -> Trial:
         """Return the decision on some weights; `to_reach` is the last kept one's score, -inf at the start."""
         ...
-
-
-class Slope(NamedTuple):
-    """A loss and its derivatives.
-
-    Attributes:
-        loss: of a batch, in nats.
-        by_tensor: the gradient by each trainable tensor, a tied one under one of its names; others (BatchNorm's
-            statistics) are left out.
-        by_beta: the derivative by the factor on the logits.
-    """
-
-    loss: float
-    by_tensor: Mapping[str, Tensor]
-    by_beta: float
 
 
 class Gradient(Protocol):
@@ -141,6 +127,7 @@ class Soup:
         path: the points of a searched path, in the order of their positions.
         path_label: what the position on the path is.
         details: further findings by name.
+        note: how it was made, in a few words for the table.
     """
 
     weights: dict[str, Tensor]
@@ -152,6 +139,7 @@ class Soup:
     path: list[Point] = field(default_factory=list[Point])
     path_label: str = ""
     details: dict[str, Any] = field(default_factory=dict[str, Any])
+    note: str = ""
 
 
 def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -208,18 +196,21 @@ def line(first: Weights, second: Weights, share: float, *, where: str = "the oth
     return total.mean()
 
 
-def grid(points: int) -> list[float]:
-    """Return `points` positions from 0 to 1, evenly spaced and rounded to what they are meant to be.
+def grid(points: int, alpha: float | None = None) -> list[float]:
+    """Return `points` positions from 0 to 1, evenly spaced and rounded to what they are meant to be, and `alpha`.
 
-    >>> grid(6)
-    [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    >>> grid(6), grid(3, 0.3)
+    ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [0.0, 0.3, 0.5, 1.0])
 
     Raises:
-        ConfigError: fewer than 2.
+        ConfigError: fewer than 2, or an alpha outside [0, 1].
     """
     if points < 2:
         raise ConfigError(f"A path needs at least 2 points, not {points}.")
-    return [round(number / (points - 1), 12) for number in range(points)]
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise ConfigError(f"alpha={alpha} must be between 0 and 1, the ends of the path.")
+    even = {round(number / (points - 1), 12) for number in range(points)}
+    return sorted(even if alpha is None else even | {float(alpha)})
 
 
 # Parameters that are no options of a recipe: what it is given to work with.
@@ -240,3 +231,8 @@ def options_of(recipe: Callable[..., Soup]) -> dict[str, Any]:
 def needs_of(recipe: Callable[..., Soup]) -> set[str]:
     """Return what a recipe takes besides candidates and score, options apart."""
     return {name for name in inspect.signature(recipe).parameters if name in GIVEN[2:]}
+
+
+def is_required(recipe: Callable[..., Soup], name: str) -> bool:
+    """Tell whether a recipe cannot do without one of its parameters."""
+    return inspect.signature(recipe).parameters[name].default is inspect.Parameter.empty

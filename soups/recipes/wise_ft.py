@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from soups.errors import ConfigError
 from soups.recipes.greedy import greedy
 from soups.recipes.recipe import Candidate, Point, Score, Soup, check_choice, grid, line, ranked
 from soups.recipes.uniform import uniform
@@ -40,9 +39,7 @@ def wise_ft(
         soups.errors.WeightsError: the start and the ingredients do not fit each other.
     """
     check_choice("end", end, ENDS)
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise ConfigError(f"alpha={alpha} must be between 0 (the start) and 1 (the fine-tuned end).")
-    positions = sorted({*grid(points), *([alpha] if alpha is not None else [])})
+    positions = grid(points, alpha)
     best = ranked(candidates)[0]
     if end == "best":
         finish, shares, members = dict(best.load()), {best.name: 1.0}, [best.name]

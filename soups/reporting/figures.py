@@ -120,7 +120,7 @@ def _greedy_path(report: Report, figure: Any) -> bool:
     axes.set_xlabel("steps of the search in their order")
     axes.set_ylabel(f"held-out {report.metric}" + (", %" if report.metric == "accuracy" else ""))
     axes.set_title(
-        f"{soup_name(report.search).capitalize()}: {sum(s.kept for s in report.steps)} of {len(report.steps)} kept"
+        f"{soup_name(report.search, first=True)}: {sum(s.kept for s in report.steps)} of {len(report.steps)} kept"
     )
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -146,7 +146,7 @@ def _path(report: Report, figure: Any) -> bool:
         axes.axvline(chosen, color="#555555", lw=1, ls="--", label="chosen")
     axes.set_xlabel(report.path_label)
     axes.set_ylabel("accuracy, %")
-    axes.set_title(report.soup.capitalize())
+    axes.set_title(soup_name(report.recipe, first=True))
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return True

@@ -243,11 +243,7 @@ def _is_records(value: Any) -> bool:
     """Tell whether a value is a list of flat records with the same keys, which reads best as a table."""
     if not isinstance(value, list) or not value or not isinstance(value[0], Mapping):
         return False
-    items = cast(list[Mapping[str, Any]], value)
-    keys = set(items[0])
-    return all(
-        isinstance(item, Mapping)
-        and set(item) == keys
-        and not any(isinstance(v, (Mapping, list)) for v in item.values())
-        for item in items
-    )
+    items = [cast(Mapping[str, Any], item) for item in cast(list[Any], value) if isinstance(item, Mapping)]
+    if len(items) < len(cast(list[Any], value)) or any(set(item) != set(items[0]) for item in items):
+        return False
+    return not any(isinstance(inner, (Mapping, list)) for item in items for inner in item.values())

@@ -11,14 +11,18 @@ from soups.errors import StorageError
 from soups.evaluation import ood_mean
 from soups.stores.files import write_json
 
+# Names that their papers write otherwise.
+_WRITTEN = {"top_k": "top-k", "diwa": "DiWA", "wise_ft": "WiSE-FT", "bcwi": "BCWI"}
 
-def soup_name(recipe: str) -> str:
-    """Return what people are shown for a recipe's soup.
 
-    >>> soup_name("greedy_removal")
-    'greedy removal soup'
+def soup_name(recipe: str, first: bool = False) -> str:
+    """Return what people are shown for a recipe's soup; with a capital letter when it comes first.
+
+    >>> soup_name("greedy_removal", first=True), soup_name("wise_ft")
+    ('Greedy removal soup', 'WiSE-FT soup')
     """
-    return f"{recipe.replace('_', ' ')} soup"
+    name = f"{_WRITTEN.get(recipe, recipe.replace('_', ' '))} soup"
+    return name[0].upper() + name[1:] if first else name
 
 
 class Row(BaseModel):

@@ -12,7 +12,7 @@ from soups.evaluation import ood_mean
 from soups.evaluation.statistics import wilson
 from soups.reporting.html import write_html
 from soups.reporting.page import Cell, Curves, Matrix, Page, Part, Point, Scatter, Steps, Table
-from soups.reporting.report import Report, Row
+from soups.reporting.report import Report, Row, soup_name
 from soups.reporting.table import summary_sentence
 from soups.stores.pool import Ingredient, Pool
 
@@ -42,7 +42,7 @@ def page_of(report: Report, members: Sequence[Ingredient] = (), more: Sequence[P
     ]
     versions = report.lineage.get("versions") or {}
     return Page(
-        title=f"{report.soup.capitalize()} of {len(report.ingredients)} ingredients",
+        title=f"{soup_name(report.recipe, first=True)} of {len(report.ingredients)} ingredients",
         subject="soup",
         summary=summary_sentence(report),
         warnings=report.warnings,
@@ -182,12 +182,15 @@ def _diversity(report: Report) -> Table | None:
     if not report.diversity:
         return None
     measures = list(next(iter(report.diversity.values())))
+    rows: list[list[Cell | float | int | str | None]] = [
+        [_name(split), *(values[name] for name in measures)] for split, values in report.diversity.items()
+    ]
     return Table(
         title="How differently the ingredients err",
         note="Means over pairs. Ratio of errors: different mistakes over equal ones. Q: 1 where both are right and wrong "
         "together, 0 where independent.",
         columns=["split", *measures],
-        rows=[[_name(split), *(values[name] for name in measures)] for split, values in report.diversity.items()],
+        rows=rows,
     )
 
 
@@ -309,7 +312,8 @@ def _cost(report: Report, members: Sequence[Ingredient]) -> Table | None:
     rows: list[list[Cell | float | int | str | None]] = []
     if fits:
         rows.append([f"fine-tuning, {len(fits)} ingredients", math.fsum(fits)])
-    rows += [[name, seconds] for name, seconds in report.seconds.items()]
+    for name, seconds in report.seconds.items():
+        rows.append([name, seconds])
     return Table(title="Cost", columns=["phase", "time, s"], rows=rows) if rows else None
 
 

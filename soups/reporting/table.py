@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from soups.reporting.report import Report, Row
+from soups.reporting.report import Report, Row, soup_name
 from soups.stores.files import write_text
 
 _STYLE = {"soup": "bold", "best": "bold", "ensemble": "italic", "start": "dim", "ingredient": ""}
@@ -24,7 +24,7 @@ def tables(report: Report, width: int) -> list[Table]:
 
     The best figure of each column is green, with the mean and the ensemble (several models at inference) not counted.
     """
-    title = f"{report.soup.capitalize()} of {len(report.ingredients)} ingredients: accuracy in %"
+    title = f"{soup_name(report.recipe, first=True)} of {len(report.ingredients)} ingredients: accuracy in %"
     splits = columns(report)
     if width >= 30 + 11 * (len(splits) + 1) + 30 or len(splits) <= 2:
         return [_table(report, title, splits, notes=True)]
@@ -93,8 +93,9 @@ def summary_sentence(report: Report) -> str:
     soup, best = report.row(report.soup), report.row("best single")
     kept = f"{len(report.members)} of {len(report.ingredients)} ingredients"
     start = f" with {report.coefficients['start']:.0%} of the start" if report.coefficients.get("start") else ""
+    does = f"({report.details['method']}) merges" if "method" in report.details else "averages"
     sentence = (
-        f"The {report.soup} averages {kept}{start}: held-out {soup.accuracy['heldout']:.2%} against "
+        f"The {report.soup} {does} {kept}{start}: held-out {soup.accuracy['heldout']:.2%} against "
         f"{best.accuracy['heldout']:.2%} of the best single one, test {soup.accuracy['test']:.2%} against "
         f"{best.accuracy['test']:.2%}"
     )

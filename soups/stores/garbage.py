@@ -13,9 +13,10 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
+from pydantic import ValidationError
+
 from soups.errors import StorageError
-from soups.stores.files import storage_errors
-from soups.stores.pool import RECORD, Pool
+from soups.stores.pool import RECORD, Ingredient, Pool
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp|\.writable-[0-9a-f]{8}")
 
@@ -82,7 +83,7 @@ def leftovers(pool: Pool, output: Path | None, age: float) -> tuple[list[Leftove
         if newest is not None and newest < before:
             found.append(Leftover(path, reason, size))
 
-    with storage_errors(f"the pool {pool.url}", "read"):
+    with pool.errors("read"):
         for kind in ("", "ingredients", "starts", "predictions", "failures", "locks", "progress"):
             for path in _entries(pool, kind):
                 if _TEMPORARY.fullmatch(_base(path)):
@@ -91,6 +92,9 @@ def leftovers(pool: Pool, output: Path | None, age: float) -> tuple[list[Leftove
             for path in _folders(pool, kind):
                 if not pool.files.exists(f"{path}/{RECORD}"):
                     consider(path, "half uploaded")
+                    continue
+                for other in _second_uploads(pool, kind, path):
+                    consider(other, "upload that another machine won")
         for path in _entries(pool, "progress", ".json"):
             consider(path, "progress of a run that is gone")
         for path in _entries(pool, "failures", ".json"):
@@ -120,7 +124,7 @@ def remove(pool: Pool, items: Sequence[Leftover]) -> int:
     for item in items:
         if item.reason == "half uploaded" and pool.files.exists(f"{item.path}/{RECORD}"):
             continue  # finished meanwhile
-        with storage_errors(f"the pool {pool.url}"):
+        with pool.errors():
             if item.path.endswith(".lock"):
                 with _held(item.path) as free:
                     if not free:
@@ -158,6 +162,18 @@ def _known_weights(pool: Pool, output: Path | None) -> tuple[set[str], list[str]
     return {text[:24] for text in hashes}, unreadable
 
 
+def _second_uploads(pool: Pool, kind: str, folder: str) -> list[str]:
+    """Return weights in an ingredient's folder that its record does not name; none where that cannot be read."""
+    files = _entries(pool, f"{kind}/{_base(folder)}", ".safetensors")
+    if len(files) < 2:
+        return []
+    try:
+        named = Ingredient.model_validate_json(pool.files.cat_file(f"{folder}/{RECORD}")).file
+    except ValidationError:
+        return []
+    return [path for path in files if _base(path) != named]
+
+
 def _base(path: str) -> str:
     return PurePosixPath(path).name
 
@@ -166,7 +182,6 @@ def _list(pool: Pool, kind: str) -> list[dict[str, Any]]:
     place = pool.place(kind) if kind else pool.place()
     if not pool.files.exists(place):
         return []
-    pool.files.invalidate_cache()
     return sorted(pool.files.ls(place, detail=True), key=lambda entry: entry["name"])
 
 

@@ -488,6 +488,10 @@ class Pool:
     def _path(self, *parts: str) -> str:
         return str(self.root.joinpath(*parts))
 
+    def errors(self, doing: str = "write"):
+        """Within the block, what the storage raises becomes a `StorageError` that names the pool and the way out."""
+        return self._errors(doing)
+
     @contextmanager
     def _errors(self, doing: str = "write") -> Generator[None]:
         if self.local:

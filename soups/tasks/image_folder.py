@@ -45,8 +45,8 @@ def image_folder(
         raise DataError(f"data.root={root} is not a folder. Give the folder that holds one folder of images a class.")
     presplit = (folder / "train").is_dir()
     base = folder / "train" if presplit else folder
-    classes = _classes(base)
-    rest = _read(base, classes)
+    classes = read_classes(base)
+    rest = read_images(base, classes)
     given = {
         "heldout": next((folder / name for name in HELDOUT_NAMES if presplit and (folder / name).is_dir()), None),
         "test": folder / "test" if presplit and (folder / "test").is_dir() else None,
@@ -55,19 +55,24 @@ def image_folder(
     for number, (name, share) in enumerate((("heldout", heldout), ("test", test))):
         place = given[name]
         if place is not None:
-            chosen[name] = _read(place, classes)
+            chosen[name] = read_images(place, classes)
         else:
             # The second share is of what the first draw has left.
             left = share / (1 - heldout) if number == 1 and given["heldout"] is None else share
-            chosen[name], rest = _draw(rest, left, split_seed, name)
+            chosen[name], rest = draw_share(rest, left, split_seed, name)
     ood: dict[str, Samples] = {
-        place.name: _read(place, classes) for place in sorted(folder.glob("ood*")) if presplit and place.is_dir()
+        place.name: read_images(place, classes) for place in sorted(folder.glob("ood*")) if presplit and place.is_dir()
     }
     splits = Splits(rest, chosen["heldout"], chosen["test"], tuple(classes), ood)
     return with_corruptions(splits, corruptions, severity, split_seed)
 
 
-def _classes(folder: Path) -> list[str]:
+def read_classes(folder: Path) -> list[str]:
+    """Return the names of the class folders in a folder.
+
+    Raises:
+        DataError: there are fewer than two.
+    """
     classes = sorted(place.name for place in folder.iterdir() if place.is_dir() and not place.name.startswith("."))
     if len(classes) < 2:
         raise DataError(
@@ -77,7 +82,12 @@ def _classes(folder: Path) -> list[str]:
     return classes
 
 
-def _read(folder: Path, classes: list[str]) -> FileImages:
+def read_images(folder: Path, classes: list[str]) -> FileImages:
+    """Return the images in the class folders of a folder.
+
+    Raises:
+        DataError: there are none, or folders of other classes.
+    """
     present = {place.name for place in folder.iterdir() if place.is_dir() and not place.name.startswith(".")}
     if unknown := sorted(present - set(classes)):
         raise DataError(
@@ -94,8 +104,12 @@ def _read(folder: Path, classes: list[str]) -> FileImages:
     return FileImages(folder, files, labels)
 
 
-def _draw(images: FileImages, share: float, seed: int, name: str) -> tuple[FileImages, FileImages]:
-    """Split off a share of each class; at least one image a class must remain on both sides."""
+def draw_share(images: FileImages, share: float, seed: int, name: str) -> tuple[FileImages, FileImages]:
+    """Split off a share of each class; return it and the rest.
+
+    Raises:
+        DataError: the share is not in (0, 1), or a class is too small to have an image on both sides.
+    """
     if not 0 < share < 1:
         raise DataError(f"data.{name}={share} must be a share between 0 and 1, and data.heldout + data.test below 1.")
     drawn: list[int] = []

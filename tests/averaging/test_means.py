@@ -17,6 +17,7 @@ from soups.averaging import (
     LAWA,
     SWA,
     PowerEMA,
+    averaged,
     ema_update_,
     latest_mean,
     power_update_,
@@ -351,6 +352,22 @@ def test_plain_functions_do_the_same():
         for number, point in enumerate(points):
             function(plain, point, number)
         close(plain, run(average, points))
+
+
+def test_a_swap_refuses_what_it_would_leave_out():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with (
+        pytest.raises(WeightsError, match=r"no tensor 'module\.0\.weight'.*0\.weight"),
+        averaged(model, {f"module.{name}": tensor for name, tensor in before.items()}),
+    ):
+        pass
+    with pytest.raises(WeightsError, match="shape"), averaged(model, {"0.bias": torch.zeros(3)}):
+        pass
+    with averaged(model, {name: torch.full_like(tensor, 7.0) for name, tensor in before.items()}):  # tied names too
+        assert all(bool((tensor == 7).all()) for tensor in model.state_dict().values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_weights_that_moved_or_changed_are_noticed():

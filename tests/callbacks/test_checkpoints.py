@@ -87,6 +87,42 @@ def test_resume_is_bit_identical_at_any_step(tmp_path, toy, crash):
     )
 
 
+def test_resume_with_a_start_that_the_checkpoint_had_not_reached(tmp_path, toy):
+    module_type = by_step(toy)
+
+    def keep():
+        return SWA(start="3ep", every="1ep")
+
+    whole, first, rest = keep(), keep(), keep()
+    toy.trainer(tmp_path, whole, max_epochs=5).fit(module_type())
+
+    class Crash(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 8:
+                trainer.save_checkpoint(tmp_path / "early.ckpt")
+                raise RuntimeError("crash")
+
+    with pytest.raises(RuntimeError, match="crash"):
+        toy.trainer(tmp_path, first, Crash(), max_epochs=5).fit(module_type())
+    assert first._session.tracked["swa"].mean.count == 0
+    toy.trainer(tmp_path, rest, max_epochs=5).fit(module_type(), ckpt_path=tmp_path / "early.ckpt")
+    assert rest._session.tracked["swa"].mean.count == 3
+    assert toy.same(rest.average(), whole.average())
+
+
+def test_saving_after_the_fit_has_raw_weights_and_averages_wherever_it_is_called(tmp_path, toy):
+    module, ema = toy.Toy(), EMA(decay=0.9)
+    trainer = toy.trainer(tmp_path, ema)
+    trainer.fit(module)
+    average = ema.average()
+    trainer.save_checkpoint(tmp_path / "raw.ckpt")
+    with ema.applied():
+        trainer.save_checkpoint(tmp_path / "inside.ckpt")
+    for name in ("raw.ckpt", "inside.ckpt"):
+        assert toy.same(load_averaged(tmp_path / name, "raw"), module.points[-1])
+        assert toy.same(load_averaged(tmp_path / name), average)
+
+
 def test_state_dict_is_raw_and_the_average_loads_strictly(tmp_path, toy):
     module, ema = toy.Toy(), EMA(decay=0.9, validate="both")
     trainer = toy.trainer(tmp_path, ema)

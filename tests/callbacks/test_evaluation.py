@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -229,6 +232,29 @@ def test_loggers_get_the_curves_of_raw_weights_and_averages(tmp_path, toy):
         rows = list(csv.DictReader(file))
     for name in ("val/loss", "val/loss_ema", "distance/ema"):
         assert [row["step"] for row in rows if row[name]] == ["5", "11", "17"], name
+
+
+def test_wandb_gets_the_curves_of_raw_weights_and_averages(tmp_path, toy):
+    wandb = pytest.importorskip("wandb")
+    record = Record()
+    logger = pl.loggers.WandbLogger(project="averages", save_dir=tmp_path, offline=True)
+    callbacks = [EMA(decay=0.9, validate="both", log_distance=True), SWA(start="1ep", validate="both"), record]
+    toy.trainer(tmp_path, *callbacks, logger=logger).fit(toy.Toy())
+    wandb.finish()
+    (run,) = tmp_path.glob("wandb/offline-run-*")
+    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(run)]
+    output = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True).stdout
+    curves = {}
+    for line in output.splitlines():
+        entry = json.loads(line)
+        if entry.get("type") == "history":
+            for name, value in entry["history"]["item"].items():
+                curves.setdefault(name, []).append(float(value))
+    for name in ("val/loss", "val/loss_ema", "val/loss_swa"):
+        assert curves[name] == pytest.approx([row[name] for row in record.rows], rel=1e-6), name
+    # distances are logged when an epoch has ended, so the next validation is the first to see them
+    assert len(curves["distance/ema"]) == 3
+    assert curves["distance/ema"][:2] == pytest.approx([row["distance/ema"] for row in record.rows[1:]], rel=1e-6)
 
 
 def test_several_loaders_keep_their_names(tmp_path, toy):

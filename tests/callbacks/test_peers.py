@@ -138,9 +138,15 @@ def test_lightning_leaves_the_average_in_place_after_an_exception(tmp_path, toy)
 
     for callback, right in ((theirs(), False), (EMA(decay=0.9, validate="average"), True)):
         module = Fails()
+        save = ModelCheckpoint(dirpath=tmp_path / str(right), save_on_exception=True, save_top_k=0)
         with pytest.raises(RuntimeError, match="stop"):
-            toy.trainer(tmp_path, callback).fit(module)
+            toy.trainer(tmp_path, callback, save).fit(module)
         assert equal(toy.snapshot(module), module.points[-1]) == right
+        (path,) = (tmp_path / str(right)).glob("*.ckpt")
+        held = torch.load(path, weights_only=True)
+        # Lightning's checkpoint has the raw weights and the average exchanged
+        assert equal(held["state_dict"], module.points[-1]), "both put the raw weights there, Lightning by accident"
+        assert ("current_model_state" in held and not equal(held["current_model_state"], module.points[-1])) != right
 
 
 def test_lightning_loses_the_raw_weights_with_two_averages_or_after_the_fit(tmp_path, toy):
@@ -226,11 +232,34 @@ def test_lightnings_swa_replaces_the_users_schedule(tmp_path, toy):
     assert rates[1] == pytest.approx(0.05 * 0.5**3)
 
 
+def tensor_bytes(tree, seen):
+    """Return the bytes of all tensors in a checkpoint's part, memory that is shared once."""
+    if isinstance(tree, torch.Tensor):
+        known = tree.untyped_storage().data_ptr() in seen
+        seen.add(tree.untyped_storage().data_ptr())
+        return 0 if known else tree.untyped_storage().nbytes()
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
+    return sum(tensor_bytes(part, seen) for part in parts)
+
+
 def test_lightnings_checkpoint_is_twice_the_parameters_and_state_dict_is_not_raw(tmp_path, toy):
-    module = toy.Toy()
-    save = ModelCheckpoint(dirpath=tmp_path, filename="a")
-    toy.trainer(tmp_path, theirs(), save).fit(module)
-    assert not equal(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"], module.points[-1])
+    def saved(callback, folder):
+        module = toy.Toy(norm=False)
+        save = ModelCheckpoint(dirpath=tmp_path / folder, filename="a")
+        toy.trainer(tmp_path, callback, save).fit(module)
+        held = torch.load(tmp_path / folder / "a.ckpt", weights_only=True)
+        copies = {name: part for name, part in held.items() if name not in ("optimizer_states", "callbacks")}
+        seen = set()
+        once = tensor_bytes(held["state_dict"], seen)
+        return module, held, once, tensor_bytes(copies, set())
+
+    module, held, once, everything = saved(theirs(), "theirs")
+    assert everything == 2 * once + 8, "and its counter"
+    assert not equal(held["state_dict"], module.points[-1]), "repaired in Lightning"
+    # An average that can be resumed cannot be smaller than one copy; nothing else is added.
+    module, held, once, everything = saved(EMA(decay=0.9), "ours")
+    assert everything == 2 * once
+    assert equal(held["state_dict"], module.points[-1])
 
 
 # torch, timm, ema-pytorch -------------------------------------------------------------------------------------------
@@ -278,6 +307,69 @@ def test_averages_without_warm_up_keep_the_initial_weights(toy):
     assert float(theirs.module.weight.mean()) < 0.06, "timm's default has changed"
     assert float(ours.value()["weight"].mean()) == pytest.approx(1.0, abs=1e-6)
     assert not torch.equal(start["weight"], model.weight)
+
+
+def test_diffusers_and_torch_ema_stand_still_in_bfloat16():
+    training_utils, torch_ema = pytest.importorskip("diffusers.training_utils"), pytest.importorskip("torch_ema")
+    model = nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
+    nn.init.zeros_(model.weight)
+    # `min_decay` and `use_num_updates=False` leave out their warm-ups, so that all decays are equal
+    diffusers = training_utils.EMAModel(model.parameters(), decay=0.9995, min_decay=0.9995)
+    other = torch_ema.ExponentialMovingAverage(model.parameters(), decay=0.9995, use_num_updates=False)
+    ours, weights = averaging.EMA(0.9995, warmup="none"), dict(model.named_parameters())
+    diffusers.step(model.parameters())
+    ours.update(weights)
+
+    def update():
+        diffusers.step(model.parameters())
+        other.update()
+        ours.update(weights)
+
+    jump(model, update, 2000)
+    assert float(diffusers.shadow_params[0].float().mean()) < 0.3, "repaired in diffusers"
+    assert float(other.shadow_params[0].float().mean()) < 0.3, "repaired in torch-ema"
+    assert float(ours.value()["weight"].mean()) == pytest.approx(1 - 0.9995**2000, abs=1e-3)
+
+
+def test_diffusers_and_torch_ema_pair_by_position_and_leave_buffers_out():
+    training_utils, torch_ema = pytest.importorskip("diffusers.training_utils"), pytest.importorskip("torch_ema")
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2, affine=False))
+    diffusers = training_utils.EMAModel(model.parameters(), decay=0.5)
+    other = torch_ema.ExponentialMovingAverage(model.parameters(), decay=0.5)
+    first = model[0].weight.detach().clone()
+    reordered = [model[1].weight, model[0].weight]
+    for _ in range(40):
+        diffusers.step(reordered)
+        other.update(reordered)
+    for shadows in (diffusers.shadow_params, other.shadow_params):
+        assert len(shadows) == 2, "no buffers"
+        torch.testing.assert_close(shadows[0], model[1].weight.detach())  # the average of another tensor
+        assert not torch.allclose(shadows[0], first)
+    ours = averaging.EMA(0.5)
+    everything = dict(model.named_parameters()) | dict(model.named_buffers())
+    ours.update(everything)
+    for _ in range(40):
+        ours.update(dict(reversed(everything.items())))
+    torch.testing.assert_close(ours.value()["0.weight"], first)
+    assert set(ours.value()) == {"0.weight", "1.weight", "2.running_mean", "2.running_var"}
+
+
+def test_windows_that_keep_references_average_nothing_on_cpu(toy):
+    # The published script of arXiv:2209.14981 keeps `tensor.cpu()` of every point, which on CPU is the tensor itself.
+    module = toy.Toy()
+    kept, lawa = [], averaging.LAWA(3)
+    for value in range(1, 7):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.fill_(float(value))
+        kept = [*kept, {name: tensor.cpu() for name, tensor in module.named_parameters()}][-3:]
+        lawa.update(module.state_dict())
+    faulty = {name: torch.stack([point[name] for point in kept]).mean(0) for name in kept[0]}
+    assert float(faulty["net.0.weight"].mean()) == 6.0
+    assert float(lawa.value()["net.0.weight"].mean()) == 5.0
+    with pytest.raises(RuntimeError):  # and the mean of an integer buffer of BatchNorm is an error in it
+        torch.stack([module.net[1].num_batches_tracked] * 3).mean(0)
+    assert "net.1.num_batches_tracked" not in lawa.value() and "net.1.running_mean" in lawa.value()
 
 
 def test_torch_pairs_tensors_by_position_and_we_by_name():

@@ -227,6 +227,67 @@ def test_compiled_modules_are_matched_by_plain_names(tmp_path, toy):
     module.load_state_dict(average)
 
 
+@pytest.mark.parametrize("seen", ["eager", "aot_eager"])
+def test_compiled_modules_see_the_average_while_it_is_in_place(tmp_path, toy, seen):
+    # A compiled graph must read the exchanged memory, not what it captured before.
+    class Compiled(toy.Toy):
+        def __init__(self, **options):
+            super().__init__(norm=False)
+            self.net = torch.compile(self.net, backend=seen)
+
+        def loss(self, batch):
+            return (self(batch[0]) - batch[1]).square().mean()
+
+    module, ema = Compiled(), EMA(decay=0.9, validate="both")
+    trainer = toy.trainer(tmp_path, ema, max_epochs=2)
+    trainer.fit(module)
+    for suffix, weights in (("", module.points[-1]), ("_ema", ema.average())):
+        plain = {name.replace("_orig_mod.", ""): tensor for name, tensor in weights.items()}
+        found = float(trainer.callback_metrics[f"val/loss{suffix}"])
+        assert found == pytest.approx(toy.evaluate(toy.Toy(norm=False), plain), rel=1e-5)
+
+
+def test_recurrent_layers_see_the_average_while_it_is_in_place(tmp_path, toy):
+    # They keep a list of their weights beside the module's own.
+    class Recurrent(toy.Toy):
+        def __init__(self):
+            super().__init__(norm=False)
+            self.memory = nn.LSTM(3, 3)
+
+        def forward(self, x):
+            return self.net(self.memory(x)[0])
+
+    module, ema = Recurrent(), EMA(decay=0.9, validate="average")
+    trainer = toy.trainer(tmp_path, ema)
+    trainer.fit(module)
+    wanted = Recurrent()
+    wanted.load_state_dict(ema.average())
+    with torch.no_grad():
+        losses = [wanted.loss(batch) for batch in wanted.val_dataloader()]
+    assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+
+
+def test_optimizers_that_step_in_turn(tmp_path, toy):
+    # Under manual optimization each batch moves one part of the module only; each such batch is a step.
+    class Turns(toy.Toy):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.net[i].parameters(), lr=0.05) for i in (0, 2)]
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()[batch_idx % 2]
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+
+    module, ema = Turns(), EMA(decay=0.9)
+    toy.trainer(tmp_path, ema).fit(module)
+    toy.close(ema.average(), toy.ema_of(module.points, 0.9))
+
+
 def test_configure_model(tmp_path, toy):
     class Late(toy.Toy):
         def __init__(self):
@@ -291,6 +352,7 @@ def test_two_averages_with_names(tmp_path, toy):
         (lambda: LAWA(k=0), "leaves none"),
         (lambda: SWA(every="0ep"), "takes no points"),
         (lambda: Averages(), "nothing to keep"),
+        (lambda: Averages(both=Averages(ema=EMA())), "itself an Averages"),
     ],
 )
 def test_wrong_settings_are_refused_at_once(make, message):

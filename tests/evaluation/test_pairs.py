@@ -118,9 +118,9 @@ class Named(nn.Module):
         super().__init__()
         self.table = nn.Embedding(7, 5)
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor):
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor):
         class Output:
-            logits = (self.table(ids) * mask[..., None]).sum(1)
+            logits = (self.table(input_ids) * attention_mask[..., None]).sum(1)
 
         return Output()
 
@@ -128,7 +128,7 @@ class Named(nn.Module):
 def test_several_models_take_named_inputs() -> None:
     module = Named()
     ids, mask = torch.arange(12).reshape(4, 3) % 7, torch.ones(4, 3)
-    batches = [({"ids": ids, "mask": mask}, torch.zeros(4, dtype=torch.long))]
+    batches = [({"input_ids": ids, "attention_mask": mask}, torch.zeros(4, dtype=torch.long))]
     other = {"table.weight": logits(7, 5)}
     found = predict_many(module, [module.state_dict(), other], batches)
     assert torch.allclose(found[1], other["table.weight"][ids].sum(1), atol=1e-6)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,7 +104,7 @@ def test_synchronous_rounds_are_the_mean_of_the_sampled_contributions(settings: 
     # Fitting the repository to another pool's plan is refused.
     Path(f"{settings['pool']['path']}/repository/main/rounds/000001.json").unlink()
     for node in nodes.probes.values():
-        (Path(settings["pool"]["path"]) / "ingredients" / node.fingerprint / "record.json").unlink()
+        shutil.rmtree(Path(settings["pool"]["path"]) / "ingredients" / node.fingerprint)
     missing = execute(program.plan(), pool, in_sequence(pool, program.operations()))
     assert missing and any("round 2" in why or "not whole" in why for why in missing.values())
 
@@ -113,7 +114,7 @@ def test_a_driver_that_died_between_fusing_and_noting_it_goes_on(settings: Setti
     pool, nodes = open_pool(settings), program.layout()
     before = program.repository("main").current()
     for node in (nodes.bases[2], *nodes.probes.values(), *nodes.fine_tuned.values()):
-        (Path(settings["pool"]["path"]) / "ingredients" / node.fingerprint / "record.json").unlink()
+        shutil.rmtree(Path(settings["pool"]["path"]) / "ingredients" / node.fingerprint)
     assert execute(program.plan(), pool, in_sequence(pool, program.operations())) == {}
     assert program.repository("main").current() == before and len(program.repository("main").rounds()) == 2
 

@@ -12,7 +12,10 @@ from torch import Tensor
 from soups.errors import ConfigError, StorageError, WeightsError
 from soups.launch.cook import check_options, cook
 from soups.launch.fine_tune import fine_tune
-from soups.launch.settings import Settings, check, open_pool
+from soups.launch.settings import Settings, build_splits, check, open_pool
+from soups.launch.start import ensure_start
+from soups.merging import make_method
+from soups.merging import merge as merge_models
 from soups.recipes import RECIPES, candidates, greedy
 from soups.reporting import Page, Report
 from soups.stores import read_safetensors, write_safetensors
@@ -93,6 +96,31 @@ def test_every_recipe_by_configuration(recipe: str, options: list[str], base: li
                 assert torch.allclose(tensor.double(), exact, atol=1e-7), name
     again, same = cook(settings)
     assert again == report and same == folder, "a finished soup is found"
+
+
+def test_a_merge_method_with_candidates_ends_in_the_same_report(base: list[str]) -> None:
+    report, folder, settings = cooked(
+        base, "+soup=ties", "soup.parameters.scale=[0.5,1.0]", "soup.parameters.density=0.5"
+    )
+    trials = report.details["trials"]
+    assert [trial["parameters"] for trial in trials] == [{"density": 0.5, "scale": scale} for scale in (0.5, 1.0)]
+    best = max(trials, key=lambda trial: trial["score"])  # the first of equal ones
+    assert report.details["method"] == "ties" and report.details["parameters"] == best["parameters"]
+    row = report.row("merge soup")
+    assert report.soup == "merge soup" and row.accuracy["heldout"] == pytest.approx(best["score"])
+    assert row.note == f"ties of 3, density 0.5, scale {best['parameters']['scale']}"
+    pool = open_pool(settings)
+    _, start = ensure_start(settings, build_splits(settings))
+    expected = merge_models(
+        make_method("ties", **best["parameters"]), [pool.weights(name) for name in report.members], base=start
+    )
+    soup = read_safetensors(folder / "soup.safetensors")
+    assert all(torch.equal(soup[name], expected[name]) for name in soup)
+    assert cook(settings)[1] == folder
+    with pytest.raises(ConfigError, match="did you mean 'density'"):
+        cooked(base, "+soup=merge", "+soup.parameters.densty=0.1")
+    with pytest.raises(ConfigError, match="did you mean 'ties'"):
+        cooked(base, "+soup=merge", "soup.method=tise")
 
 
 def test_racing_gives_the_same_greedy_soup(base: list[str]) -> None:
@@ -248,4 +276,4 @@ def test_plain_functions_on_the_same_folder(base: list[str], elsewhere: Path) ->
 
 def test_every_recipe_is_tested_here() -> None:
     tested = {mark[0] for mark in test_every_recipe_by_configuration.pytestmark[0].args[1]}
-    assert tested | {"uniform"} == set(RECIPES)
+    assert tested | {"uniform", "merge"} == set(RECIPES)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -29,7 +30,7 @@ from soups.launch.settings import (
 )
 from soups.launch.start import ensure_probe, ensure_start
 from soups.stores import read_safetensors
-from soups.stores.pool import Ingredient, Pool
+from soups.stores.pool import Failure, Ingredient, Pool
 from tests.launch.conftest import compose_settings
 
 
@@ -150,7 +151,7 @@ def test_every_configuration_composes() -> None:
     conf = Path(__file__).parents[2] / "conf"
     groups = {
         "model": ["model.name=x"],
-        "data": ["data.root=x", "data.train=x"],
+        "data": ["data.root=x", "data.train=x", "data.leave_out=x"],
         "optimizer": [],
         "tracking": [],
         "trainer": [],
@@ -189,6 +190,44 @@ def test_progress_is_read_from_the_pool(tmp_path: Path) -> None:
         time.sleep(0.8)
     text = display.console.file.getvalue()  # type: ignore[attr-defined]
     assert "aaaaaaaa  held-out 75.00%  lr=1" in text and "[4/5]" in text and "4/5" in text and "left" in text
+
+
+def test_a_log_file_gets_the_time_left_and_failures_at_once(tmp_path: Path) -> None:
+    pool = Pool(tmp_path / "pool")
+    names = [letter * 64 for letter in "abcd"]
+    pool.fail(
+        Failure(fingerprint=names[3], error="of an earlier run", determinants={}, created="2020-01-01T00:00:00+00:00")
+    )
+    display = SweepProgress(pool, names, {name: f"betas=[0.9,{name[0]}]" for name in names}, found=0)
+    display.console = Console(file=io.StringIO(), force_terminal=False, width=200)
+
+    def lines() -> list[str]:
+        return display.console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+    def until(count: int) -> None:
+        deadline = time.monotonic() + 10
+        while len(lines()) < count and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    with display.running():
+        time.sleep(0.2)
+        pool.add(
+            Ingredient(fingerprint=names[0], determinants={}, metrics={"heldout": {"accuracy": 0.5}}),
+            {"w": torch.zeros(2)},
+        )
+        until(1)
+        pool.fail(Failure(fingerprint=names[1], error="it diverged\nat step 3", determinants={}))
+        until(2)
+        pool.add(
+            Ingredient(fingerprint=names[2], determinants={}, metrics={"heldout": {"accuracy": 0.6}}),
+            {"w": torch.ones(2)},
+        )
+        until(3)
+    first, second, third = lines()[:3]
+    assert first.startswith("[1/4] aaaaaaaa  held-out 50.00%  betas=[0.9,a]") and re.search(r"about \d+ s left$", first)
+    assert second == "failed bbbbbbbb  betas=[0.9,b]  it diverged"
+    assert third.startswith("[2/4] cccccccc") and "left" in third
+    assert "of an earlier run" not in "".join(lines())
 
 
 def test_an_ingredient_can_be_an_average_of_its_run(settings: Settings, overrides: list[str]) -> None:

@@ -129,6 +129,74 @@ def test_a_ray_address_that_does_not_answer() -> None:
     assert time.monotonic() - began < 20, "Ray itself tries for minutes"
 
 
+# What a cluster's programs do, as far as submitit asks them: sbatch keeps the file and starts its tasks.
+SBATCH = """#!{python}
+import os, re, subprocess, sys
+text = open(sys.argv[-1]).read()
+open(os.environ["SUBMITTED"], "w").write(text)
+first, last = re.search(r"--array=(\\d+)-(\\d+)", text).groups()
+for task in range(int(first), int(last) + 1):
+    job = dict(SLURM_JOB_ID=str(70 + task), SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID=str(task), SLURM_NTASKS="1",
+               SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NODEID="0", SLURM_NNODES="1", SLURM_JOB_NODELIST="localhost")
+    subprocess.Popen(["bash", sys.argv[-1]], env={{**os.environ, **job}}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+print("Submitted batch job 7")
+"""
+SRUN = """#!{python}
+import os, sys
+place = next(i for i, word in enumerate(sys.argv) if word.endswith("python") or "python3" in os.path.basename(word))
+os.execv(sys.argv[place], sys.argv[place:])
+"""
+SACCT = """#!{python}
+print("JobID|State|NodeList"); [print(f"7_{{i}}|COMPLETED|localhost") for i in range(2)]
+"""
+APP = """
+import hydra
+from hydra.core.hydra_config import HydraConfig
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg):
+    import os
+    open(f"{cfg.out}/{cfg.lr}", "w").write(os.environ["SLURM_ARRAY_TASK_ID"])
+if __name__ == "__main__":
+    main()
+"""
+
+
+@slow
+def test_the_slurm_preset_submits_an_array(tmp_path: Path) -> None:
+    """Everything between the command and the cluster is real; sbatch, srun and sacct are stand-ins."""
+    pytest.importorskip("submitit", reason="pip install 'soups[slurm]'")
+    for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("sacct", SACCT)):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(text.format(python=sys.executable))
+        program.chmod(0o755)
+    (tmp_path / "app.py").write_text(APP)
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "config.yaml").write_text(f"lr: 1\nout: {tmp_path}")
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "SUBMITTED": str(tmp_path / "submitted"),
+    }  # fmt: skip
+    launcher = ["hydra/launcher=slurm", "hydra.launcher.partition=gpu", "hydra.launcher.array_parallelism=1"]
+    command = [sys.executable, "app.py", "-m", *launcher, "lr=1,2"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+        timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert ((tmp_path / "1").read_text(), (tmp_path / "2").read_text()) == ("0", "1")
+    submitted = (tmp_path / "submitted").read_text()
+    for line in (
+        "--array=0-1%1",
+        "--partition=gpu",
+        "--time=240",
+        "--cpus-per-task=4",
+        "--signal=USR2@60",
+        "--open-mode",
+    ):
+        assert f"#SBATCH {line}" in submitted, submitted
+
+
 @slow
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])
 def test_processes_started_outside_make_one_run(launcher: str, overrides: list[str], tmp_path: Path) -> None:

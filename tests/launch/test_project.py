@@ -94,7 +94,7 @@ def test_a_program_that_knows_nothing_of_soups_ends_in_one(run: Run, project: Pa
         "both folders of callbacks"
     )
 
-    (folder,) = (project / "outputs" / "soups").iterdir()
+    (folder,) = (project / "outputs" / "soups").glob("greedy-*")
     report = json.loads((folder / "report.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
     own = [record.heldout("val/acc") for record in records]
@@ -109,8 +109,10 @@ def test_a_program_that_knows_nothing_of_soups_ends_in_one(run: Run, project: Pa
         if tensor.is_floating_point():
             assert torch.equal(tensor, torch.stack([member[name].double() for member in members]).mean(0).float()), name
 
-    again = run(*command)
+    # Another recipe over the same pool, with the program's own start.
+    again = run("+soup=wise_ft", "soup.points=3", command[1])
     assert again.returncode == 0 and "3 of 3 ingredients found, 0 to fine-tune" in again.stdout, again.stdout
+    assert "WiSE-FT soup by val/acc (max)" in again.stdout, again.stdout
     assert [record.created for record in pool.ingredients()] == [record.created for record in records]
 
     # A metric that remembers the best so far would choose wrongly, and is found out.

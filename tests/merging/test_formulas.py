@@ -373,6 +373,34 @@ def test_knots_of_one_task_is_that_task_and_a_shared_basis_is_found():
     np.testing.assert_allclose(result["a"].numpy(), BASE["a"] + u @ (first + second), atol=1e-10)
 
 
+def test_knots_as_the_authors_code_has_it():
+    names, density = [name for name, array in BASE.items() if array.ndim == 2], 0.3
+    tied, flat = {}, [[] for _ in EXPERTS]
+    for name in sorted(names):
+        deltas = [expert[name] - BASE[name] for expert in EXPERTS]
+        u, s, vt = np.linalg.svd(np.concatenate(deltas, axis=1), full_matrices=False)
+        parts = np.split(s[:, None] * vt, len(EXPERTS), axis=1)
+        tied[name] = u, parts
+        for vector, part in zip(flat, parts, strict=True):
+            vector.append(np.abs(part).ravel())
+    limits = []
+    for vector in flat:
+        ordered = np.sort(np.concatenate(vector))
+        limits.append(ordered[len(ordered) - int(len(ordered) * density) - 1])
+    result = merged("knots", density=density, scale=0.6)
+    for name, (u, parts) in tied.items():
+        kept = [np.where(np.abs(part) >= limit, part, 0) for part, limit in zip(parts, limits, strict=True)]
+        sign = np.sign(np.sum(kept, axis=0))
+        agreeing = [np.where(np.sign(part) == sign, part, 0) for part in kept]
+        mean = np.sum(agreeing, axis=0) / np.maximum(1, np.sum([part != 0 for part in agreeing], axis=0))
+        np.testing.assert_allclose(result[name], BASE[name] + 0.6 * u @ mean, atol=1e-10)
+
+
+def test_knots_leaves_matrices_that_nobody_changed():
+    result = merge("knots", [tensors(BASE), tensors(BASE)], base=tensors(BASE))
+    assert all(torch.equal(result[name], tensor) for name, tensor in tensors(BASE).items())
+
+
 def test_cart():
     name = "c"
     mean = np.mean([e[name] for e in EXPERTS], axis=0)

@@ -168,6 +168,7 @@ def test_mistakes_are_named_with_their_line(root, change, message):
         ("modules: {vision: {models: [{model: ROOT/m1}]}}\nmerge_method: passthrough", "no tensor belongs to module 'vision'"),
         ("models: [{model: ROOT/m1}]\nmerge_method: passthrough\ntokenizer: {tokens: {a: b}}", "line 3: tokenizer.tokens.a"),
         ("models: [{model: ROOT/m1}]\nmerge_method: passthrough\nchat_template: chatlm", "neither 'auto', nor one of alpaca, chatml"),
+        ("models: [{model: ROOT/m1}]\nmerge_method: linear\nsearch: {weight: [1, 2]}", "line 3: a search needs a held-out score"),
         ("[1, 2]\n", "a mapping"),
         ("models: [\n", "no valid YAML"),
         ("\n", "is empty"),

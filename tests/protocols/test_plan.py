@@ -1,10 +1,8 @@
 """Plans: names, waves, resuming after faults, and results that are whole or absent."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -151,39 +149,46 @@ def test_waves_hold_each_missing_node_once_after_what_it_needs(edges: list[list[
     assert done == {node.fingerprint for node in nodes}
 
 
-@pytest.mark.slow
+def slow_constant(work: Work) -> Output:
+    time.sleep(0.02)
+    return constant(work)
+
+
+def rounds() -> Plan:
+    last: tuple[Node, ...] = ()
+    for number in range(4):
+        members = tuple(Node("train", "constant", {"value": i, "round": number}, last) for i in range(5))
+        last = (Node("merge", "mean", {}, members),)
+    return Plan(last)
+
+
+def run_rounds(place: Path) -> None:
+    torch.set_num_threads(1)
+    pool = Pool(place)
+    assert execute(rounds(), pool, in_sequence(pool, {"constant": slow_constant, "mean": mean})) == {}
+
+
 def test_kill_at_any_moment_then_the_same_plan_ends_in_the_same_bits(tmp_path: Path) -> None:
-    program = textwrap.dedent(
-        """
-        import sys, time, torch
-        from soups.protocols import Node, Output, Plan, execute, in_sequence
-        from soups.stores.pool import Pool
-        def member(work):
-            time.sleep(0.02)
-            return Output({"w": torch.full((1000,), float(work.parameters["value"]))})
-        def mean(work):
-            return Output({"w": torch.stack([work.tensors(i)["w"] for i in range(len(work.node.inputs))]).mean(0)})
-        last = ()
-        for round in range(4):
-            members = tuple(Node("train", "member", {"value": i, "round": round}, last) for i in range(5))
-            last = (Node("merge", "mean", {}, members),)
-        pool = Pool(sys.argv[1])
-        print("ready", flush=True)
-        assert not execute(Plan(last), pool, in_sequence(pool, {"member": member, "mean": mean}))
-        print(pool.ingredient(last[0].fingerprint).weights)
-        """
-    )
-    command = [sys.executable, "-c", program, str(tmp_path)]
+    context = multiprocessing.get_context("fork")
     kept: dict[str, int] = {}
-    for delay in (0.05, 0.11, 0.02):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": "."})
-        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        now = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "ingredients").glob("[!.]*")}
+    for finished in (0, 3, 9):
+        process = context.Process(target=run_rounds, args=(tmp_path / "pool",))
+        process.start()
+        deadline = time.monotonic() + 60
+        while len(list((tmp_path / "pool" / "ingredients").glob("[!.]*"))) < len(kept) + finished:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        now = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pool" / "ingredients").glob("[!.]*")}
         assert all(now[name] == when for name, when in kept.items()), "finished nodes are not redone"
         kept = now
-    last = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
-    fresh = subprocess.run([*command[:-1], str(tmp_path / "fresh")], capture_output=True, text=True, check=True)
-    assert last == fresh.stdout.split()[-1]
+    assert 12 <= len(kept) < 24
+    run_rounds(tmp_path / "pool")
+    run_rounds(tmp_path / "fresh")
+    (last,) = rounds().targets
+    assert (
+        Pool(tmp_path / "pool").ingredient(last.fingerprint).weights
+        == Pool(tmp_path / "fresh").ingredient(last.fingerprint).weights
+    )

@@ -2,9 +2,12 @@
 
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as distributed
+import torch.multiprocessing as processes
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -161,6 +164,33 @@ def test_ingredients_are_in_memory_one_tensor_at_a_time() -> None:
     finally:
         gc.enable()
     assert 36 <= Counting.peak <= 2 * 36 + 1
+
+
+def _rank(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    module, pool, batches = setting()
+    one = (batches[1][0][:1], batches[1][1][:1])  # fewer samples than ranks
+    slope = HeldoutGradient(module, [batches[0], one])
+    found = [slope(pool[0].load(), number, 1.3) for number in (0, 1)]
+    torch.save([(float(s.loss), s.by_beta, dict(s.by_tensor)) for s in found], f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_share_a_batch_and_have_the_same_gradient(tmp_path: Path) -> None:
+    processes.start_processes(_rank, args=(2, str(tmp_path)), nprocs=2, start_method="fork")
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    module, pool, batches = setting()
+    one = (batches[1][0][:1], batches[1][1][:1])
+    for number, (ours, theirs) in enumerate(zip(first, second, strict=True)):
+        alone = HeldoutGradient(module, [batches[0], one])(pool[0].load(), number, 1.3)
+        assert ours[0] == theirs[0] == pytest.approx(alone.loss, rel=1e-12)
+        assert ours[1] == theirs[1] == pytest.approx(alone.by_beta, rel=1e-12)
+        assert set(ours[2]) == set(alone.by_tensor)
+        for name, value in alone.by_tensor.items():
+            assert torch.equal(ours[2][name], theirs[2][name])
+            assert torch.allclose(ours[2][name], value, rtol=1e-11, atol=1e-15)
 
 
 def test_mistakes() -> None:

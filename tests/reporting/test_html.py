@@ -199,3 +199,8 @@ def test_old_records_load_and_a_full_disk_is_told(tmp_path: Path, monkeypatch: p
 def test_a_page_of_almost_nothing() -> None:
     text = render(Page(title="Empty", subject="merge", summary="Nothing."))
     assert "<h1>Empty</h1>" in text and 'id="settings"' not in text and "<nav" not in text
+
+
+def test_one_members_settings_are_not_compared() -> None:
+    text = render(Page(title="One", subject="protocol", summary="One.", configs={"study": {"seed": 1, "lr": 0.1}}))
+    assert "2 settings</summary>" in text and "same settings" not in text and "that all share" not in text

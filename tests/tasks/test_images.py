@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from soups.errors import DataError
 from soups.tasks.data import OrderedBatches, ShuffledBatches
+from soups.tasks.image_domains import image_domains
 from soups.tasks.image_folder import image_folder
 from soups.tasks.images import (
     CORRUPTIONS,
@@ -178,3 +179,31 @@ def test_the_split_hash_covers_what_selects_and_not_what_reports(tmp_path: Path)
     write_folder(tmp_path, {"0": 10, "1": 10})
     first, second = image_folder(str(tmp_path)), image_folder(str(tmp_path), corruptions=["noise"])
     assert first.hash() == second.hash()
+
+
+def test_one_domain_is_left_out_and_the_others_are_split_each(tmp_path: Path) -> None:
+    counts = {
+        f"{domain}/{label}": size for domain, size in (("art", 10), ("photo", 20), ("sketch", 6)) for label in (0, 1)
+    }
+    root = write_folder(tmp_path / "domains", counts)
+    splits = image_domains(str(root), leave_out="sketch")
+    assert splits.classes == ("0", "1") and list(splits.ood) == ["sketch"]
+    assert len(splits.ood["sketch"]) == 12
+    sizes = {"train": splits.train, "heldout": splits.heldout, "test": splits.test}
+    assert {name: len(part) for name, part in sizes.items()} == {"train": 36, "heldout": 12, "test": 12}
+    names = [
+        {file.relative_to(root).as_posix() for file in part.files} for part in (*sizes.values(), splits.ood["sketch"])
+    ]
+    assert sum(map(len, names)) == len(set.union(*names)) == 72, "no image is in two splits"
+    assert all(name.startswith(("art/", "photo/")) for part in names[:3] for name in part)
+    assert sum(name.startswith("art/") for name in names[1]) == 4, "each domain gives its share"
+    assert image_domains(str(root), leave_out="sketch").hash() == splits.hash()
+    assert image_domains(str(root), leave_out="sketch", split_seed=1).hash() != splits.hash()
+    with pytest.raises(DataError, match="did you mean 'sketch'"):
+        image_domains(str(root), leave_out="skech")
+    (root / "art" / "2").mkdir()
+    with pytest.raises(DataError, match="art and photo have different classes: 2"):
+        image_domains(str(root), leave_out="sketch")
+    alone = write_folder(tmp_path / "alone", {"art/0": 5, "art/1": 5})
+    with pytest.raises(DataError, match="nothing is left to train on"):
+        image_domains(str(alone), leave_out="art")

@@ -80,4 +80,4 @@ def test_a_hugging_face_model_takes_its_place(tmp_path) -> None:
     GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=16, n_layer=1, n_head=2, n_positions=32)).save_pretrained(tmp_path)
     model = huggingface_causal(str(tmp_path)).eval()
     losses = token_losses(model, torch.randint(97, (2, 17)))
-    assert losses.shape == (2, 16) and float(losses.mean()) == pytest.approx(4.57, abs=0.3)
+    assert losses.shape == (2, 16) and losses.mean().item() == pytest.approx(4.57, abs=0.3)

@@ -290,6 +290,12 @@ def _lines(node: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[
 def _validate(recipe: Recipe, number: int, content: Any) -> Document:
     if not isinstance(content, dict):
         raise ConfigError(f"{recipe.at(number, ())}: a mapping with merge_method and models was expected.")
+    if "search" in content:
+        raise ConfigError(
+            f"{recipe.at(number, ('search',))}: a search needs a held-out score, which a file does not have. Lists of candidates "
+            f"go to `python train.py +soup=merge soup.method=… soup.parameters.NAME=[…]`, or to "
+            f"soups.merging.search.search_coefficients; lists in a file are gradients over the layers."
+        )
     try:
         return Document.model_validate(content)
     except ValidationError as error:

@@ -11,9 +11,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from soups.merging.method import one_of
 from soups.merging.operands import Chunk, Operands, Unit
-from soups.merging.selection import Cut, exact_cut
-from soups.merging.stages import Elect, KeepNorm, TaskVectors, Transform, magnitudes
+from soups.merging.selection import Cut
+from soups.merging.stages import TaskVectors, Transform, mergekit_form, tensor_cuts
 
 Several = float | tuple[float, ...]
 
@@ -43,8 +44,7 @@ class Band(Transform):
         return self.within
 
     def _counts(self, model: int, total: int) -> tuple[int, int]:
-        density = self.density if isinstance(self.density, int | float) else self.density[model]
-        gamma = self.gamma if isinstance(self.gamma, int | float) else self.gamma[model]
+        density, gamma = one_of(self.density, model), one_of(self.gamma, model)
         kept = min(int(density * total), total)
         return min(int(gamma * total), total - kept), kept
 
@@ -53,8 +53,7 @@ class Band(Transform):
         if self.within == "row":
             return []
         top, kept = self._counts(model, operands.numel)
-        ranks = [top, top + kept]
-        return exact_cut(magnitudes(operands), ranks, operands.numel, dtype=operands.dtype, room=operands.room)
+        return tensor_cuts(operands, [top, top + kept], exact=True)
 
     def apply(self, delta: Tensor, seen: list[Cut], chunk: Chunk, model: int) -> Tensor:
         """Set everything outside the band to zero."""
@@ -97,11 +96,6 @@ def breadcrumbs_official(
     return TaskVectors(Band(density, gamma, within="row"), weight, None, "sum", scale)
 
 
-def _mergekit(density: Several, gamma: Several, rescale: bool) -> Transform:
-    band = Band(density, gamma)
-    return KeepNorm(band) if rescale else band
-
-
 def breadcrumbs_mergekit(
     *,
     density: Several = 1.0,
@@ -112,7 +106,8 @@ def breadcrumbs_mergekit(
     rescale: bool = False,
 ) -> TaskVectors:
     """mergekit's `breadcrumbs`; where γ · n is below one nothing is removed at the top, and nothing is lost."""
-    return TaskVectors(_mergekit(density, gamma, rescale), weight, None, "mean" if normalize else "sum", scale)
+    band = Band(density, gamma)
+    return mergekit_form(band, weight=weight, scale=scale, normalize=normalize, rescale=rescale, elect=False)
 
 
 def breadcrumbs_ties_mergekit(
@@ -125,6 +120,5 @@ def breadcrumbs_ties_mergekit(
     rescale: bool = False,
 ) -> TaskVectors:
     """mergekit's `breadcrumbs_ties`: the same, with an election in which weights vote."""
-    transform = _mergekit(density, gamma, rescale)
-    consensus = Elect(weighted=True, zero="plus")
-    return TaskVectors(transform, weight, consensus, "mean" if normalize else "sum", scale)
+    band = Band(density, gamma)
+    return mergekit_form(band, weight=weight, scale=scale, normalize=normalize, rescale=rescale, elect=True)

@@ -1,8 +1,9 @@
 """CABS: n:m pruning of each task vector, on elements that no earlier one has taken.
 
 CABS (arXiv:2503.01874): task vectors are pruned one after another; of every m neighbours each keeps its n largest magnitudes
-among those still free, so that no two overlap (conflict-aware) and every neighbourhood is used alike (balanced). Written from
-the paper's description; compare with the authors' code before quoting numbers.
+among those still free, so that no two overlap (conflict-aware) and every neighbourhood is used alike (balanced). This is the
+n:m pruning of the authors' code for RoBERTa, and of theirs for 7B models where 2n ≤ m, for any number of models. That code
+drops an incomplete last group; here it is pruned like the others.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ class CABS(Method):
     """θ_0 + λ Σ w_t (mask_t ⊙ τ_t), masks disjoint, n of every m elements in each; the first models choose first.
 
     Attributes:
-        keep: n.
+        keep: n; 64 of 256 are the defaults of the authors' code for 7B models.
         group: m, neighbours in row-major order; a power of two.
         weight: one for all models or one for each.
         scale: λ.
     """
 
     base: ClassVar[Literal["required", "optional", "none"]] = "required"
-    keep: int = 8
-    group: int = 32
+    keep: int = 64
+    group: int = 256
     weight: float | Sequence[float] = 1.0
     scale: float = 1.0
 

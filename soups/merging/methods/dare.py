@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from soups.errors import ConfigError
+from soups.merging.method import one_of
 from soups.merging.noise import bernoulli, rounded
 from soups.merging.operands import Chunk
-from soups.merging.stages import Elect, KeepNorm, TaskVectors, Transform
+from soups.merging.stages import Elect, TaskVectors, Transform, mergekit_form
 
 Several = float | tuple[float, ...]
 
@@ -35,9 +35,7 @@ class Drop(Transform):
 
     def apply(self, delta: Tensor, seen: Any, chunk: Chunk, model: int) -> Tensor:
         """Drop."""
-        density = self.density if isinstance(self.density, int | float) else self.density[model]
-        if not 0 <= density <= 1:
-            raise ConfigError(f"density={density} is not between 0 and 1, the share of a task vector to keep.")
+        density = one_of(self.density, model, share="density")
         if density >= 1:
             return delta
         delta.mul_(bernoulli(density, self.seed, chunk.key, model, chunk.start, delta.numel(), like=delta))
@@ -64,11 +62,6 @@ def dare_ties(*, density: Several = 0.5, weight: Several = 1.0, scale: float = 1
     return TaskVectors(Drop(density, seed=seed), weight, Elect(), "mean", scale)
 
 
-def _mergekit_drop(density: Several, rescale: bool, seed: int) -> Transform:
-    drop = Drop(density, rescale=False, seed=seed)
-    return KeepNorm(drop) if rescale else drop
-
-
 def dare_linear_mergekit(
     *,
     density: Several = 1.0,
@@ -79,8 +72,8 @@ def dare_linear_mergekit(
     seed: int = 0,
 ) -> TaskVectors:
     """mergekit's `dare_linear`: the rescaling restores each tensor's L1 norm instead of dividing by the density."""
-    transform = _mergekit_drop(density, rescale, seed)
-    return TaskVectors(transform, weight, None, "mean" if normalize else "sum", scale)
+    drop = Drop(density, rescale=False, seed=seed)
+    return mergekit_form(drop, weight=weight, scale=scale, normalize=normalize, rescale=rescale, elect=False)
 
 
 def dare_ties_mergekit(
@@ -93,6 +86,5 @@ def dare_ties_mergekit(
     seed: int = 0,
 ) -> TaskVectors:
     """mergekit's `dare_ties`: as `dare_linear`, with an election in which weights vote."""
-    transform = _mergekit_drop(density, rescale, seed)
-    consensus = Elect(weighted=True, zero="plus")
-    return TaskVectors(transform, weight, consensus, "mean" if normalize else "sum", scale)
+    drop = Drop(density, rescale=False, seed=seed)
+    return mergekit_form(drop, weight=weight, scale=scale, normalize=normalize, rescale=rescale, elect=True)

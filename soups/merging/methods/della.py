@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from soups.errors import ConfigError
+from soups.merging.method import one_of
 from soups.merging.noise import bernoulli_each
 from soups.merging.operands import Chunk, Unit
-from soups.merging.stages import Elect, KeepNorm, TaskVectors, Transform
+from soups.merging.stages import Elect, TaskVectors, Transform, mergekit_form
 
 Several = float | tuple[float, ...]
 
@@ -67,8 +68,7 @@ class MagnitudeDrop(Transform):
 
     def apply(self, delta: Tensor, seen: Any, chunk: Chunk, model: int) -> Tensor:
         """Drop."""
-        density = self.density if isinstance(self.density, int | float) else self.density[model]
-        epsilon = self.epsilon if isinstance(self.epsilon, int | float) else self.epsilon[model]
+        density, epsilon = one_of(self.density, model), one_of(self.epsilon, model)
         if density >= 1:
             return delta
         if density <= 0:
@@ -108,11 +108,6 @@ def della(
     return TaskVectors(MagnitudeDrop(density, epsilon, seed=seed), weight, Elect(), "mean", scale)
 
 
-def _mergekit(density: Several, epsilon: Several, rescale: bool, seed: int) -> Transform:
-    drop = MagnitudeDrop(density, epsilon, rescale=False, seed=seed)
-    return KeepNorm(drop) if rescale else drop
-
-
 def della_mergekit(
     *,
     density: Several = 1.0,
@@ -124,9 +119,8 @@ def della_mergekit(
     seed: int = 0,
 ) -> TaskVectors:
     """mergekit's `della`: rescaling restores each tensor's L1 norm; weights vote."""
-    consensus = Elect(weighted=True, zero="plus")
-    transform = _mergekit(density, epsilon, rescale, seed)
-    return TaskVectors(transform, weight, consensus, "mean" if normalize else "sum", scale)
+    drop = MagnitudeDrop(density, epsilon, rescale=False, seed=seed)
+    return mergekit_form(drop, weight=weight, scale=scale, normalize=normalize, rescale=rescale, elect=True)
 
 
 def della_linear_mergekit(
@@ -140,5 +134,5 @@ def della_linear_mergekit(
     seed: int = 0,
 ) -> TaskVectors:
     """mergekit's `della_linear`: no election."""
-    transform = _mergekit(density, epsilon, rescale, seed)
-    return TaskVectors(transform, weight, None, "mean" if normalize else "sum", scale)
+    drop = MagnitudeDrop(density, epsilon, rescale=False, seed=seed)
+    return mergekit_form(drop, weight=weight, scale=scale, normalize=normalize, rescale=rescale, elect=False)

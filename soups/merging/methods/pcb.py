@@ -19,7 +19,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from soups.merging.method import Method, Scope
+from soups.merging.method import Scope, WholeModelMethod
 from soups.merging.operands import Chunk, Operands
 from soups.merging.selection import Map, Stream, kth_largest
 from soups.merging.stages import magnitudes
@@ -38,7 +38,7 @@ class Range(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PCB(Method):
+class PCB(WholeModelMethod):
     """Competition within and across tasks.
 
     Attributes:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from soups.merging.method import Method, weighted_sum
-from soups.merging.operands import Chunk, Unit
+from soups.merging.operands import Chunk, Operands, Unit
 
 
 class MatrixMethod(Method):
@@ -47,10 +47,10 @@ class MatrixMethod(Method):
         """Nothing is looked at beforehand."""
         return "element"
 
-    def eligible(self, chunk: Chunk) -> bool:
+    def eligible(self, tensor: Chunk | Operands) -> bool:
         """Tell whether this tensor is merged as a matrix."""
-        matrix = len(chunk.shape) == 2 and min(chunk.shape) > 1
-        return matrix and not any(fnmatchcase(chunk.key, pattern) for pattern in self.exclude)
+        matrix = len(tensor.shape) == 2 and min(tensor.shape) > 1
+        return matrix and not any(fnmatchcase(tensor.key, pattern) for pattern in self.exclude)
 
     @abstractmethod
     def merge_matrices(self, deltas: list[Tensor]) -> Tensor:
@@ -63,8 +63,13 @@ class MatrixMethod(Method):
         if self.eligible(chunk):
             merged = self.merge_matrices([delta.view(chunk.shape) for delta in deltas]).reshape(-1)
         else:
-            merged = weighted_sum([1.0] * len(deltas), deltas).div_(len(deltas))
+            merged = average(deltas)
         return merged.mul_(self.scale).add_(chunk.base)
+
+
+def average(tensors: list[Tensor]) -> Tensor:
+    """Return the mean; the first tensor is overwritten."""
+    return weighted_sum([1.0] * len(tensors), tensors).div_(len(tensors))
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

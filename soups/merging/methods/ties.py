@@ -13,7 +13,7 @@ Resolving interference when merging models (arXiv:2306.01708), section 4 and alg
 
 from __future__ import annotations
 
-from soups.merging.stages import Elect, KeepNorm, TaskVectors, Trim
+from soups.merging.stages import Elect, TaskVectors, Trim, mergekit_form
 
 Several = float | tuple[float, ...]
 
@@ -57,8 +57,7 @@ def ties_mergekit(
         rescale: restore each task vector's L1 norm after trimming.
     """
     trim = Trim(density, within="tensor", exact=True)
-    transform = KeepNorm(trim) if rescale else trim
-    return TaskVectors(transform, weight, Elect(weighted=True, zero="plus"), "mean" if normalize else "sum", scale)
+    return mergekit_form(trim, weight=weight, scale=scale, normalize=normalize, rescale=rescale, elect=True)
 
 
 def ties_peft(*, density: Several = 0.2, weight: Several = 1.0) -> TaskVectors:

@@ -108,7 +108,7 @@ def sampled(names: Sequence[str], count: int, seed: int, number: int) -> list[st
     ['a', 'b', 'c']
     """
     order = torch.randperm(len(names), generator=generator(seed, "contributors", number))[:count]
-    return [names[index] for index in sorted(order.tolist())]
+    return [names[int(index)] for index in sorted(order.tolist())]
 
 
 def layout(study: Study) -> Layout:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median_low
+from typing import Any
 
 from soups.errors import SoupError
 from soups.protocols.cold_fusion.records import Contribution, Manifest, Policy, Verdict
@@ -83,7 +84,7 @@ def screen(
 
 def _alone(manifest: Manifest, policy: Policy, candidate: Candidate, current: int, base_score: float | None) -> Verdict:
     record = candidate.contribution
-    fields = {"id": record.id, "contributor": record.contributor, "started": candidate.started}
+    fields: dict[str, Any] = {"id": record.id, "contributor": record.contributor, "started": candidate.started}
     if isinstance(candidate.weights, SoupError):
         return Verdict(**fields, accepted=False, reason=f"cannot be read: {candidate.weights}")
     if problem := misfit(manifest, candidate.weights):
