@@ -180,8 +180,8 @@ def study(repeat: int, output: Path, extra: list[str]) -> dict[str, Any]:
 
 
 def spread(values: list[float], factor: float = 100.0, digits: int = 2, signed: bool = False) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{factor * statistics.mean(values):{'+' if signed else ''}.{digits}f} ± {factor * deviation:.{digits}f}"
+    mean = f"{factor * statistics.mean(values):{'+' if signed else ''}.{digits}f}"
+    return f"{mean} ± {factor * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def tabulate(studies: list[dict[str, Any]]) -> str:
