@@ -286,7 +286,7 @@ def draw(studies: list[dict[str, Any]], path: Path) -> None:
         right.plot(100 * on_path[0]["test"], 100 * ood_mean(on_path[0]), "ks", ms=6)
     right.set_xlabel("test accuracy, %")
     right.set_ylabel("mean OOD accuracy, %")
-    right.set_title("WiSE-FT from the shared start (square) to the uniform soup")
+    right.set_title("WiSE-FT: shared start (square) to uniform soup")
     right.legend(fontsize=8, frameon=False)
     for axes in (left, right):
         axes.grid(alpha=0.25)
