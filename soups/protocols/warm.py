@@ -271,7 +271,7 @@ class Rewards:
 
 
 def layerwise(
-    layers: int, probabilities: Sequence[float], members: int = 64, features: int = 40, seed: int = 0, steps: int = 3000
+    layers: int, probabilities: Sequence[float], members: int = 64, features: int = 40, seed: int = 0, steps: int = 800
 ) -> dict[str, list[float]]:
     """Measure with which weight a feature that each member has with probability p enters their average.
 
@@ -286,7 +286,7 @@ def layerwise(
         members: M networks.
         features: for each p.
         seed: of the draw of features.
-        steps: of gradient descent, with a rate of 0.1.
+        steps: of gradient descent, with a rate of 0.2.
 
     Returns:
         For each p: the measured weight in the ensemble and in the weight average, each relative to that of a member that
@@ -300,7 +300,7 @@ def layerwise(
         product = weights.prod(dim=0)
         # Unit-variance independent features: the loss is Σⱼ (1 − Πₗ wₗⱼ)²/2 over those that the member's data have.
         error = (product - 1) * present
-        weights = weights - 0.1 * torch.stack(
+        weights = weights - 0.2 * torch.stack(
             [
                 error * weights[[other for other in range(layers) if other != layer]].prod(dim=0)
                 for layer in range(layers)

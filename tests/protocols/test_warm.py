@@ -116,7 +116,8 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Warm:
     monkeypatch.setenv("SOUPS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("soups.tasks.preferences.rated_texts", rated)
     settings = compose_settings([
-        "+protocol=warm", f"model.name={write_bert(tmp_path / 'bert')}", "model.freeze_embeddings=false", "tracking=off",
+        "+protocol=warm", f"model.name={write_bert(tmp_path / 'bert')}", "model.freeze_embeddings=false", "model.freeze_layers=0",
+        "tracking=off",
         "data.train=40", "data.heldout=24", "data.test=20", "data.swapped=0", "loader.size=12", "loader.batch_size=8",
         "protocol.study.members=3", "protocol.study.keep=2", "protocol.study.points=2", "protocol.candidates=40",
         "protocol.ood_texts=20", "protocol.sizes=[1,4]", "protocol.trajectory.pairs=24", "protocol.control.pairs=24",

@@ -70,7 +70,7 @@ def test_the_probe_of_a_reward_is_logistic_regression_on_differences(tmp_path: P
     difference = predict(network.module, batches[0])
     expected = torch.from_numpy(features) @ network.linear().weight[0].detach()
     assert torch.allclose(difference[:, 0] - difference[:, 1], expected, atol=1e-3 * float(expected.abs().max()))
-    assert float(network.linear().bias) == 0
+    assert network.linear().bias.tolist() == [0.0]
 
 
 def rated(count: int) -> list[RatedText]:
