@@ -43,7 +43,7 @@ class Averaging(Callback):
     # What a concrete callback says of itself -----------------------------------------------------------------------
 
     @abstractmethod
-    def make(self, plan: Plan, covers: Callable[[str], bool]) -> dict[str, Mean]:
+    def make(self, plan: Plan, covers: Callable[[str], bool] | None) -> dict[str, Mean]:
         """Return this callback's averages by name, for a run of the planned length."""
 
     def members(self) -> list[Averaging]:

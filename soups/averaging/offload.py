@@ -42,7 +42,8 @@ class Offload:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             self._copy()
-            self._copied = self._stream.record_event()
+            self._copied = torch.cuda.Event()
+            self._copied.record(self._stream)
 
     def _copy(self) -> None:
         for index, group in self._tensors.items():
