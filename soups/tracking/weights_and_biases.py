@@ -193,7 +193,8 @@ def log_page(
                     values = {f"{part['title']}/{key}": series[number] for key, series in part["series"].items()}
                     run.log({axis: x, **{key: value for key, value in values.items() if value is not None}})
             elif part["kind"] == "table":
-                rows = [[cell["value"] if isinstance(cell, dict) else cell for cell in row] for row in part["rows"]]
+                cells: list[list[Any]] = part["rows"]
+                rows: Any = [[cell["value"] if isinstance(cell, dict) else cell for cell in row] for row in cells]
                 run.log({f"tables/{part['title']}": wandb.Table(columns=part["columns"], data=rows)})
         run.log({f"figures/{key}": wandb.Image(str(path)) for key, path in figures.items()})
         run.summary["summary"] = page["summary"]
