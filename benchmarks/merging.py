@@ -5,8 +5,8 @@
     python benchmarks/merging.py --scaling                       # time and memory against model size and number of models
 
 Every run is a process of its own, start-up included, its inputs in the page cache. The floor reads the same inputs and
-writes one output in pieces of 1 MiB. CPU seconds are user + system; RSS is the process's peak (soups maps no files; mergekit
-and torch.load do, which counts). `--mergekit` is a Python that has it: pip install mergekit==0.1.5.
+writes one output in pieces of 1 MiB. CPU seconds are user + system; RSS is the process's peak, mapped files included (torch's
+libraries; the models where mergekit and torch.load map them), and beside it the part that is no mapped file. `--mergekit` is a Python that has it: pip install mergekit==0.1.5.
 """
 
 from __future__ import annotations
@@ -66,11 +66,12 @@ torch.save({name: (tensor / len(sources)).bfloat16() for name, tensor in total.i
 
 
 class Cost(NamedTuple):
-    """What one process took."""
+    """What one process took: seconds, seconds, GiB at the peak, GiB of it that is no mapped file (libraries, inputs)."""
 
     wall: float
     cpu: float
     rss: float
+    own: float
 
 
 def shapes(gigabytes: float) -> dict[str, tuple[int, ...]]:
@@ -152,14 +153,28 @@ def configuration(method: str, paths: list[Path], models: int) -> str:
 def measure(command: list[str], threads: int) -> Cost:
     """Run a process and return what it took."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    start = time.perf_counter()
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    output = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)[:200]} failed:\n{output.decode()[-2000:]}")
-    return Cost(time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20)
+    own = 0.0
+    with tempfile.TemporaryFile() as errors:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
+        while (ended := os.wait4(process.pid, os.WNOHANG))[0] == 0:
+            own = max(own, anonymous(process.pid))
+            time.sleep(0.02)
+        wall = time.perf_counter() - start
+        if ended[1]:
+            errors.seek(0)
+            raise SystemExit(f"{' '.join(command)[:200]} failed:\n{errors.read().decode()[-2000:]}")
+    usage = ended[2]
+    return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20, own)
+
+
+def anonymous(pid: int) -> float:
+    """Return the GiB of a process's resident memory that are no mapped file; 0 where the system does not say."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("RssAnon")), 0.0)
 
 
 def best(command: list[str], threads: int, repeats: int, output: Path) -> Cost:
@@ -199,7 +214,7 @@ def mergekit_run(
 
 def show(name: str, cost: Cost, against: Cost) -> None:
     print(
-        f"| {name} | {cost.wall:.2f} | {cost.cpu:.2f} | {cost.rss:.2f} | {cost.wall / against.wall:.1f} | "
+        f"| {name} | {cost.wall:.2f} | {cost.cpu:.2f} | {cost.rss:.2f} | {cost.own:.2f} | {cost.wall / against.wall:.1f} | "
         f"{cost.cpu / against.cpu:.1f} |",
         flush=True,
     )
@@ -215,7 +230,9 @@ def compare(arguments: argparse.Namespace, work: Path) -> None:
         f"{arguments.models} models and a base of {one:.2f} GB, bfloat16; {arguments.threads} threads; best of {arguments.repeats}; "
         f"load {os.getloadavg()[0]:.1f}"
     )
-    print("\n| run | wall s | CPU s | peak RSS GiB | wall / floor | CPU / floor |\n|---|---|---|---|---|---|")
+    print(
+        "\n| run | wall s | CPU s | peak RSS GiB | no mapped file | wall / floor | CPU / floor |\n|---|---|---|---|---|---|---|"
+    )
     floors = {base: floor(paths, arguments.models, base, work / "out", arguments.repeats) for base in (False, True)}
     show("floor, no base", floors[False], floors[False])
     show("floor, with base", floors[True], floors[True])
@@ -232,7 +249,7 @@ def compare(arguments: argparse.Namespace, work: Path) -> None:
         against = floors[PARAMETERS[method][2]]
         ours = soups_run(method, paths, arguments.models, work, arguments.threads, arguments.repeats)
         show(f"soups {method}", ours, against)
-        net = Cost(ours.wall - start.wall, ours.cpu - start.cpu, ours.rss - start.rss)
+        net = Cost(ours.wall - start.wall, ours.cpu - start.cpu, ours.rss - start.rss, ours.own - start.own)
         show(f"soups {method}, beyond `import torch`", net, against)
         if arguments.mergekit:
             theirs = mergekit_run(arguments.mergekit, method, paths, arguments.models, work, arguments.threads, 1)
@@ -249,12 +266,12 @@ def scaling(arguments: argparse.Namespace, work: Path) -> None:
             prepared(work / f"{size}", size, models, False)
         return
     print(
-        f"soups {method}, {arguments.threads} threads, load {os.getloadavg()[0]:.1f}\n\n| GB a model | models | wall s | CPU s | peak RSS GiB |\n|---|---|---|---|---|"
+        f"soups {method}, {arguments.threads} threads, load {os.getloadavg()[0]:.1f}\n\n| GB a model | models | wall s | CPU s | peak RSS GiB | no mapped file |\n|---|---|---|---|---|---|"
     )
     for size, models in cases:
         paths = prepared(work / f"{size}", size, models, False)
         cost = soups_run(method, paths, models, work, arguments.threads, arguments.repeats)
-        print(f"| {size} | {models} | {cost.wall:.2f} | {cost.cpu:.2f} | {cost.rss:.2f} |", flush=True)
+        print(f"| {size} | {models} | {cost.wall:.2f} | {cost.cpu:.2f} | {cost.rss:.2f} | {cost.own:.2f} |", flush=True)
 
 
 def main() -> None:

@@ -180,8 +180,8 @@ def study(repeat: int, output: Path, extra: list[str]) -> dict[str, Any]:
 
 
 def spread(values: list[float], factor: float = 100.0, digits: int = 2, signed: bool = False) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{factor * statistics.mean(values):{'+' if signed else ''}.{digits}f} ± {factor * deviation:.{digits}f}"
+    mean = f"{factor * statistics.mean(values):{'+' if signed else ''}.{digits}f}"
+    return f"{mean} ± {factor * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def tabulate(studies: list[dict[str, Any]]) -> str:
@@ -286,7 +286,7 @@ def draw(studies: list[dict[str, Any]], path: Path) -> None:
         right.plot(100 * on_path[0]["test"], 100 * ood_mean(on_path[0]), "ks", ms=6)
     right.set_xlabel("test accuracy, %")
     right.set_ylabel("mean OOD accuracy, %")
-    right.set_title("WiSE-FT from the shared start (square) to the uniform soup")
+    right.set_title("WiSE-FT: shared start (square) to uniform soup")
     right.legend(fontsize=8, frameon=False)
     for axes in (left, right):
         axes.grid(alpha=0.25)

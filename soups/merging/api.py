@@ -203,7 +203,7 @@ def execute(
         _write(plan, _file_writer(plan, Path(target), metadata, overwrite), options)
         return Path(target)
     device = str(options.get("device", "cpu"))
-    settings = {
+    settings: dict[str, Any] = {
         "metadata": metadata,
         "tied": plan.tied,
         "shard_bytes": shard_bytes,

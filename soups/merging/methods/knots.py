@@ -14,12 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from soups.merging.method import WholeModelMethod
+from soups.merging.method import Scope, WholeModelMethod
 from soups.merging.methods.svd import MatrixMethod, average, svd
 from soups.merging.operands import Chunk, Operands
 from soups.merging.selection import Cut, Map, kth_of_each
@@ -42,7 +41,7 @@ class KnOTS(MatrixMethod, WholeModelMethod):
     exclude: tuple[str, ...] = ()
 
     @property
-    def scope(self) -> Literal["model"]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def scope(self) -> Scope:
         """Trimming is over the whole model."""
         return "model"
 

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from soups.merging.method import Method, weighted_sum
+from soups.merging.method import Method, Scope, weighted_sum
 from soups.merging.operands import Chunk, Operands, Unit
 
 
@@ -43,7 +43,7 @@ class MatrixMethod(Method):
         return "tensor"
 
     @property
-    def scope(self) -> Literal["element"]:
+    def scope(self) -> Scope:
         """Nothing is looked at beforehand."""
         return "element"
 
