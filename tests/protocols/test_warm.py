@@ -207,5 +207,5 @@ def test_a_member_on_two_processes_is_the_member_on_one(tmp_path: Path) -> None:
         return float(sum((one[name] - two[name]).double().square().sum() for name in found[1])) ** 0.5
 
     # AdamW turns rounding into steps where gradients are near zero, so the two agree up to a small part of the way.
-    assert distance(found[1], start) > 0.1
+    assert distance(found[1], start) > 0.02
     assert distance(found[1], found[2]) < 0.05 * distance(found[1], start)
