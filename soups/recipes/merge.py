@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from types import MappingProxyType
 from typing import Any
 
 from soups.errors import ConfigError
@@ -17,7 +18,7 @@ def merge(
     score: Score,
     start: Candidate | None = None,
     method: str = "ties",
-    parameters: Mapping[str, Any] | None = None,
+    parameters: Mapping[str, Any] = MappingProxyType({}),
 ) -> Soup:
     """Return the ingredients merged by a method of `soups.merging`.
 
@@ -47,7 +48,7 @@ def merge(
     with ExitStack() as stack:
         stores = [stack.enter_context(candidate.store()) for candidate in order]
         base = stack.enter_context(start.store()) if start is not None and needs_base else None
-        found = search_coefficients(method, stores, score, parameters or {}, base=base)
+        found = search_coefficients(method, stores, score, dict(parameters), base=base)
     trials = [{"parameters": trial.parameters, "score": trial.score} for trial in found.trials]
     return Soup(
         found.weights,

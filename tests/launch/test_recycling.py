@@ -33,7 +33,7 @@ def overrides(protocol: str, data: Path, place: Path, *more: str) -> list[str]:
     auxiliary += [f"+protocol.auxiliary.{name}={task(name)}" for name in "ab"]
     return [
         f"+protocol={protocol}", "model=huggingface_text", f"model.name={data}/bert", "model.pooling=mean",
-        "data=text_files", f"data.train={data}/target.csv", "~data.ood_size", *(auxiliary if protocol != "lo_fi" else []),
+        "data=text_files", f"data.train={data}/target.csv", *(auxiliary if protocol != "lo_fi" else []),
         "data.heldout=0.2", "data.test=0.3", f"data.ood={{other: {data}/a.csv}}", "loader.size=16", "loader.batch_size=8",
         "optimizer.lr=1e-3", "trainer.accelerator=cpu", "trainer.threads=1", "tracking=off",
         f"pool.path={place}/pool", f"paths.output={place}/outputs", *more,

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from soups.errors import ConfigError, WeightsError
-from soups.launch.protocol import build_program
+from soups.launch.protocol import build_program, run_node
 from soups.launch.warm import Warm
-from soups.protocols import execute, in_sequence
+from soups.protocols import execute, in_sequence, perform
 from soups.protocols.warm import Rewards, Study, average, best_first, layerwise
 from soups.seeding import generator
 from soups.stores import write_safetensors
@@ -177,3 +177,35 @@ def test_what_decides_a_node(program: Warm) -> None:
     assert kept == {"trajectory", "control", "features", "rewards"}
     with pytest.raises(ConfigError, match=r"needs numbers up to protocol\.candidates=40"):
         Warm(program.settings, {}, *program.fits.values(), 40, 20, [64])
+
+
+@pytest.mark.slow
+def test_a_member_on_two_processes_is_the_member_on_one(tmp_path: Path) -> None:
+    """Real ratings; the fit runs as a program of its own under DDP, in the same pool layout and with the same name."""
+    base = [
+        "+protocol=warm", f"model.name={write_bert(tmp_path / 'bert', labels=1)}", "model.freeze_layers=0", "tracking=off",
+        "data.train=32", "data.heldout=16", "data.test=10", "loader.size=12", "loader.batch_size=8",
+        "protocol.study={members: 1, keep: 1, swapped: [0.25], rates: [1e-3], dropouts: [0.0], points: 0, layers: []}",
+        "protocol.candidates=20", "protocol.ood_texts=10", "protocol.sizes=[1]", "trainer.accelerator=cpu",
+        "trainer.threads=1", f"paths.output={tmp_path}/out",
+    ]  # fmt: skip
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for devices in (1, 2):
+        more = [f"trainer.devices={devices}", f"pool.path={tmp_path}/{devices}"]
+        more += ["trainer.strategy=ddp"] if devices == 2 else []
+        settings = compose_settings([*base, *more])
+        program, pool = build_program(settings), Pool(tmp_path / str(devices))
+        assert isinstance(program, Warm)
+        group = program.layout().groups[0]
+        perform(group.head, pool, program.operations())
+        run_node(settings, group.members[0].fingerprint)
+        found[devices] = pool.weights(group.members[0].fingerprint)
+        head = pool.weights(group.head.fingerprint)
+    start = {**AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert").state_dict(), **head}
+
+    def distance(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> float:
+        return float(sum((one[name] - two[name]).double().square().sum() for name in found[1])) ** 0.5
+
+    # AdamW turns rounding into steps where gradients are near zero, so the two agree up to a small part of the way.
+    assert distance(found[1], start) > 0.1
+    assert distance(found[1], found[2]) < 0.05 * distance(found[1], start)

@@ -293,7 +293,7 @@ def _validate(recipe: Recipe, number: int, content: Any) -> Document:
     if "search" in content:
         raise ConfigError(
             f"{recipe.at(number, ('search',))}: a search needs a held-out score, which a file does not have. Lists of candidates "
-            f"go to `python train.py +soup=merge soup.method=… soup.parameters.NAME=[…]`, or to "
+            f"go to `python train.py +soup=merge soup.method=… +soup.parameters.NAME=[…]`, or to "
             f"soups.merging.search.search_coefficients; lists in a file are gradients over the layers."
         )
     try:
