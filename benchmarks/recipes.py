@@ -214,9 +214,10 @@ def learned_memory(folder: Path, quick: bool) -> None:
     size = sum(tensor.numel() * 4 for tensor in module.state_dict().values()) / 2**20
     files = ingredients(module, folder / "perceptron", max(counts))
     accuracy, gradient = accuracy_of(module, batches), HeldoutGradient(module, batches)
-    # What a first backward pass and a first optimiser load once is no memory of theirs: it is there before the forks.
-    learned(candidates_of(files[:1], [0.0]), accuracy, gradient, epochs=1)
-    all_in_memory(module, files[:1], batches, 1)
+    # What a first optimiser loads once is no memory of either. (No backward pass here: autograd does not survive a fork.)
+    share = torch.zeros(1, requires_grad=True)
+    share.grad = torch.zeros(1)
+    torch.optim.AdamW([share]).step()
     print(f"learned soup of perceptrons of {size:.0f} MiB, 2 epochs of 4 steps:")
     for number in counts:
         some = candidates_of(files[:number], [0.0] * number)
