@@ -73,7 +73,7 @@ def show(
         if as_json:
             typer.echo(record.model_dump_json(indent=2))
             return
-        from rich.table import Table
+        from rich.text import Text
 
         from soups.reporting import flatten
 
@@ -83,16 +83,16 @@ def show(
             **{f"{split} {key}": value for split, values in record.metrics.items() for key, value in values.items()},
             **{f"{key}, s": round(value, 2) for key, value in record.durations.items()},
         }  # fmt: skip
-        table = Table(box=None, show_header=False)
-        table.add_column(style="dim")
-        table.add_column(overflow="fold")
         hidden = ("start", "split", "training_version")
         settings = {key: value for key, value in flatten(record.determinants).items() if key not in hidden}
-        for section in (rows, settings, record.layout, record.versions):
-            for key, value in section.items():
-                table.add_row(key, _cell(value))
-            table.add_section()
-        console.print(table)
+        sections = [section for section in (rows, settings, record.layout, record.versions) if section]
+        width = max(len(key) for section in sections for key in section)
+        for number, section in enumerate(sections):
+            if number:
+                console.print()
+            for key, value in section.items():  # whole lines, so that a hash can be copied
+                text = Text.assemble((f"{key:<{width}}  ", "dim"), Text.from_markup(_cell(value)))
+                console.print(text, soft_wrap=True, highlight=False)
 
 
 @app.command()

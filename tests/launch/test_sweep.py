@@ -63,7 +63,8 @@ def test_the_job_ends_in_a_soup_that_loads(finished_sweep: Path) -> None:
     ):
         assert expected in text
     assert "logit ensemble" in text and "[4/4]" in text and str(folder) in text
-    names = {"soup.safetensors", "report.json", "results.csv", "config.json", "scatter.png", "greedy_path.png"}
+    names = {"soup.safetensors", "report.json", "results.csv", "config.json", "scatter.png", "greedy_path.png",
+             "page.json", "report.html"}  # fmt: skip
     assert {path.name for path in folder.iterdir()} == names
 
     report = json.loads((folder / "report.json").read_text())
