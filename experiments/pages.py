@@ -47,9 +47,14 @@ def tables(pages: Sequence[Page]) -> str:
 def _cell(values: Sequence[object]) -> str:
     numbers = [value.value if isinstance(value, Cell) else value for value in values]
     if all(isinstance(value, int | float) for value in numbers):
-        spread = statistics.stdev(numbers) if len(numbers) > 1 else float("nan")
-        return f"{statistics.mean(numbers):.2f} ± {spread:.2f}"
+        return _spread(numbers)
     return "" if numbers[0] is None else str(numbers[0])
+
+
+def _spread(numbers: Sequence[float], sign: str = "") -> str:
+    """Return mean ± sd; of a single number, the number."""
+    mean = f"{statistics.mean(numbers):{sign}.2f}"
+    return f"{mean} ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else mean
 
 
 def curves(pages: Sequence[Page]) -> list[Curves]:
@@ -88,8 +93,7 @@ def differences(pages: Sequence[Page], pairs: Sequence[tuple[str, str]], part: i
                 if isinstance(first, int | float) and isinstance(second, int | float):
                     changes.append(first - second)
             if len(changes) == len(tables_):
-                spread = statistics.stdev(changes) if len(changes) > 1 else float("nan")
-                cells.append(f"{column.removesuffix(', %')} {statistics.mean(changes):+.2f} ± {spread:.2f}")
+                cells.append(f"{column.removesuffix(', %')} {_spread(changes, '+')}")
         lines.append(f"- {one} − {two}: {', '.join(cells)}")
     return "\n".join(lines) + "\n"
 

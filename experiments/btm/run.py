@@ -1,6 +1,6 @@
 """Branch-Train-Merge: does it need the seed phase, and what do its averages cost against its ensemble, over seeds.
 
-    python -m experiments.btm.run                 three seeds (3 to 4 CPU-minutes each), then the table and the figure
+    python -m experiments.btm.run                 three seeds, then the table and the figure
     python -m experiments.btm.run --seeds 0 1 2 3 4
 
 A seed is another split of the texts and other fits. Writes results.csv, table.md and figures beside this file.

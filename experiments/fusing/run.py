@@ -1,6 +1,6 @@
 """Fusing: a start averaged from auxiliary fine-tunes, against the pretrained one and against each of them, over seeds.
 
-    python -m experiments.fusing.run                 three seeds (2 to 3 CPU-minutes each), then the table and the figure
+    python -m experiments.fusing.run                 three seeds, then the table and the figure
     python -m experiments.fusing.run --seeds 0 1 2 3 4
 
 A seed is another split of the texts and other fits. Writes results.csv, table.md and figures beside this file.

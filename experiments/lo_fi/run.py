@@ -1,6 +1,6 @@
 """lo-fi against one synchronous run of the same budget, over seeds.
 
-    python -m experiments.lo_fi.run                 three seeds (1 to 2 CPU-minutes each), then the table and the figure
+    python -m experiments.lo_fi.run                 three seeds, then the table and the figure
     python -m experiments.lo_fi.run --seeds 0 1 2 3 4
 
 A seed is another split of the texts and other fits. Writes results.csv, table.md and figures beside this file.

@@ -1,6 +1,6 @@
 """Model Ratatouille against the uniform soup of as many vanilla fine-tunes, and against fusing, over seeds.
 
-    python -m experiments.ratatouille.run                 three seeds (3 to 4 CPU-minutes each), then the table and the figure
+    python -m experiments.ratatouille.run                 three seeds, then the table and the figure
     python -m experiments.ratatouille.run --seeds 0 1 2 3 4
 
 A seed is another split of the texts and other fits. Writes results.csv, table.md and figures beside this file.
