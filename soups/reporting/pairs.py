@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from soups.evaluation.diversity import agreement as share_of_equal_answers
 from soups.merging.compare import products
 from soups.reporting.page import Matrix
 from soups.stores.pool import Ingredient, Pool
@@ -87,13 +88,11 @@ def agreement(names: Sequence[str], logits: Sequence[Tensor]) -> Matrix:
         names: of N models.
         logits: (samples, classes) of each.
     """
-    answers = torch.stack([values.argmax(dim=1) for values in logits])
-    same = (answers[:, None, :] == answers[None, :, :]).double().mean(dim=2)
     return Matrix(
         title="Agreement on the held-out split",
         note="Share of samples with the same answer. Soups gain from ingredients that err differently.",
         row_labels=list(names),
         column_labels=list(names),
-        values=(100 * same).tolist(),
+        values=(100 * share_of_equal_answers(logits)).tolist(),
         value_label="same answer, %",
     )
