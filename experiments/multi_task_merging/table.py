@@ -1,4 +1,4 @@
-"""Prints the table of README.md from results.csv: accuracy in %, mean ± sd over seeds.
+"""Prints the table of README.md from results.csv: accuracy in %, mean ± sd over seeds where there are several.
 
 python -m experiments.multi_task_merging.table
 """
@@ -14,8 +14,8 @@ HERE = Path(__file__).parent
 
 
 def spread(values: list[float]) -> str:
-    sd = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{100 * statistics.mean(values):.1f} ± {100 * sd:.1f}"
+    mean = f"{100 * statistics.mean(values):.1f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def rows(path: Path) -> tuple[list[str], list[list[str]]]:
