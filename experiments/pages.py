@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import statistics
 import subprocess
@@ -9,7 +10,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from soups.reporting import draw_page
 from soups.reporting.page import Cell, Curves, Page, Point, Scatter, Table
+from soups.stores.files import write_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -126,3 +129,25 @@ def scatter(pages: Sequence[Page]) -> list[Scatter]:
             groups[name] = [Point(name=name, x=x, y=y)]
         found.append(part.model_copy(update={"groups": groups}))
     return found
+
+
+def study(
+    protocol: str,
+    here: Path,
+    pairs: Sequence[tuple[str, str]],
+    draw: Callable[[Sequence[Page]], Sequence[Curves | Scatter]],
+    output: str,
+    description: str | None,
+) -> None:
+    """Repeat a protocol as the command line says, and write table.md, results.csv and the figures of `draw` into `here`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=ROOT / "outputs" / output)
+    parser.add_argument("overrides", nargs="*", help="further overrides for train.py")
+    arguments = parser.parse_args()
+    pages = repeat(protocol, arguments.seeds, arguments.output, lambda seed: [f"seed={seed}", *arguments.overrides])
+    text = f"{tables(pages)}\nDifferences within a seed (mean ± sd over {len(pages)} seeds):\n\n{differences(pages, pairs)}"
+    print(text)
+    write_text(here / "table.md", text)
+    write_results(pages, arguments.seeds, here / "results.csv")
+    draw_page(Page(title=protocol, subject="protocol", summary="", parts=list(draw(pages))), here)
