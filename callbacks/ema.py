@@ -64,10 +64,6 @@ class EMA(Averaging):
             decay,
             interval=interval,
             warmup=self.warmup,
-            dtype=settings.dtype,
-            device=settings.device,
-            seed=settings.seed,
-            background=settings.background,
-            covers=covers,
+            **settings.keep(covers),
         )
         return {settings.name: mean}

@@ -50,12 +50,9 @@ class LAWA(Averaging):
         settings = self.settings
         mean = lawa.LAWA(
             self.k,
-            dtype=settings.dtype,
-            device=settings.device,
             snapshots=self.snapshots,
             snapshot_dtype=self.snapshot_dtype,
             folder=self.folder,
-            background=settings.background,
-            covers=covers,
+            **settings.keep(covers),
         )
         return {settings.name: mean}

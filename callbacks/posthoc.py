@@ -68,11 +68,7 @@ class PostHocEMA(Averaging):
             name: PowerEMA(
                 sigma,
                 interval=interval,
-                dtype=settings.dtype,
-                device=settings.device,
-                seed=settings.seed,
-                background=settings.background,
-                covers=covers,
+                **settings.keep(covers),
             )
             for name, sigma in self._names().items()
         }

@@ -11,7 +11,7 @@ import torch
 
 from soups.averaging import units
 from soups.averaging.checkpoint import RAW
-from soups.averaging.mean import DTYPES
+from soups.averaging.mean import DTYPES, Keep
 from soups.averaging.units import Plan, Schedule
 from soups.errors import ConfigError, did_you_mean
 
@@ -34,6 +34,7 @@ class Common(TypedDict, total=False):
     device: str | torch.device | None
     seed: int
     background: bool | None
+    fused: bool
     log_distance: bool
 
 
@@ -72,6 +73,7 @@ class Settings:
         seed: seed of stochastic rounding.
         background: take points in by a thread, while training goes on; when None, only for `device="cpu"` in a run on a
             GPU. Costs one copy of the weights on the host.
+        fused: update with a compiled kernel, several averages for little more than one; see `soups.averaging.Keep`.
         log_distance: log ‖average - raw‖₂ as `distance/<name>` at the end of every epoch.
     """
 
@@ -88,6 +90,7 @@ class Settings:
     device: str | torch.device | None = None
     seed: int = 0
     background: bool | None = None
+    fused: bool = False
     log_distance: bool = False
 
     def __post_init__(self) -> None:
@@ -110,6 +113,17 @@ class Settings:
             raise ConfigError(f"dtype={self.dtype!r} is not a choice: {did_you_mean(self.dtype, DTYPES)}")
         if self.batches < 1:
             raise ConfigError(f"batches={self.batches} measures nothing; give at least 1.")
+
+    def keep(self, covers: Callable[[str], bool] | None) -> Keep:
+        """Return what the average itself is to be told."""
+        return Keep(
+            dtype=self.dtype,
+            device=self.device,
+            seed=self.seed,
+            background=self.background,
+            fused=self.fused,
+            covers=covers,
+        )
 
 
 def settings_of(options: Common, **defaults: Any) -> Settings:

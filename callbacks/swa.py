@@ -36,11 +36,5 @@ class SWA(Averaging):
     def make(self, plan: Plan, covers: Callable[[str], bool] | None) -> dict[str, Mean]:
         """Return the average."""
         settings = self.settings
-        mean = swa.SWA(
-            dtype=settings.dtype,
-            device=settings.device,
-            seed=settings.seed,
-            background=settings.background,
-            covers=covers,
-        )
+        mean = swa.SWA(**settings.keep(covers))
         return {settings.name: mean}

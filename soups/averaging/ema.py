@@ -7,13 +7,11 @@ a ← β a + (1 - β) θ after every k-th step with β = decayᵏ. Without a war
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal, get_args
-
-import torch
+from typing import Any, Literal, Unpack, get_args
 
 from soups.averaging import units
-from soups.averaging.mean import Lerp, lerp_
+from soups.averaging.lerp import Lerp, lerp_
+from soups.averaging.mean import Keep
 from soups.averaging.units import Plan
 from soups.errors import ConfigError
 from soups.weights import Weights
@@ -73,11 +71,7 @@ class EMA(Lerp):
             "count": β_t = min(β, (1 + t)/(10 + t)), t updates so far.
             "power": β_t = min(β, 1 - (1 + t)^(-2/3)).
             "none": starts as a copy of the first point, which keeps weight βᵗ.
-        dtype: dtype of the average; float32 when None.
-        device: device of the average; the weights' when None.
-        seed: seed of stochastic rounding, for dtype bfloat16.
-        background: take points in by a thread; None for averages on the CPU of weights on a GPU.
-        covers: which tensors take part, by name.
+        **keep: dtype, device and more; see `Keep`.
 
     >>> ema = EMA(decay=0.5)
     >>> for value in (1.0, 4.0):
@@ -99,13 +93,9 @@ class EMA(Lerp):
         sigma: str | float | None = None,
         interval: int = 1,
         warmup: Warmup = "debias",
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-        seed: int = 0,
-        background: bool | None = None,
-        covers: Callable[[str], bool] | None = None,
+        **keep: Unpack[Keep],
     ) -> None:
-        super().__init__(dtype=dtype, device=device, seed=seed, background=background, covers=covers)
+        super().__init__(**keep)
         self.decay = decay_of(decay, half_life, sigma)
         if interval < 1:
             raise ConfigError(f"interval={interval} must be at least 1 step.")

@@ -11,15 +11,15 @@ some hundred steps apart from the beginning of training. Both are settings of th
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from soups.averaging.mean import DTYPES, SMALL, Mean, storage_dtype
+from soups.averaging.mean import DTYPES, SMALL, Keep, Mean, storage_dtype
 from soups.errors import ConfigError
 from soups.weights import Weights, mean
 
@@ -35,13 +35,10 @@ class LAWA(Mean):
 
     Args:
         k: points in the window.
-        dtype: dtype of the mean; float32 when None.
-        device: device of the mean; the weights' when None.
         snapshots: where the ring lives: "device" (that of the mean), "cpu" or "disk" (memory-mapped files).
         snapshot_dtype: dtype of the ring; float32 when None. "bfloat16" halves it and rounds every point once.
         folder: where the files of "disk" go; a temporary folder when None.
-        background: take points in by a thread; None for averages on the CPU of weights on a GPU.
-        covers: which tensors take part, by name.
+        **keep: dtype and device of the mean, and more; see `Keep`.
 
     >>> lawa = LAWA(k=2)
     >>> for value in (1.0, 2.0, 6.0):
@@ -50,7 +47,7 @@ class LAWA(Mean):
     tensor([4.])
 
     Raises:
-        ConfigError: k below 1, or an unknown place or dtype.
+        ConfigError: k below 1, an unknown place or dtype, or `fused`.
     """
 
     kind = "LAWA"
@@ -59,15 +56,16 @@ class LAWA(Mean):
         self,
         k: int = 10,
         *,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
         snapshots: str = "device",
         snapshot_dtype: torch.dtype | str | None = None,
         folder: str | Path | None = None,
-        background: bool | None = None,
-        covers: Callable[[str], bool] | None = None,
+        **keep: Unpack[Keep],
     ) -> None:
-        super().__init__(dtype=dtype, device=device, background=background, covers=covers)
+        super().__init__(**keep)
+        if self.fused:
+            raise ConfigError(
+                "A LAWA window has nothing to fuse; fused=True is for EMA, SWA and power-function averages."
+            )
         if k < 1:
             raise ConfigError(f"LAWA averages the last k points, and k={k} leaves none. Give k of 1 or more.")
         if snapshots not in ("device", "cpu", "disk"):

@@ -12,21 +12,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
+from soups.averaging.fusing import flat_view, lerp_together
 from soups.averaging.offload import Offload
-from soups.averaging.rounding import round_stochastically_
-from soups.errors import ConfigError, WeightsError
-from soups.seeding import generator
+from soups.errors import ConfigError, WeightsError, did_you_mean
 from soups.weights import Weights, is_averaged, tied_names
 
 # Elements in a group: 512 KiB of float32 weights beside one average's, well inside a core's second-level cache.
 GROUP = 1 << 17
-# One average that reads each weight once gains nothing from the cache; larger groups save calls.
-GROUP_ALONE = 1 << 23
+# What reads each weight once gains nothing from the cache; larger groups save calls.
+GROUP_ONCE = 1 << 23
 # Tensors up to this many elements are first copied side by side, so that a group of them costs one operation an average.
 SMALL = 1 << 13
 # Elsewhere (CUDA) one foreach call is one kernel, and a group only bounds the temporary of a conversion: 64 MiB.
@@ -47,6 +46,30 @@ def storage_dtype(weight: torch.dtype, asked: torch.dtype | None) -> torch.dtype
     return asked or torch.float32
 
 
+class Keep(TypedDict, total=False):
+    """Keyword arguments that every average takes.
+
+    Attributes:
+        dtype: dtype of the kept tensors; float32 when None. In bfloat16 updates are rounded stochastically, so that
+            small steps are not lost. float64 weights are always averaged in float64.
+        device: device of the kept tensors; that of the weights when None.
+        seed: seed of the stochastic rounding.
+        background: take points in by a thread, from a copy of the weights, while training goes on. When None, only for
+            averages on the CPU of weights that are elsewhere. The result is the same to the last bit.
+        fused: on CPU, update with a compiled kernel, together with all other fused averages of a pass: see `fusing`.
+            Needs a C++ compiler. Its last bits are not those of the plain update, and as reproducible. Elsewhere torch's
+            own kernels take many tensors at once already, and it changes nothing.
+        covers: which tensors take part, by name; all floating ones when None.
+    """
+
+    dtype: torch.dtype | str | None
+    device: torch.device | str | None
+    seed: int
+    background: bool | None
+    fused: bool
+    covers: Callable[[str], bool] | None
+
+
 class Mean(ABC):
     """An average of weights over time, updated in place.
 
@@ -54,28 +77,18 @@ class Mean(ABC):
     restore exactly, so that a resumed run gives the same bits.
 
     Args:
-        dtype: dtype of the kept tensors; float32 when None. In bfloat16 updates are rounded stochastically, so that
-            small steps are not lost. float64 weights are always averaged in float64.
-        device: device of the kept tensors; that of the weights when None.
-        seed: seed of the stochastic rounding.
-        background: take points in by a thread, from a copy of the weights, while training goes on. When None, only for
-            averages on the CPU of weights that are elsewhere. The result is the same to the last bit.
-        covers: which tensors take part, by name; all floating ones when None.
+        **keep: what is kept, where and how; see `Keep`.
     """
 
     kind: str = "mean"
     # Whether an update goes over a group more than once, so that it had better stay in the cache.
     revisits: bool = True
 
-    def __init__(
-        self,
-        *,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-        seed: int = 0,
-        background: bool | None = None,
-        covers: Callable[[str], bool] | None = None,
-    ) -> None:
+    def __init__(self, **keep: Unpack[Keep]) -> None:
+        if unknown := keep.keys() - Keep.__annotations__.keys():
+            name = min(unknown)
+            raise ConfigError(f"There is no option {name!r}: {did_you_mean(name, Keep.__annotations__)}")
+        dtype, device = keep.get("dtype"), keep.get("device")
         if isinstance(dtype, str):
             if dtype not in DTYPES:
                 raise ConfigError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}.")
@@ -87,12 +100,13 @@ class Mean(ABC):
             )
         self.dtype = dtype
         self.device = None if device is None else torch.device(device)
-        self.seed = seed
-        self.background = background
+        self.seed = keep.get("seed", 0)
+        self.background = keep.get("background")
+        self.fused = keep.get("fused", False)
         self.count = 0
         # `count` as it was before the update that is being made, perhaps in the background.
         self._before = 0
-        self._covers = covers
+        self._covers = keep.get("covers")
         # What is kept, by plane ("mean", "ring0", ...) and tensor name.
         self._planes: dict[str, dict[str, Tensor]] = {}
         # For each group of the current pass: for each plane, views of the group's tensors; None where not covered.
@@ -116,6 +130,10 @@ class Mean(ABC):
     def _planes_needed(self) -> Sequence[str]:
         """Name the planes that must exist before the next `_apply`."""
         return ("mean",)
+
+    def _fused_weight(self, index: int) -> Tensor | None:
+        """Return w if this update of a group is a ← a + w (θ - a) on the plane "mean" and is to be fused; else None."""
+        return None
 
     def _stale(self) -> bool:
         """Tell whether a plane is missing that the next update needs."""
@@ -279,11 +297,14 @@ class Pass:
         self.plan: list[Wanted] = []
         # The same for those that are updated in the background, by group.
         self.behind: dict[int, Wanted] = {}
-        alone = len(means) == 1 and not means[0].revisits
+        # Read once from memory: by one average, or by a kernel that updates all.
+        once = (len(means) == 1 or all(mean.fused for mean in means)) and not any(mean.revisits for mean in means)
+        # The compiled kernel is for one-dimensional tensors. Stochastic rounding draws in the order of the dimensions.
+        self.flat = all(mean.fused and mean.dtype != torch.bfloat16 for mean in means)
         plain = all(
             storage_dtype(tensor.dtype, mean.dtype) == tensor.dtype for tensor in kept.values() for mean in means
         )
-        self.group = GROUP_ALONE if alone and plain else GROUP
+        self.group = GROUP_ONCE if once and plain else GROUP
         self._build(kept)
         self.offload = Offload({index: self.theta[index] for index in self.behind}) if self.behind else None
 
@@ -303,7 +324,7 @@ class Pass:
             on_cpu = tensor.device.type == "cpu"
             small = on_cpu and staged and tensor.numel() <= SMALL and tensor.is_contiguous()
             signature = (tensor.dtype, tensor.device, tuple(mean.covers(name) for mean in self.means), small)
-            for part in _parts(tensor, self.group):
+            for part in _parts(tensor, self.group, self.flat):
                 open_groups.setdefault(signature, []).append((name, part))
                 size = tensor.numel() if part is None else part.stop - part.start
                 filled[signature] = filled.get(signature, 0) + size
@@ -371,10 +392,18 @@ class Pass:
             given = theta
             if theta[0].dtype != dtype or theta[0].device != device:
                 given = [tensor.to(device=device, dtype=dtype) for tensor in theta]
+            together: list[tuple[list[Tensor], Tensor]] = []
             for mean in means:
                 views = mean._views[index]
-                if views is not None:
+                if views is None:
+                    continue
+                weight = mean._fused_weight(index)
+                if weight is None:
                     mean._apply(index, views, given)
+                else:
+                    together.append((views["mean"], weight))
+            if together:
+                lerp_together(given, together)
 
     def release(self) -> None:
         """Let the device finish its copies to the host before it changes the weights."""
@@ -393,26 +422,19 @@ def _key(weights: Weights) -> list[object]:
     return key
 
 
-def _flat(tensor: Tensor) -> Tensor | None:
-    """Return a one-dimensional view of a dense tensor in the order of its memory, or None if it is not dense."""
-    if tensor.is_contiguous():
-        return tensor.view(-1)
-    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        return tensor.permute(0, 2, 3, 1).view(-1)
-    return None
-
-
-def _parts(tensor: Tensor, group: int) -> list[slice | None]:
-    """Cut a large dense tensor into pieces of `group` elements; leave any other whole."""
-    if tensor.device.type != "cpu" or tensor.numel() <= group or _flat(tensor) is None:
+def _parts(tensor: Tensor, group: int, flat: bool) -> list[slice | None]:
+    """Cut a large dense tensor into pieces of `group` elements; leave any other whole, or `flat` in one piece."""
+    if tensor.device.type != "cpu" or flat_view(tensor) is None:
         return [None]
+    if tensor.numel() <= group:
+        return [slice(0, tensor.numel())] if flat else [None]
     return [slice(at, min(at + group, tensor.numel())) for at in range(0, tensor.numel(), group)]
 
 
 def _view(tensor: Tensor, weight: Tensor, part: slice | None) -> Tensor:
     if part is None:
         return tensor
-    flat = tensor.view(-1) if weight.is_contiguous() else _flat(tensor)
+    flat = tensor.view(-1) if weight.is_contiguous() else flat_view(tensor)
     assert flat is not None
     return flat[part]
 
@@ -456,67 +478,3 @@ def release(means: Sequence[Mean]) -> None:
     for mean in means:
         if mean._pass is not None:
             mean._pass.release()
-
-
-class Lerp(Mean):
-    """An average whose update is a ← a + w (θ - a), with w a number: running mean, exponential, power function."""
-
-    revisits = False
-
-    def __init__(
-        self,
-        *,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-        seed: int = 0,
-        background: bool | None = None,
-        covers: Callable[[str], bool] | None = None,
-    ) -> None:
-        super().__init__(dtype=dtype, device=device, seed=seed, background=background, covers=covers)
-        self._weight = 1.0
-        self._weights: dict[torch.dtype, Tensor] = {}
-        self._generators: dict[str, torch.Generator] = {}
-
-    @abstractmethod
-    def _next_weight(self) -> float:
-        """Return the weight w of the next point; `self.count` points were taken before it."""
-
-    def _begin(self) -> None:
-        self._weight = 1.0 if self.count == 0 else self._next_weight()
-        self._weights = {}
-        self._generators = {}
-
-    def _apply(self, index: int, views: dict[str, list[Tensor]], theta: list[Tensor]) -> None:
-        mean = views["mean"]
-        if mean[0].dtype == torch.bfloat16:
-            self._apply_rounded(index, mean, theta)
-        elif self._weight == 1.0:
-            torch._foreach_copy_(mean, theta)
-        elif mean[0].device.type == "cpu":
-            torch._foreach_lerp_(mean, theta, [self._tensor(mean[0].dtype)] * len(mean))
-        else:
-            torch._foreach_lerp_(mean, theta, self._weight)
-
-    def _tensor(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight as a tensor: on CPU torch's lerp of a tensor is a tenth faster than that of a number."""
-        if dtype not in self._weights:
-            self._weights[dtype] = torch.tensor(self._weight, dtype=dtype)
-        return self._weights[dtype]
-
-    def _apply_rounded(self, index: int, mean: list[Tensor], theta: list[Tensor]) -> None:
-        assert self._pass is not None
-        for (name, _), target, source in zip(self._pass.members[index], mean, theta, strict=True):
-            # Seeded by the number of the update and the tensor's name: a resumed run, every rank and every grouping
-            # draw the same bits. The parts of a large tensor share one generator, in order.
-            if name not in self._generators:
-                self._generators[name] = generator(self.seed, "rounding", self._before, name, device=target.device)
-            moved = source if self._weight == 1.0 else torch.lerp(target.float(), source, self._weight)
-            round_stochastically_(target, moved, self._generators[name])
-
-
-@torch.no_grad()
-def lerp_(average: Weights, weights: Weights, weight: float) -> None:
-    """Move `average` towards `weights` in place: a ← a + weight (θ - a)."""
-    for name, tensor in average.items():
-        if tensor.is_floating_point() or tensor.is_complex():
-            tensor.lerp_(weights[name].detach().to(tensor.device, tensor.dtype), weight)

@@ -8,13 +8,12 @@ Analyzing and Improving the Training Dynamics of Diffusion Models (arXiv:2312.02
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
-import torch
 
-from soups.averaging.mean import Lerp, lerp_
+from soups.averaging.lerp import Lerp, lerp_
+from soups.averaging.mean import Keep
 from soups.errors import ConfigError
 from soups.weights import Weights
 
@@ -50,11 +49,7 @@ class PowerEMA(Lerp):
     Args:
         sigma: relative width; 0.05 averages about the last tenth of training, 0.10 the last fifth.
         interval: steps between updates; it enters β, so that the width does not depend on it.
-        dtype: dtype of the average; float32 when None.
-        device: device of the average; the weights' when None.
-        seed: seed of stochastic rounding, for dtype bfloat16.
-        background: take points in by a thread; None for averages on the CPU of weights on a GPU.
-        covers: which tensors take part, by name.
+        **keep: dtype, device and more; see `Keep`.
     """
 
     kind = "PowerEMA"
@@ -64,13 +59,9 @@ class PowerEMA(Lerp):
         sigma: float = 0.05,
         *,
         interval: int = 1,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-        seed: int = 0,
-        background: bool | None = None,
-        covers: Callable[[str], bool] | None = None,
+        **keep: Unpack[Keep],
     ) -> None:
-        super().__init__(dtype=dtype, device=device, seed=seed, background=background, covers=covers)
+        super().__init__(**keep)
         if interval < 1:
             raise ConfigError(f"interval={interval} must be at least 1 step.")
         self.sigma, self.gamma, self.interval = sigma, gamma_of(sigma), interval

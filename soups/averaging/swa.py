@@ -6,7 +6,7 @@ a ← (a n + θ)/(n + 1). The learning-rate schedules of the paper are in `sched
 
 from __future__ import annotations
 
-from soups.averaging.mean import Lerp, lerp_
+from soups.averaging.lerp import Lerp, lerp_
 from soups.weights import Weights
 
 

@@ -38,8 +38,10 @@ class Swap:
     """
 
     def __init__(self, tensors: Weights) -> None:
-        self._tensors = tensors
-        self._own: dict[str, Tensor] = {}
+        self._plain = [(name, tensor) for name, tensor in tensors.items() if not hasattr(tensor, "to_local")]
+        self._sharded = {name: tensor for name, tensor in tensors.items() if hasattr(tensor, "to_local")}
+        # What is out of place: name, the module's tensor, the memory that is its own.
+        self._own: list[tuple[str, Tensor, Tensor]] = []
         self._copied: dict[str, Tensor] = {}
 
     @property
@@ -52,31 +54,32 @@ class Swap:
         assert not self.active
         # Copies are made outside inference mode, so that they are ordinary tensors.
         with torch.inference_mode(False), torch.no_grad():
-            for name, tensor in self._tensors.items():
+            for name, tensor in self._plain:
                 new = weights.get(name)
                 if new is None:
                     continue
-                if hasattr(tensor, "to_local"):
+                own = tensor.data
+                self._own.append((name, tensor, own))
+                # `to` returns the same tensor where nothing is to be done.
+                tensor.data = new.to(own)
+            for name, tensor in self._sharded.items():
+                if name in weights:
                     own = tensor.to_local()  # type: ignore[attr-defined]
                     self._copied[name] = own.clone()
-                    own.copy_(new)
-                    continue
-                self._own[name] = own = tensor.data
-                same = new.dtype is own.dtype and new.device == own.device
-                tensor.data = new if same else new.to(own.device, own.dtype)
+                    own.copy_(weights[name])
 
     def exit(self) -> None:
         """Bring the module's own weights back. Does nothing when they are in place."""
         with torch.inference_mode(False), torch.no_grad():
-            for name, own in self._own.items():
-                self._tensors[name].data = own
+            for _, tensor, own in self._own:
+                tensor.data = own
             for name, own in self._copied.items():
-                self._tensors[name].to_local().copy_(own)  # type: ignore[attr-defined]
-        self._own, self._copied = {}, {}
+                self._sharded[name].to_local().copy_(own)  # type: ignore[attr-defined]
+        self._own, self._copied = [], {}
 
     def raw(self) -> dict[str, Tensor]:
         """Return the module's own tensors that are out of place now, by name."""
-        return {**self._own, **self._copied}
+        return {**{name: own for name, _, own in self._own}, **self._copied}
 
 
 def _check(module: nn.Module, tensors: Weights, weights: Weights) -> None:
