@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed  # pyright: ignore[reportPrivateImportUsage]
 
 from soups.errors import ConfigError
 
@@ -56,7 +55,12 @@ def lerp_together(theta: Sequence[Tensor], averages: Sequence[tuple[Sequence[Ten
             continue
         try:
             kernel(flat[0], flat[1:], steps)  # type: ignore[arg-type]
-        except BackendCompilerFailed as error:
+        except RuntimeError as error:
+            # Imported here because it takes a second, and anybody who gets here has it already.
+            from torch._dynamo.exc import BackendCompilerFailed  # pyright: ignore[reportPrivateImportUsage]
+
+            if not isinstance(error, BackendCompilerFailed):
+                raise
             raise ConfigError(
                 f"fused=True compiles a kernel, and that failed: {str(error).strip().splitlines()[0]} It needs a C++ "
                 f"compiler (g++ or clang, or the one that CXX names). Leave fused out for the same average without one."
