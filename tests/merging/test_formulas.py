@@ -237,6 +237,28 @@ def test_sce(topk):
     check(merged("sce", select_topk=topk), expected, 1e-9)
 
 
+@pytest.mark.parametrize("name", ["ram", "ram_plus", "ram_plus.mergekit"])
+def test_ram(name):
+    epsilon = float(np.quantile(np.abs(np.concatenate([tau[key].ravel() for tau in TAUS for key in SHAPES])), 0.6))
+    changed = {key: np.stack([np.abs(tau[key]) > epsilon for tau in TAUS]) for key in SHAPES}
+    own = {key: (mask & (mask.sum(0) == 1)).reshape(len(TAUS), -1).sum(1) for key, mask in changed.items()}
+    every = {key: mask.reshape(len(TAUS), -1).sum(1) for key, mask in changed.items()}
+    expected = {}
+    for key in SHAPES:
+        among = [key] if name.endswith("mergekit") else list(SHAPES)
+        alone = sum(own[one] for one in among)
+        shared = sum(every[one] for one in among) - alone
+        factors = 1 + 0.5 * np.minimum(0.9, shared / np.maximum(alone, 1)) if name != "ram" else np.ones(len(TAUS))
+        count = changed[key].sum(0)
+        total = np.zeros(SHAPES[key])
+        for tau, mask, factor in zip(TAUS, changed[key], factors, strict=True):
+            total += np.where(mask & (count == 1), factor * tau[key], 0)
+            total += np.where(mask & (count > 1), tau[key] / np.maximum(count, 1), 0)
+        expected[key] = BASE[key] + total
+    parameters = {} if name == "ram" else {"r": 0.5, "alpha": 0.9}
+    check(merged(name, epsilon=epsilon, **parameters), expected)
+
+
 def test_nearswap():
     expected = {}
     for name in SHAPES:

@@ -96,6 +96,8 @@ CASES = {
     "model_stock rows": models("{}", merge_method="model_stock", parameters="{filter_wise: true}"),
     "sce": models("{}", merge_method="sce", parameters="{select_topk: 0.4}"),
     "sce all": models("{}", merge_method="sce"),
+    "ram": models("{}", merge_method="ram", parameters="{epsilon: 0.001}"),
+    "ramplus_tl": models("{}", merge_method="ramplus_tl", parameters="{r: 0.3, alpha: 0.7, epsilon: 0.001}"),
     "nearswap": models("{}", 1, merge_method="nearswap", parameters="{t: 0.001}"),
     "dare density 1": models("{weight: 0.5, density: 1}", merge_method="dare_ties"),
     "della density 1": models("{weight: 0.5, density: 1}", merge_method="della_linear"),

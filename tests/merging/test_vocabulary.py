@@ -1,6 +1,8 @@
 """One vocabulary from several, modules of several towers, chat templates; against mergekit: test_mergekit_parity.py."""
 
+import importlib
 import importlib.util
+import io
 import json
 import sys
 from pathlib import Path
@@ -102,13 +104,62 @@ def test_mistakes(root, tmp_path, more, message):
 
 def test_tokenizers_that_are_not_there_or_not_the_models(root):
     (root / "m2" / "tokenizer.json").unlink()
-    with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
+    with pytest.raises(ConfigError, match="m2 has no tokenizer, which is needed"):
         merge_recipe(text(root))
     llama.write_tokenizer(root / "m2", [f"t{i}" for i in range(20)])
     with pytest.raises(WeightsError, match="has 7 rows, but its tokenizer has ids up to 19"):
         merge_recipe(text(root))
     (root / "m2" / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match="is no tokenizer of the Hugging Face format"):
+        merge_recipe(text(root))
+
+
+def sentencepiece(folder, words, size):
+    """Leave a folder with a sentencepiece model in the place of its tokenizer.json; return its vocabulary's size."""
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    made = io.BytesIO()
+    sentences = [" ".join(words[start : start + 4]) for start in range(len(words) - 3)] * 30
+    trainer.train(
+        sentence_iterator=iter(sentences), model_writer=made, vocab_size=size, hard_vocab_limit=False,
+        model_type="bpe", minloglevel=2,
+    )  # fmt: skip
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    (folder / "tokenizer.model").write_bytes(made.getvalue())
+    size = len(read_vocabulary(folder).ids)
+    write_safetensors(folder / "model.safetensors", llama.weights(len(words), layers=1, vocabulary=size))
+    return size
+
+
+def test_sentencepiece_models_are_brought_together(root, tmp_path):
+    sentencepiece(root / "m1", "the cat sat on the mat and ate a rat".split(), 50)
+    sentencepiece(root / "m2", "one bird sang over the old house at dawn today".split(), 60)
+    merge_recipe(text(root), tmp_path / "out")
+    one, two, out = rows(root / "m1"), rows(root / "m2"), rows(tmp_path / "out")
+    assert out.keys() == one.keys() | two.keys() and len(out) > max(len(one), len(two))
+    assert one.keys() & two.keys() and one.keys() - two.keys()
+    for token, row in out.items():
+        expected = (one.get(token, two.get(token)) + 3 * two.get(token, one.get(token))) / 4
+        assert torch.allclose(row, expected, atol=1e-6), token
+    assert not (tmp_path / "out" / "tokenizer.model").exists()  # it knows nothing of the new tokens
+    tokenizer = importlib.import_module("tokenizers").Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == len(out)
+
+
+def test_one_sentencepiece_model_for_all_is_copied(root, tmp_path):
+    for name in ("m1", "m2"):
+        sentencepiece(root / name, "the cat sat on the mat and ate a rat".split(), 50)
+    merge_recipe(text(root), tmp_path / "out")
+    copied = (tmp_path / "out" / "tokenizer.model").read_bytes()
+    assert copied == (root / "m1" / "tokenizer.model").read_bytes()
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_an_older_tokenizer_that_cannot_be_converted(root):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (root / "m2" / name).unlink()
+    (root / "m2" / "tokenizer.model").write_bytes(b"not sentencepiece")
+    with pytest.raises(ConfigError, match=r"tokenizer\.model.*converted to tokenizer\.json"):
         merge_recipe(text(root))
 
 

@@ -112,6 +112,16 @@ SPECS: dict[str, Spec] = {
     ),
     "model_stock": Spec("model_stock", "required", (Parameter("filter_wise", "filter_wise", "bool", default=False),)),
     "sce": Spec("sce", "required", (Parameter("select_topk", "select_topk", default=1.0), _MASK)),
+    "ram": Spec("ram", "required", (Parameter("epsilon", "epsilon", default=1e-5),)),
+    "ramplus_tl": Spec(
+        "ram_plus.mergekit",
+        "required",
+        (
+            Parameter("r", "r", default=0.1),
+            Parameter("alpha", "alpha", default=0.2),
+            Parameter("epsilon", "epsilon", default=1e-5),
+        ),
+    ),
     "nearswap": Spec("nearswap", "required", (Parameter("t", "t"),)),
     "arcee_fusion": Spec("arcee_fusion", "required"),
 }

@@ -1,8 +1,8 @@
 """One vocabulary for models of several: the tokenizer that is written, and which row of whose embedding stands for a token.
 
-`tokenizer.json` is read and edited as the JSON that it is; no tokenizer is ever built. The rules are mergekit's: a token that
-a model lacks gets the base model's row, or its only owner's, or the mean of its owners'; rows beyond the tokens get the mean
-of the model's rows.
+`tokenizer.json` is read and edited as the JSON that it is; only an older format is first converted by transformers. The rules
+are mergekit's: a token that a model lacks gets the base model's row, or its only owner's, or the mean of its owners'; rows
+beyond the tokens get the mean of the model's rows.
 """
 
 from __future__ import annotations
@@ -63,15 +63,62 @@ class Vocabulary:
         return max(self.ids.values(), default=-1) + 1
 
 
-def read_vocabulary(folder: Path) -> Vocabulary:
-    """Read a folder's `tokenizer.json`.
+# What a tokenizer is saved as where there is no tokenizer.json: sentencepiece's models, and the lists of older formats.
+_OLDER = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Tell whether a folder holds a tokenizer in any format."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", *_OLDER))
+
+
+def _one_older_tokenizer(folders: Sequence[Path]) -> bool:
+    """Tell whether all folders hold the same bytes in older formats, so that there is nothing to bring together."""
+    contents = {
+        tuple((name, (folder / name).read_bytes()) for name in _OLDER if (folder / name).is_file()) for folder in folders
+    }
+    return len(contents) == 1 and not any((folder / "tokenizer.json").is_file() for folder in folders)
+
+
+def _converted(folder: Path) -> str:
+    """Return as `tokenizer.json` what a folder has in an older format. Only here is a tokenizer built, by transformers.
 
     Raises:
-        ConfigError: there is none, or it is not in the format of Hugging Face's tokenizers.
+        ConfigError: there is no tokenizer, transformers is not installed, or it cannot convert this one.
+    """
+    found = next((name for name in _OLDER if (folder / name).is_file()), None)
+    if found is None:
+        raise ConfigError(
+            f"{folder} has no tokenizer, which is needed to bring vocabularies together. Save it beside the weights."
+        )
+    advice = (
+        "Save the tokenizer once where it can be loaded (AutoTokenizer.from_pretrained(…).save_pretrained(…)), which writes "
+        "a tokenizer.json."
+    )
+    try:
+        from transformers import AutoTokenizer
+
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        return str(tokenizer.backend_tokenizer.to_str())
+    except ImportError as error:
+        raise ConfigError(
+            f"{folder / found} must be converted to tokenizer.json, and that needs a package that is not installed: {error}. "
+            f"pip install transformers sentencepiece protobuf, or: {advice}"
+        ) from error
+    except Exception as error:  # transformers raises what its many loaders happen to raise
+        raise ConfigError(f"{folder / found} cannot be converted to tokenizer.json ({error}). {advice}") from error
+
+
+def read_vocabulary(folder: Path) -> Vocabulary:
+    """Read a folder's `tokenizer.json`; make one of a tokenizer in an older format.
+
+    Raises:
+        ConfigError: there is no tokenizer, it is not in the format of Hugging Face's tokenizers, or it cannot be converted.
     """
     path = folder / "tokenizer.json"
     try:
-        content = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8") if path.is_file() else _converted(folder)
+        content = cast("dict[str, Any]", json.loads(text))
         vocabulary = content["model"]["vocab"]
         if isinstance(vocabulary, list):  # Unigram: pieces with their scores
             ids = {str(piece[0]): number for number, piece in enumerate(cast("list[Any]", vocabulary))}
@@ -79,11 +126,6 @@ def read_vocabulary(folder: Path) -> Vocabulary:
             ids = {str(token): int(number) for token, number in cast("dict[str, Any]", vocabulary).items()}
         added = {str(entry["content"]): dict(entry) for entry in content.get("added_tokens") or []}
         ids |= {token: int(entry["id"]) for token, entry in added.items()}
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"{folder} has no tokenizer.json, which is needed to bring vocabularies together. Save its tokenizer once with "
-            f"transformers (AutoTokenizer.from_pretrained(…).save_pretrained(…)), which writes one."
-        ) from error
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise ConfigError(f"{path} is no tokenizer of the Hugging Face format ({error!r}). Copy it again.") from error
     return Vocabulary(dict(sorted(ids.items(), key=lambda item: item[1])), added, content, folder)
@@ -274,13 +316,16 @@ def share_vocabulary(
     """
     spec = document.tokenizer
     source = str((spec.source if spec else document.tokenizer_source) or "")
-    if not source or not any((folder / "tokenizer.json").is_file() for folder in folders.values()):
-        if spec and (spec.tokens or spec.pad_to_multiple_of):
-            raise ConfigError("tokenizer: none of the models has a tokenizer.json. Save their tokenizers beside them.")
+    edited = spec is not None and bool(spec.tokens or spec.pad_to_multiple_of)
+    if not source or not any(has_tokenizer(folder) for folder in folders.values()):
+        if edited:
+            raise ConfigError("tokenizer: none of the models has a tokenizer. Save their tokenizers beside them.")
         return None
     absent = [reference for reference in stores if reference not in folders]
     if absent:
         raise ConfigError(f"tokenizer: {absent[0]} is no folder on this machine, so its tokenizer is not known.")
+    if not edited and source in ("base", "union") and _one_older_tokenizer(list(folders.values())):
+        return None
     own = {reference: read_vocabulary(folder) for reference, folder in folders.items()}
     first = own[document.base_model or donor]
     extra = list(spec.tokens or {}) if spec else []

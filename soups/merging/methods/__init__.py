@@ -23,6 +23,7 @@ from soups.merging.methods.knots import KnOTS
 from soups.merging.methods.linear import Linear, Nearswap, Passthrough
 from soups.merging.methods.model_stock import ModelStock
 from soups.merging.methods.pcb import PCB
+from soups.merging.methods.ram import RAM, ram_plus, ram_plus_mergekit
 from soups.merging.methods.robust import Median, TrimmedMean
 from soups.merging.methods.sce import SCE
 from soups.merging.methods.spherical import Karcher, MultiSlerp, NuSlerp, Slerp
@@ -75,6 +76,9 @@ METHODS: dict[str, Entry] = {
     "breadcrumbs_ties.mergekit": Entry(breadcrumbs_ties_mergekit, "mergekit"),
     "model_stock": Entry(ModelStock, "arXiv:2403.19522"),
     "sce": Entry(SCE, "arXiv:2408.07990"),
+    "ram": Entry(RAM, "arXiv:2601.13572"),
+    "ram_plus": Entry(ram_plus, "arXiv:2601.13572"),
+    "ram_plus.mergekit": Entry(ram_plus_mergekit, "mergekit"),
     "nearswap": Entry(Nearswap, "mergekit"),
     "arcee_fusion": Entry(ArceeFusion, "mergekit"),
     "median": Entry(Median, "arXiv:1803.01498"),
