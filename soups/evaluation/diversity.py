@@ -11,8 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from soups.errors import ConfigError
+from soups.errors import ConfigError, WeightsError
 from soups.stores import Store
+from soups.stores.store import headers
+from soups.weights import describe_mismatch
+
+# Elements of each model that are compared at once.
+_STRETCH = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -72,17 +77,30 @@ def agreement(logits: Sequence[Tensor]) -> Tensor:
 def distances(models: Sequence[Store]) -> Tensor:
     """Return the Euclidean distances between models over all averaged tensors, float64 (M, M); tied ones count once.
 
-    One tensor of every model is in memory at a time.
+    A stretch of one tensor of every model is in memory at a time.
+
+    Args:
+        models: the one nearest to all others first, where there is one (their start): rounding is least then.
+
+    Raises:
+        WeightsError: names or shapes differ.
     """
+    ours = headers(models[0])
+    for model in models[1:]:
+        if mismatch := describe_mismatch(ours, headers(model)):
+            raise WeightsError(f"{models[0].location} and {model.location} cannot be compared: {mismatch}")
     squares = torch.zeros(len(models), len(models), dtype=torch.float64)
     tied = models[0].tied()
-    for name in models[0]:
-        if name in tied or not models[0].meta(name).dtype.is_floating_point:
+    for name, tensor in ours.items():
+        if name in tied or not tensor.dtype.is_floating_point:
             continue
-        flat = torch.stack([model.read_flat(name).double() for model in models])
-        # Inner products of differences from the first model: of the weights themselves they would cancel.
-        inner = (flat - flat[0]) @ (flat - flat[0]).T
-        squares += inner.diagonal()[:, None] + inner.diagonal()[None] - 2 * inner
+        for start in range(0, tensor.numel(), _STRETCH):
+            stop = min(start + _STRETCH, tensor.numel())
+            flat = torch.stack([model.read_flat(name, start, stop).double() for model in models])
+            # Inner products of differences from the first model: of the weights themselves they would cancel.
+            flat -= flat[0].clone()
+            inner = flat @ flat.T
+            squares += inner.diagonal()[:, None] + inner.diagonal()[None] - 2 * inner
     return squares.clamp_min_(0).fill_diagonal_(0).sqrt()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -25,7 +25,7 @@ from soups.stores.folder import is_folder_of
 from soups.stores.opening import open_store
 from soups.stores.remote import RemoteFolderWriter, uploaded
 from soups.stores.sources import is_remote
-from soups.stores.store import Store, TensorMeta
+from soups.stores.store import Store, TensorMeta, headers
 from soups.stores.torch_writer import TorchWriter, plain_parts
 from soups.stores.writer import DEFAULT_SHARD_BYTES, FileWriter, FolderWriter, Writer, carried_files
 from soups.weights import describe_mismatch
@@ -144,12 +144,6 @@ def _sources(job: Job) -> list[Source]:
 
 def _name(method: Method) -> str:
     return type(method).__name__
-
-
-def headers(store: Store, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Return tensors without contents, for comparison by name, shape and dtype; all of them or some."""
-    keys = store.keys() if names is None else names
-    return {key: torch.empty(store.meta(key).shape, dtype=store.meta(key).dtype, device="meta") for key in keys}
 
 
 def _tied(donor: Store, models: Sequence[Store]) -> dict[str, str]:

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from soups.errors import ConfigError, WeightsError
-from soups.merging.api import Place, headers
-from soups.merging.gram import inner_products
+from soups.errors import ConfigError
+from soups.merging.api import Place
 from soups.merging.operands import BlockSum, Operands, Source
 from soups.stores.opening import open_store
+from soups.stores.store import headers
 from soups.weights import describe_mismatch
 
 
@@ -80,31 +76,6 @@ def _difference(operands: Operands) -> Difference:
         largest = peak if math.isnan(peak) else max(largest, peak)
     distance, one, two, inner = (total.value() for total in sums)
     return Difference(math.sqrt(distance), math.sqrt(one), math.sqrt(two), inner, largest)
-
-
-def products(models: Sequence[Place], base: Place | None = None) -> Tensor:
-    """Return ⟨x_i, x_j⟩ over all floating-point weights, (N, N) in float64, streamed; x_i = θ_i − θ_0, or θ_i without a base.
-
-    Distances and angles between many models follow from it: |θ_i − θ_j|² = ⟨x_i, x_i⟩ + ⟨x_j, x_j⟩ − 2 ⟨x_i, x_j⟩. With a
-    base that all were fine-tuned from, nothing large cancels in it.
-
-    Raises:
-        WeightsError: names or shapes differ.
-    """
-    with ExitStack() as stack:
-        stores = [stack.enter_context(open_store(place)) for place in models]
-        start = None if base is None else stack.enter_context(open_store(base))
-        ours = headers(stores[0])
-        for place, store in zip([*models[1:], base], [*stores[1:], start], strict=True):
-            if store is not None and (mismatch := describe_mismatch(ours, headers(store))):
-                raise WeightsError(f"{models[0]} and {place} cannot be compared: {mismatch}")
-        total = torch.zeros(len(stores), len(stores), dtype=torch.float64)
-        tied = stores[0].tied()
-        for key, tensor in ours.items():
-            if tensor.is_floating_point() and key not in tied:
-                origin = None if start is None else Source(start, key)
-                total += inner_products(Operands(key, tuple(tensor.shape), [Source(s, key) for s in stores], origin))
-        return total
 
 
 def gather(differences: Mapping[str, Difference], group: Callable[[str], str]) -> dict[str, Difference]:

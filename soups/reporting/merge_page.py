@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 
 import soups
 from soups.errors import WeightsError
-from soups.merging.compare import Difference, compare, gather, products
+from soups.evaluation import distances
+from soups.merging.compare import Difference, compare, gather
 from soups.merging.mergekit.planning import references
 from soups.merging.mergekit.schema import Document, Recipe, Reference, read_recipe
 from soups.reporting.page import Cell, Curves, Page, Part, Table
-from soups.reporting.pairs import distances
+from soups.reporting.pairs import distance_heatmaps
+from soups.stores import open_store
 
 
 def merge_page(
@@ -63,12 +66,14 @@ def merge_page(
     experts = [one for one in found if one != base]
     if base in found and experts:
         try:
-            gram = products([*(one.path for one in experts), os.fspath(out)], base.path)
+            with ExitStack() as stack:
+                places = [base.path, *(one.path for one in experts), os.fspath(out)]
+                gaps = distances([stack.enter_context(open_store(place)) for place in places])
         except WeightsError as error:
             notes.append(f"No distances between the models: {error}")
         else:
             labels = [*(names[one] for one in experts), "merged"]
-            heatmaps = distances(labels, gram)
+            heatmaps = distance_heatmaps(labels, gaps)
             for part, start in zip(heatmaps, (True, False), strict=True):
                 part.title = "Distance between weights" if start else "Direction of the task vectors"
                 part.note = (

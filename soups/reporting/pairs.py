@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
-import torch
 from torch import Tensor
 
-from soups.evaluation.diversity import agreement as share_of_equal_answers
-from soups.merging.compare import products
+from soups.evaluation import agreement, distances
+from soups.evaluation.diversity import cosines
 from soups.reporting.page import Matrix
+from soups.stores import open_store
 from soups.stores.pool import Ingredient, Pool
 from soups.stores.pool_of_checkpoints import CheckpointPool
 
-# Inner products of N models cost N² multiplications a parameter; above this many (minutes on one core) they are left out.
+# Distances between N models cost N² multiplications a parameter; above this many (minutes on one core) they are left out.
 _MOST = 2e11
 _MOST_MODELS = 64
 
@@ -38,36 +39,34 @@ def compare_members(pool: Pool | CheckpointPool, members: Sequence[Ingredient], 
     start = pool.start_file(ordered[0].start or "")
     small = len(ordered) ** 2 * ordered[0].file_bytes / 4 < _MOST
     if small and start is not None and len(files) == len(ordered):
-        found += distances(names, products(files, start))
+        with ExitStack() as stack:
+            gaps = distances([stack.enter_context(open_store(place)) for place in (start, *files)])
+        found += distance_heatmaps(names, gaps)
     logits = [pool.predictions(record.weights, heldout) for record in ordered]
     known = [values for values in logits if values is not None]
     if len(known) == len(ordered):
-        found.append(agreement(names, known))
+        found.append(agreement_heatmap(names, known))
     return found
 
 
-def distances(names: Sequence[str], gram: Tensor) -> list[Matrix]:
-    """Return heatmaps of distances and of cosines, from inner products of displacements from the start.
+def distance_heatmaps(names: Sequence[str], gaps: Tensor) -> list[Matrix]:
+    """Return heatmaps of the distances of N models and their start, and of the cosines between what was added to it.
 
     Args:
-        names: of N models.
-        gram: (N, N), float64.
+        names: of the models.
+        gaps: `soups.evaluation.distances` of the start and the models, (N + 1, N + 1).
     """
-    squares = gram.diagonal()
-    between = (squares[:, None] + squares[None, :] - 2 * gram).clamp_min(0).sqrt()
-    between.fill_diagonal_(0)
-    own = squares.clamp_min(0).sqrt()
-    whole = torch.zeros(len(names) + 1, len(names) + 1, dtype=torch.float64)
-    whole[1:, 1:], whole[0, 1:], whole[1:, 0] = between, own, own
     labels = ["start", *names]
-    cosines = (gram / (own[:, None] * own[None, :]).clamp_min(1e-300)).clamp(-1, 1).fill_diagonal_(1)
+    still = gaps[0, 1:] == 0  # no direction where nothing moved
+    directions = cosines(gaps)[1:, 1:].masked_fill(still[:, None] | still[None], 0.0)
+    directions = directions.clamp(-1, 1).fill_diagonal_(1)
     return [
         Matrix(
             title="Distance between weights",
             note="Euclidean norm of the difference. Ingredients far from each other seldom average well.",
             row_labels=labels,
             column_labels=labels,
-            values=whole.tolist(),
+            values=gaps.tolist(),
             value_label="distance",
         ),
         Matrix(
@@ -75,13 +74,13 @@ def distances(names: Sequence[str], gram: Tensor) -> list[Matrix]:
             note="Cosine between what fine-tuning added to the start: 1 the same way, 0 unrelated.",
             row_labels=list(names),
             column_labels=list(names),
-            values=cosines.tolist(),
+            values=directions.tolist(),
             value_label="cosine",
         ),
     ]
 
 
-def agreement(names: Sequence[str], logits: Sequence[Tensor]) -> Matrix:
+def agreement_heatmap(names: Sequence[str], logits: Sequence[Tensor]) -> Matrix:
     """Return a heatmap of the share of held-out samples, in %, on which two models answer the same.
 
     Args:
@@ -93,6 +92,6 @@ def agreement(names: Sequence[str], logits: Sequence[Tensor]) -> Matrix:
         note="Share of samples with the same answer. Soups gain from ingredients that err differently.",
         row_labels=list(names),
         column_labels=list(names),
-        values=(100 * share_of_equal_answers(logits)).tolist(),
+        values=(100 * agreement(logits)).tolist(),
         value_label="same answer, %",
     )

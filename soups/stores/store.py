@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, Self
 
 import torch
@@ -106,6 +106,12 @@ class Store(ABC):
     def absent(self, key: str) -> WeightsError:
         """Return the error for a name that is not here."""
         return WeightsError(f"{self.location} has no tensor {key!r}; {did_you_mean(key, self.keys()[:1000])}"[:1500])
+
+
+def headers(store: Store, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Return tensors without contents, for comparison by name, shape and dtype; all of them or some."""
+    keys = store.keys() if names is None else names
+    return {key: torch.empty(store.meta(key).shape, dtype=store.meta(key).dtype, device="meta") for key in keys}
 
 
 class Extent(NamedTuple):

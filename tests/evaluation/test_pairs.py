@@ -1,5 +1,7 @@
 """Pairwise measures and decompositions against plain formulas, and predictions of several models at once."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +44,19 @@ def test_cosines_follow_from_distances() -> None:
     others = [0, 1, 3, 4]
     assert torch.allclose(found[others][:, others], expected[others][:, others], atol=1e-9)
     assert bool(found[2].isnan().all())
+
+
+def test_distances_in_stretches_of_tensors_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = logits(3, 4, 5).to(torch.float16)
+    models = [DictStore({"w": one, "again": one, "count": torch.tensor(number)}) for number, one in enumerate(table)]
+    expected = torch.cdist(table.double().flatten(1), table.double().flatten(1))
+    assert torch.allclose(distances(models), expected, atol=1e-12), "a tied tensor counts once, an integer not at all"
+    monkeypatch.setattr(import_module("soups.evaluation.diversity"), "_STRETCH", 3)
+    assert torch.allclose(distances(models), expected, atol=1e-12)
+    with pytest.raises(
+        WeightsError, match=r"a and b cannot be compared: 1 mis-shaped \('w': expected \(2,\), found \(3,\)\)"
+    ):
+        distances([DictStore({"w": torch.zeros(2)}, "a"), DictStore({"w": torch.zeros(3)}, "b")])
 
 
 def test_the_ambiguity_identity() -> None:

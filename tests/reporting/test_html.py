@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from soups.errors import StorageError
+from soups.evaluation import distances
 from soups.evaluation.statistics import wilson
 from soups.reporting import Report, page_of, read_page, remake, render, save_page, write_html
 from soups.reporting.differences import differences
 from soups.reporting.html import embeddable
 from soups.reporting.page import Curves, Page, Scatter, Steps, Table
-from soups.reporting.pairs import agreement, compare_members, distances
+from soups.reporting.pairs import agreement_heatmap, compare_members, distance_heatmaps
+from soups.stores import DictStore
 from soups.stores.pool import Ingredient, Pool
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -158,11 +160,12 @@ def test_distances_directions_and_agreement_by_hand(tmp_path: Path) -> None:
 
 
 def test_equal_models_are_at_distance_zero() -> None:
-    far, angle = distances(["a", "b"], torch.full((2, 2), 1 / 3, dtype=torch.float64))
+    start, moved = torch.zeros(3), torch.full((3,), 1 / 3)
+    far, angle = distance_heatmaps(["a", "b"], distances([DictStore({"w": one}) for one in (start, moved, moved)]))
     assert far.values[1][2] == 0.0 and angle.values[0][1] == pytest.approx(1.0)
-    none = distances(["a", "b"], torch.zeros(2, 2, dtype=torch.float64))[1]
+    none = distance_heatmaps(["a", "b"], torch.zeros(3, 3, dtype=torch.float64))[1]
     assert none.values == [[1.0, 0.0], [0.0, 1.0]], "no direction where nothing moved"
-    assert agreement(["a"], [torch.eye(3)]).values == [[100.0]]
+    assert agreement_heatmap(["a"], [torch.eye(3)]).values == [[100.0]]
 
 
 def test_an_older_soup_gets_its_page_from_the_pool_or_without_it(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from soups.errors import ConfigError, WeightsError, did_you_mean
-from soups.merging.api import Plan, headers
+from soups.merging.api import Plan
 from soups.merging.mergekit.layers import Layers, Place, depth
 from soups.merging.mergekit.methods import SPECS, Spec
 from soups.merging.mergekit.parameters import names_of
@@ -23,7 +23,7 @@ from soups.merging.operands import Source
 from soups.merging.stream import Job
 from soups.stores.folder import FolderStore
 from soups.stores.lora import LoRAStore
-from soups.stores.store import AliasedStore, Store, TensorMeta
+from soups.stores.store import AliasedStore, Store, TensorMeta, headers
 from soups.weights import describe_mismatch
 
 # The two ends of a language model that may be one tensor.
