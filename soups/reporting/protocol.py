@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
 from soups.reporting.page import Cell, Curves, Page, Scatter, Table
@@ -21,9 +23,14 @@ def page_tables(page: Page) -> list[RichTable]:
     tables: list[RichTable] = []
     for part in page.parts:
         if isinstance(part, Table):
-            table = RichTable(title=part.title, caption=part.note or None)
+            table = RichTable(
+                title=part.title, caption=part.note or None, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+            )
             for column in part.columns:
-                table.add_column(column, justify="left" if column == part.columns[0] else "right")
+                # Headings take several lines, so that numbers and names keep theirs on a narrow terminal.
+                heading = "\n".join(wrap(column, width=12, break_long_words=False, break_on_hyphens=False))
+                first = column == part.columns[0]
+                table.add_column(heading, justify="left" if first else "right", no_wrap=first)
             for number, row in enumerate(part.rows):
                 table.add_row(*map(cell_text, row), style="bold" if number in part.highlight else None)
             tables.append(table)
