@@ -28,7 +28,9 @@ def page_tables(page: Page) -> list[RichTable]:
             )
             for column in part.columns:
                 # Headings take several lines, so that numbers and names keep theirs on a narrow terminal.
-                heading = "\n".join(wrap(column, width=12, break_long_words=False, break_on_hyphens=False))
+                heading = "\n".join(
+                    wrap(column, width=max(map(len, column.split()), default=1), break_on_hyphens=False)
+                )
                 first = column == part.columns[0]
                 table.add_column(heading, justify="left" if first else "right", no_wrap=first)
             for number, row in enumerate(part.rows):

@@ -114,10 +114,10 @@ def test_tokenizers_that_are_not_there_or_not_the_models(root):
         merge_recipe(text(root))
 
 
-def sentencepiece(folder, words, size):
+def sentencepiece(folder, sentence, size):
     """Leave a folder with a sentencepiece model in the place of its tokenizer.json; return its vocabulary's size."""
     trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
-    made = io.BytesIO()
+    made, words = io.BytesIO(), sentence.split()
     sentences = [" ".join(words[start : start + 4]) for start in range(len(words) - 3)] * 30
     trainer.train(
         sentence_iterator=iter(sentences), model_writer=made, vocab_size=size, hard_vocab_limit=False,
@@ -132,8 +132,8 @@ def sentencepiece(folder, words, size):
 
 
 def test_sentencepiece_models_are_brought_together(root, tmp_path):
-    sentencepiece(root / "m1", "the cat sat on the mat and ate a rat".split(), 50)
-    sentencepiece(root / "m2", "one bird sang over the old house at dawn today".split(), 60)
+    sentencepiece(root / "m1", "the cat sat on the mat and ate a rat", 50)
+    sentencepiece(root / "m2", "one bird sang over the old house at dawn today", 60)
     merge_recipe(text(root), tmp_path / "out")
     one, two, out = rows(root / "m1"), rows(root / "m2"), rows(tmp_path / "out")
     assert out.keys() == one.keys() | two.keys() and len(out) > max(len(one), len(two))
@@ -148,7 +148,7 @@ def test_sentencepiece_models_are_brought_together(root, tmp_path):
 
 def test_one_sentencepiece_model_for_all_is_copied(root, tmp_path):
     for name in ("m1", "m2"):
-        sentencepiece(root / name, "the cat sat on the mat and ate a rat".split(), 50)
+        sentencepiece(root / name, "the cat sat on the mat and ate a rat", 50)
     merge_recipe(text(root), tmp_path / "out")
     copied = (tmp_path / "out" / "tokenizer.model").read_bytes()
     assert copied == (root / "m1" / "tokenizer.model").read_bytes()
