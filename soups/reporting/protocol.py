@@ -26,13 +26,13 @@ def page_tables(page: Page) -> list[RichTable]:
             table = RichTable(
                 title=part.title, caption=part.note or None, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
             )
-            for column in part.columns:
+            for place, column in enumerate(part.columns):
                 # Headings take several lines, so that numbers and names keep theirs on a narrow terminal.
-                heading = "\n".join(
-                    wrap(column, width=max(map(len, column.split()), default=1), break_on_hyphens=False)
-                )
-                first = column == part.columns[0]
-                table.add_column(heading, justify="left" if first else "right", no_wrap=first)
+                heading = "\n".join(wrap(column, width=max(map(len, column.split()), default=1), break_on_hyphens=False))
+                words = [row[place] for row in part.rows if isinstance(row[place], str)]
+                names = place == 0 or bool(words)
+                short = max((len(str(word)) for word in words), default=0) <= 24
+                table.add_column(heading, justify="left" if names else "right", no_wrap=names and short)
             for number, row in enumerate(part.rows):
                 table.add_row(*map(cell_text, row), style="bold" if number in part.highlight else None)
             tables.append(table)
