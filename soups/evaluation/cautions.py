@@ -6,7 +6,7 @@ Every check returns a `Caution` or None. They are advice: nothing is refused her
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +21,7 @@ class Caution:
     """One warning.
 
     Attributes:
-        kind: "small-split", "noisy-choice", "one-kept", "basins", "heads" or "equal-weights".
+        kind: "small-split", "noisy-choice", "one-kept", "basins", "heads", "equal-weights" or "batchnorm".
         message: one paragraph: what was found, what it means, what to do.
         numbers: what the rule looked at.
     """
@@ -151,6 +151,73 @@ def different_heads(tensors: Mapping[str, Sequence[str]]) -> Caution | None:
         f"separate initialisation. Averages of such heads lose accuracy when the head has more than one layer. Save the "
         f"head once, best after a linear probe, and start every fine-tune from it.",
         {"ingredients": float(len(found)), "tensors": float(len(every))},
+    )
+
+
+def running_statistics(names: Iterable[str]) -> list[str]:
+    """Return which tensor names are BatchNorm's running means and variances.
+
+    >>> running_statistics(["bn.weight", "bn.running_mean", "bn.running_var", "bn.num_batches_tracked"])
+    ['bn.running_mean', 'bn.running_var']
+    """
+    return [name for name in names if name.rpartition(".")[2] in ("running_mean", "running_var")]
+
+
+def statistics_gaps(first: Weights, second: Weights) -> dict[str, float]:
+    """Return by BatchNorm layer how far two models' running statistics are from each other.
+
+    The larger of two root mean squares over channels: of the difference of the means, over the standard deviation; and of
+    the difference of the logarithms of the standard deviations. So 0.1 is a tenth of a standard deviation, or 10 % of it.
+
+    Args:
+        first, second: state dicts, or their running statistics alone.
+    """
+    gaps: dict[str, float] = {}
+    for name in running_statistics(first):
+        layer, _, kind = name.rpartition(".")
+        other = f"{layer}.running_var" if layer else "running_var"
+        if kind != "running_mean" or other not in first or name not in second or other not in second:
+            continue
+        means = first[name].double() - second[name].double()
+        # The constant that PyTorch's layers add by default: channels that are always off have no variance.
+        one, two = (weights[other].double() + 1e-5 for weights in (first, second))
+        shift = means.square() / ((one + two) / 2)
+        spread = ((one / two).log() / 2).square()
+        gaps[layer] = math.sqrt(max(float(shift.mean()), float(spread.mean())))
+    return gaps
+
+
+def averaged_statistics(
+    gaps: Mapping[str, Mapping[str, float]],
+    accuracies: tuple[float, float] | None = None,
+    threshold: float = 0.01,
+    remedy: str = "soup.batchnorm=reestimate measures them on training data, for every candidate.",
+) -> Caution | None:
+    """Caution when BatchNorm statistics that differ are averaged: those of an average of weights are no such average.
+
+    Args:
+        gaps: `statistics_gaps` from the first ingredient, by name of the other.
+        accuracies: held-out accuracy of the uniform soup as it is, and with statistics measured for it, where known.
+        threshold: of the largest gap; rounding of half-precision files stays below it.
+        remedy: what to do.
+    """
+    every = {(name, layer): gap for name, layers in gaps.items() for layer, gap in layers.items()}
+    differ = {key: gap for key, gap in every.items() if not gap <= threshold}
+    if not differ:
+        return None
+    (name, layer), worst = max(differ.items(), key=lambda item: item[1])
+    found = ""
+    numbers = {"largest": worst, "ingredients": float(len({name for name, _ in differ}))}
+    if accuracies is not None:
+        found = f" Here the uniform soup has a held-out accuracy of {accuracies[0]:.1%}; with measured ones, {accuracies[1]:.1%}."
+        numbers |= {"averaged": accuracies[0], "measured": accuracies[1]}
+    return Caution(
+        "batchnorm",
+        f"BatchNorm's running statistics differ between ingredients, by up to {worst:.2g} standard deviations (layer "
+        f"{layer!r} of {name}), and a soup gets their averages: statistics that belong to no weights, since activations of "
+        f"averaged weights vary less. Between fine-tunes that stayed close this costs little; after high learning rates or "
+        f"long training it can cost everything, and searches then reject good ingredients.{found} {remedy}",
+        numbers,
     )
 
 

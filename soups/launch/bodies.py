@@ -57,10 +57,10 @@ class Member:
         )
         linear_probe(self.network, train, heldout, len(self.splits.classes), device_for(self.settings))
 
-    def fit(self, callbacks: Sequence[lightning.Callback] = ()) -> lightning.Trainer:
+    def fit(self, callbacks: Sequence[lightning.Callback] = (), logger: Any | None = None) -> lightning.Trainer:
         """Train the network from where it is, as the settings say."""
         start = {name: tensor.detach().clone().cpu() for name, tensor in self.network.module.state_dict().items()}
-        self.network, trainer = train(self.settings, self.splits, start, callbacks)
+        self.network, trainer = train(self.settings, self.splits, start, callbacks, logger)
         return trainer
 
     def weights(self) -> dict[str, Tensor]:
@@ -146,9 +146,9 @@ class Features:
         return {"accuracy": numbers.accuracy, "loss": numbers.loss, "count": numbers.count}
 
 
-def features(one: Member) -> Features:
-    """Run a member's frozen body over its splits."""
-    splits = {"train": one.splits.train, "heldout": one.splits.heldout, "test": one.splits.test}
+def features(one: Member, names: Sequence[str] = ("train", "heldout", "test")) -> Features:
+    """Run a member's frozen body over its splits, or some of them."""
+    splits = {name: getattr(one.splits, name) for name in names}
     inputs: dict[str, Tensor] = {}
     labels: dict[str, Tensor] = {}
     for name, samples in splits.items():
@@ -156,6 +156,18 @@ def features(one: Member) -> Features:
         found, targets = head_inputs(one.network, batches, device_for(one.settings))
         inputs[name], labels[name] = torch.from_numpy(found), torch.from_numpy(targets)
     return Features(inputs, labels)
+
+
+def heldout_accuracy(one: Member) -> float:
+    """Return the held-out accuracy in [0, 1] of a linear probe on a member's frozen body; the test split is not looked at.
+
+    The held-out split chose the probe's penalty, for every body the same way.
+    """
+    found = features(one, ("train", "heldout"))
+    train, heldout = ((found.inputs[split], found.labels[split]) for split in ("train", "heldout"))
+    classes = len(one.splits.classes)
+    head = Network(torch.nn.Linear(train[0].shape[1], classes), cast(Any, None), "")
+    return linear_probe(head, [train], [heldout], classes).heldout_accuracy
 
 
 def few(labels: Tensor, count: int, classes: int, seed: int) -> list[int]:

@@ -15,12 +15,15 @@ from soups.evaluation import diversity, ensemble, score
 from soups.evaluation.barrier import barrier
 from soups.evaluation.cautions import (
     Caution,
+    averaged_statistics,
     different_basins,
     different_heads,
     equal_weights,
     noisy_choice,
     one_kept,
+    running_statistics,
     small_split,
+    statistics_gaps,
     unshared_tensors,
 )
 from soups.evaluation.statistics import (
@@ -31,7 +34,7 @@ from soups.evaluation.statistics import (
     selection_effect,
     wilson,
 )
-from soups.launch.kitchen import Kitchen, LazyWeights
+from soups.launch.kitchen import AVERAGE, Kitchen, LazyWeights
 from soups.launch.members import Origin
 from soups.recipes import Candidate, Soup, greedy
 from soups.recipes.recipe import line
@@ -122,7 +125,7 @@ def close(
         _differences(kitchen, logits, recipe, best, splits),
         _optimism(kitchen, members, logits, cooked, recipe, tried),
         _diversity(kitchen, members, logits, splits),
-        _warnings(kitchen, members, cooked[recipe], recipe, logits),
+        _warnings(kitchen, members, cooked, recipe, logits),
     )
 
 
@@ -308,7 +311,7 @@ def _diversity(
 def _warnings(
     kitchen: Kitchen,
     members: Sequence[Ingredient],
-    soup: Soup,
+    cooked: Mapping[str, Soup],
     recipe: str,
     logits: Mapping[str, Mapping[str, Tensor]],
 ) -> list[str]:
@@ -326,7 +329,8 @@ def _warnings(
                 noisy_choice(torch.stack([kitchen.samples(logits[r.short]["heldout"], "heldout") for r in order]))
             )
         if recipe in _CHOOSING:
-            found.append(one_kept(len(soup.members), len(members)))
+            found.append(one_kept(len(cooked[recipe].members), len(members)))
+        found.append(_statistics(kitchen, order, cooked["uniform"].weights, logits[soup_name("uniform")]["heldout"]))
         first, second = (kitchen.pool.weights(record.fingerprint) for record in order[:2])
         middle = right(kitchen.heldout_logits(line(first, second, 0.5, where=order[1].short)), labels)
         errors = [1 - float(values.double().mean()) for values in (correct[0], middle, correct[1])]
@@ -340,3 +344,27 @@ def _warnings(
             )
         )
     return [caution.message for caution in found if caution is not None]
+
+
+def _statistics(kitchen: Kitchen, members: Sequence[Ingredient], uniform: Weights, logits: Tensor) -> Caution | None:
+    """Caution when BatchNorm statistics that differ were averaged, with what that did to the uniform soup.
+
+    Args:
+        kitchen: with its pool.
+        members: two ingredients at least.
+        uniform: weights of the uniform soup.
+        logits: its held-out ones.
+    """
+    if kitchen.settings["soup"].get("batchnorm", AVERAGE) != AVERAGE:
+        return None
+    names = running_statistics(uniform)
+    read: list[Weights] = []
+    for record in members if names else ():
+        with kitchen.pool.store(record.fingerprint) as store:
+            read.append({name: store.read(name) for name in names})
+    gaps = {record.short: statistics_gaps(read[0], own) for record, own in zip(members, read, strict=False)}
+    if averaged_statistics(gaps) is None:
+        return None
+    measured = kitchen.logits(kitchen.reestimated(uniform, hash_weights(uniform)), "heldout")
+    labels = kitchen.labels("heldout")
+    return averaged_statistics(gaps, (score(logits, labels).accuracy, score(measured, labels).accuracy))

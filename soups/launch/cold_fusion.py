@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import lightning.pytorch as lightning
 import torch
 
 from soups.errors import ConfigError, StorageError, did_you_mean
-from soups.launch.bodies import Member, body_of, features, fit_parameters, frozen_names, member
+from soups.launch.bodies import (
+    Member,
+    body_of,
+    features,
+    fit_parameters,
+    frozen_names,
+    heldout_accuracy,
+    member,
+)
 from soups.launch.progress import ReportProgress
 from soups.launch.settings import (
     Settings,
@@ -19,15 +27,17 @@ from soups.launch.settings import (
     is_first_process,
     launched_outside,
 )
+from soups.launch.tracking import member_run, node_run, summarise
 from soups.protocols import Node, Operation, Output, Plan, Work
 from soups.protocols.cold_fusion import Contribution, Policy, Repository, Round
 from soups.protocols.cold_fusion.rounds import Layout, Study, layout
 from soups.reporting.page import Curves, Page, Part, Table
 from soups.seeding import derive_seed
+from soups.stores.files import fingerprint
 from soups.stores.pool import Pool
 from soups.tasks.data import Splits
 from soups.tasks.pooled import pooled
-from soups.weights import hash_weights
+from soups.weights import Weights, hash_weights
 
 
 class ColdFusion:
@@ -38,7 +48,9 @@ class ColdFusion:
         tasks: `data` sections of the contributors' tasks, by name.
         unseen: `data` sections of tasks that nobody contributes.
         rounds, per_round, mode, contributors, seed, fine_tuned, shots: see `Study`.
-        policy: of the repository, see `Policy`; its quorum is set by `per_round`.
+        policy: of the repository, see `Policy`; its quorum is set by `per_round`. Under `heldout`, what its fusers check:
+            `tolerance`, how far below the base's the mean held-out accuracy of a contribution's linear probes may be, in
+            [0, 1], and `tasks`, names of the tasks they are fitted to (all in `tasks` by default).
         multitask: train the multitask reference.
         repository: folder or URL of the repository; beside the pool's results when None.
 
@@ -70,11 +82,23 @@ class ColdFusion:
         rules = dict(policy or {})
         if "quorum" in rules:
             raise ConfigError("protocol.policy.quorum is set by protocol.per_round; leave it out.")
-        if unknown := sorted(set(rules) - set(Policy.model_fields)):
+        if "tolerance" in rules:
             raise ConfigError(
-                f"protocol.policy.{unknown[0]} is no rule of a repository: {did_you_mean(unknown[0], Policy.model_fields)}"
+                f"protocol.policy.tolerance={rules['tolerance']} needs a score to compare: write "
+                f"protocol.policy.heldout={{tolerance: {rules['tolerance']}}}."
+            )
+        heldout = rules.pop("heldout", None)
+        if unknown := sorted(set(rules) - set(Policy.model_fields)):
+            names = [*Policy.model_fields, "heldout"]
+            raise ConfigError(
+                f"protocol.policy.{unknown[0]} is no rule of a repository: {did_you_mean(unknown[0], names)}"
             )
         seen = {name: dict(data) for name, data in tasks.items() if data is not None}
+        if heldout is not None:
+            rules["tolerance"], checked = _heldout_check(heldout, list(seen))
+        else:
+            checked = []
+        self._scores: dict[str, float] = {}
         contributions = rounds * per_round
         self.study = Study(
             model=dict(settings["model"]),
@@ -93,6 +117,7 @@ class ColdFusion:
             else 0,
             mode=cast(Any, mode),
             contributors=contributors,
+            checked={name: seen[name] for name in checked},
         )
 
     def plan(self) -> Plan:
@@ -172,8 +197,14 @@ class ColdFusion:
         base, weights = repository.pull(number)
         one = member(self.settings, data, weights, seed=seed)
         one.probe()
-        one.fit(callbacks)
-        accuracy = one.accuracy(one.splits.heldout)
+        told = {"round": number + 1, "contributor": contributor, "task": task, "seed": seed}
+        identity = fingerprint({**told, "repository": repository.place.url, "base": base.hash})
+        title = " ".join(dict.fromkeys([f"round {number + 1}:", contributor, task]))
+        with member_run(one.settings, identity, title, told) as logger:
+            one.fit(callbacks, logger)
+            accuracy = one.accuracy(one.splits.heldout)
+            numbers = {f"heldout/{name}": value for name, value in accuracy.items() if name != "count"}
+            summarise(logger, {"round": number + 1, **numbers})
         if not is_first_process():
             return None, accuracy
         note = {"task": task, "examples": len(one.splits.train), "heldout_accuracy": accuracy["accuracy"]}
@@ -182,7 +213,7 @@ class ColdFusion:
     def _fuse(self, work: Work) -> Output:
         repository, number, _ = self._start(work)
         wanted = [work.record(index).notes["contribution"] for index in range(1, len(work.node.inputs))]
-        record = repository.fuse(only=wanted, fuser="synchronous round")
+        record = repository.fuse(only=wanted, score=self._score(), fuser="synchronous round")
         if record is None:
             # A killed driver may have made the round and not noted it; the log has it then, with these contributions.
             rounds = repository.rounds()
@@ -195,6 +226,20 @@ class ColdFusion:
             record = found
         return Output(notes=_round_notes(work, record))
 
+    def _score(self) -> Callable[[Weights], float] | None:
+        """Return what the held-out check compares: mean held-out accuracy of linear probes on a body; None without a check."""
+        if not self.study.checked:
+            return None
+
+        def score(body: Weights) -> float:
+            name = hash_weights(body)
+            if name not in self._scores:  # asynchronous fusers look at what waits again and again
+                found = [heldout_accuracy(member(self.settings, data, body)) for data in self.study.checked.values()]
+                self._scores[name] = sum(found) / len(found)
+            return self._scores[name]
+
+        return score
+
     def _contributor(self, work: Work) -> Output:
         """Come, fine-tune and push again and again, fuse when there is enough, and go when all rounds are there."""
         repository, _, _ = self._start(work)
@@ -203,7 +248,7 @@ class ColdFusion:
         tasks = list(parameters["tasks"])
         turn = sum(record.contributor == name for record in repository.pushed())
         while True:
-            while repository.fuse(fuser=name):
+            while repository.fuse(score=self._score(), fuser=name):
                 pass
             base = repository.current()
             if base.number >= parameters["rounds"]:
@@ -228,7 +273,7 @@ class ColdFusion:
     def _base(self, work: Work) -> Output:
         repository, _, _ = self._start(work)
         number, rounds = work.parameters["round"], repository.rounds()
-        while len(rounds) < number and repository.fuse(fuser="driver"):
+        while len(rounds) < number and repository.fuse(score=self._score(), fuser="driver"):
             rounds = repository.rounds()
         if len(rounds) < number:
             raise StorageError(
@@ -245,7 +290,8 @@ class ColdFusion:
         joint, groups = pooled(parts)
         one = self._pooled_member(joint, groups, weights, parameters)
         one.probe()
-        one.fit([ReportProgress(work.pool, work.node.fingerprint)])
+        with node_run(one.settings, work) as logger:
+            one.fit([ReportProgress(work.pool, work.node.fingerprint)], logger)
         body = one.body()
         return Output(
             {name: body[name] for name in body}, notes={"weights": hash_weights(body), "examples": len(joint.train)}
@@ -381,3 +427,29 @@ def _round_notes(work: Work, record: Round) -> dict[str, Any]:
         "accepted": len(record.accepted),
         "refused": {verdict.contributor: verdict.reason for verdict in record.verdicts if not verdict.accepted},
     }
+
+
+def _heldout_check(rules: Any, tasks: Sequence[str]) -> tuple[float, list[str]]:
+    """Return tolerance and tasks of a held-out check.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if not isinstance(rules, Mapping) or "tolerance" not in rules:
+        raise ConfigError(f"protocol.policy.heldout={rules} must say how far a score may fall: {{tolerance: 0.02}}.")
+    if unknown := sorted(set(rules) - {"tolerance", "tasks"}):
+        raise ConfigError(
+            f"protocol.policy.heldout.{unknown[0]} is unknown: {did_you_mean(unknown[0], ['tolerance', 'tasks'])}"
+        )
+    tolerance, named = rules["tolerance"], rules.get("tasks")
+    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance <= 1:
+        raise ConfigError(f"protocol.policy.heldout.tolerance={tolerance} must be an accuracy between 0 and 1.")
+    chosen = list(tasks) if named is None else [str(name) for name in named]
+    for name in chosen:
+        if name not in tasks:
+            raise ConfigError(
+                f"protocol.policy.heldout.tasks: {name!r} is none of protocol.tasks; {did_you_mean(name, tasks)}"
+            )
+    if not chosen:
+        raise ConfigError("protocol.policy.heldout.tasks is empty; leave it out for all tasks.")
+    return float(tolerance), chosen

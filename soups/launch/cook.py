@@ -16,7 +16,7 @@ from torch import Tensor
 
 from soups.errors import ConfigError, did_you_mean
 from soups.launch.closing import Closing, close
-from soups.launch.kitchen import Kitchen
+from soups.launch.kitchen import AVERAGE, REESTIMATE, Kitchen
 from soups.launch.members import Origin, choose_members, open_ingredients, origin_of
 from soups.launch.settings import Settings, build_splits, device_count, from_elsewhere, launched_outside, versions
 from soups.launch.shape import shapes
@@ -34,7 +34,19 @@ from soups.weights import hash_weights
 
 METRICS = ("accuracy", "loss")
 # What a soup's settings hold besides the options of its recipe.
-COMMON = ("recipe", "metric", "foreign", "exclude", "start", "racing", "barrier", "landscape", "grid")
+COMMON = (
+    "recipe",
+    "metric",
+    "foreign",
+    "exclude",
+    "start",
+    "racing",
+    "barrier",
+    "landscape",
+    "grid",
+    "batchnorm",
+    "batchnorm_batches",
+)
 # Raise it when the same ingredients and settings would give another soup or another report.
 COOKING_VERSION = 2
 
@@ -57,9 +69,12 @@ def cook(settings: Settings) -> tuple[Report, Path]:
     pool = open_ingredients(settings, splits)
     members, told = choose_members(settings, pool, splits)
     origin = origin_of(settings, splits) if "start" in needs_of(RECIPES[options["recipe"]]) else None
+    left_out = {"foreign", "exclude", "start"}
+    if options.get("batchnorm", AVERAGE) == AVERAGE:  # as before there was a choice: finished soups are found
+        left_out |= {"batchnorm", "batchnorm_batches"}
     determined = {
         "cooking_version": COOKING_VERSION,
-        "recipe": {key: value for key, value in options.items() if key not in ("foreign", "exclude", "start")},
+        "recipe": {key: value for key, value in options.items() if key not in left_out},
         "start": origin.weights if origin else None,
         "ingredients": sorted(member.weights for member in members),
         "names": sorted(member.short for member in members) if from_elsewhere(settings) else None,
@@ -90,6 +105,7 @@ def check_options(settings: Settings) -> None:
         "recipe": list(RECIPES),
         "metric": METRICS,
         "foreign": ("refuse", "skip"),
+        "batchnorm": (AVERAGE, REESTIMATE),
         "ties": TIES,
         "selection": SELECTIONS,
     }
@@ -102,6 +118,9 @@ def check_options(settings: Settings) -> None:
         )
     if not _number(options.get("grid", 2)) >= 2:
         raise ConfigError(f"soup.grid={options['grid']} must be a whole number of at least 2.")
+    batches = options.get("batchnorm_batches", 1)
+    if not isinstance(batches, int) or batches < 1:
+        raise ConfigError(f"soup.batchnorm_batches={batches} must be a whole number of at least 1.")
     known = options_of(RECIPES[options["recipe"]])
     for key in options:
         if key not in known and key not in COMMON:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from soups.averaging.batchnorm import batch_norms, reestimate, statistics
 from soups.errors import ConfigError
-from soups.evaluation import HeldoutGradient, Score, diagonal_fisher, predict, score
+from soups.evaluation import HeldoutGradient, Score, diagonal_fisher, forward, predict, score
 from soups.evaluation.scores import Batch, ranks
 from soups.evaluation.statistics import losses, right
 from soups.launch.members import Origin, empty_network
@@ -19,9 +23,13 @@ from soups.recipes import RECIPES, Candidate, Soup, Step, is_required, needs_of,
 from soups.recipes.racing import Race, hardest_first, in_order, network_samples, random_order
 from soups.stores.pool import Ingredient, Pool
 from soups.stores.pool_of_checkpoints import CheckpointPool
-from soups.tasks.data import Splits
+from soups.tasks.data import ShuffledBatches, Splits
 from soups.weights import Weights, hash_weights
 
+# What `soup.batchnorm` may say: an average's statistics are averages too, or measured on training data.
+AVERAGE, REESTIMATE = "average", "reestimate"
+# Training batches for that, where the settings name no number.
+BATCHES = 32
 # Samples a backward pass each that the Fisher information is estimated on.
 _FISHER_SAMPLES = 256
 # Held-out samples of a race that are evaluated at once: fewer decide earlier, more compute faster.
@@ -55,6 +63,10 @@ class Kitchen:
         self._digests: dict[str, str] = {}
         self._known: dict[str, tuple[float, Tensor]] = {}
         self._latest: tuple[str, Tensor] | None = None
+        # Hashes of models whose BatchNorm statistics are their own, and measured statistics by the hash of an average.
+        self._own: set[str] = set()
+        self._statistics: dict[str, dict[str, Tensor]] = {}
+        self._training_batches: list[Batch] = []
 
     @property
     def metric(self) -> str:
@@ -97,8 +109,49 @@ class Kitchen:
 
     def _heldout_logits(self, weights: Weights, name: str) -> Tensor:
         if self._latest is None or self._latest[0] != name:
-            self._latest = (name, self.logits(weights, "heldout"))
+            self._latest = (name, self.logits(self.repaired(weights, name), "heldout"))
         return self._latest[1]
+
+    def repaired(self, weights: Weights, name: str | None = None) -> Weights:
+        """Return an average's weights with the BatchNorm statistics that `soup.batchnorm` asks for.
+
+        Args:
+            weights: that a recipe made; those of an ingredient or of the start keep their own statistics.
+            name: their hash, where it is known.
+        """
+        if self.settings["soup"].get("batchnorm", AVERAGE) == AVERAGE:
+            return weights
+        name = name or hash_weights(weights)
+        return weights if name in self._own else self.reestimated(weights, name)
+
+    def reestimated(self, weights: Weights, name: str) -> Weights:
+        """Return some weights with BatchNorm statistics measured for them on training data, without augmentation.
+
+        The batches are the same for all weights, and every rank reads all of them: the bits do not depend on the ranks.
+
+        Args:
+            weights: of the network.
+            name: their hash; statistics are measured once for each.
+        """
+        module = self.network.module
+        if not batch_norms(module):
+            return weights
+        if name not in self._statistics:
+            if not self._training_batches:
+                self._training_batches = self._read_training_batches()
+            module.load_state_dict(weights)
+            reestimate(module, self._training_batches, lambda batch: forward(module, batch[0], self.device))
+            self._statistics[name] = {
+                key: tensor.to("cpu", weights[key].dtype) for key, tensor in statistics(module).items()
+            }
+        return {**weights, **self._statistics[name]}
+
+    def _read_training_batches(self) -> list[Batch]:
+        loader, samples = self.settings["loader"], self.splits.train
+        dataset = self.network.input.dataset(samples, int(loader["size"]))
+        count = int(self.settings["soup"].get("batchnorm_batches", BATCHES))
+        chosen = list(islice(ShuffledBatches(len(samples), int(loader["batch_size"]), 0), count))
+        return list(DataLoader(dataset, sampler=chosen, batch_size=None, num_workers=int(loader["workers"])))
 
     def score(self, weights: Weights) -> float:
         """Return the held-out score of some weights, larger is better; the same weights are evaluated once."""
@@ -132,6 +185,7 @@ class Kitchen:
 
     def candidates(self, members: Sequence[Ingredient]) -> list[Candidate]:
         """Return measured ingredients as candidates."""
+        self._own |= {record.weights for record in members}
         return [
             Candidate(
                 record.short,
@@ -171,6 +225,7 @@ class Kitchen:
                     f"The recipe {name} needs the model that fine-tuning started from, which nobody knows of checkpoints "
                     f"made elsewhere: soup.start=/path/of/a/checkpoint."
                 )
+            self._own |= {origin.weights} if origin else set()
             given["start"] = origin and Candidate(origin.name, float("nan"), origin.load)
         if "on_step" in needs:
             given["on_step"] = on_step
@@ -186,7 +241,9 @@ class Kitchen:
             )
         chosen = {key: options[key] for key in options_of(recipe) if key in options}
         judge = self._race(candidates, options) if name == "greedy" and options.get("racing") is not None else None
-        return recipe(candidates, judge or self.score, **given, **chosen)
+        soup = recipe(candidates, judge or self.score, **given, **chosen)
+        path = [replace(point, load=lambda point=point: self.repaired(point.load())) for point in soup.path]
+        return replace(soup, weights=dict(self.repaired(soup.weights)), path=path)
 
     def heldout_batches(self) -> list[Batch]:
         """Return the held-out split as batches, read once."""
@@ -211,7 +268,12 @@ class Kitchen:
         batches = in_order(self.heldout_batches(), order, -(-_RACE_BLOCK // world))
         metric = cast(Literal["accuracy", "loss"], self.metric)
         blocks = network_samples(self.network.module, batches, metric, self.device, world)
-        return Race(blocks, 1.0 if self.metric == "accuracy" else 0.0, delta, len(candidates))
+        return Race(
+            lambda weights: blocks(self.repaired(weights)),
+            1.0 if self.metric == "accuracy" else 0.0,
+            delta,
+            len(candidates),
+        )
 
 
 class LazyWeights(Mapping[str, Tensor]):

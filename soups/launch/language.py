@@ -13,6 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from soups.launch.progress import ReportProgress
 from soups.launch.settings import Settings
+from soups.launch.tracking import node_run
 from soups.protocols import Node, Operation, Output, Plan, Work
 from soups.protocols.branch_train_merge import Branching, Family, Layout, domain_posterior, layout, mixture_loss
 from soups.reporting.page import Curves, Page, Table
@@ -93,12 +94,14 @@ class BranchTrainMerge:
         settings = self.settings["trainer"]
         if settings.get("threads"):
             torch.set_num_threads(int(settings["threads"]))
-        trainer = lightning.Trainer(
-            max_epochs=1, accelerator=settings["accelerator"], devices=1, precision=settings["precision"],
-            gradient_clip_val=clip, callbacks=[ReportProgress(work.pool, work.node.fingerprint)], logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False,
-        )  # fmt: skip
-        trainer.fit(LanguageModelling(model, options), loader)
+        with node_run(self.settings, work) as logger:
+            trainer = lightning.Trainer(
+                max_epochs=1, accelerator=settings["accelerator"], devices=1, precision=settings["precision"],
+                gradient_clip_val=clip, callbacks=[ReportProgress(work.pool, work.node.fingerprint)],
+                logger=logger or False, log_every_n_steps=10, enable_checkpointing=False, enable_progress_bar=False,
+                enable_model_summary=False,
+            )  # fmt: skip
+            trainer.fit(LanguageModelling(model, options), loader)
         if trainer.interrupted:
             raise KeyboardInterrupt
         return Output({name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()})

@@ -11,10 +11,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from soups.errors import ConfigError, StorageError, did_you_mean
+from soups.evaluation.cautions import averaged_statistics, running_statistics, statistics_gaps
 from soups.launch.fits import Evaluation, Fit
+from soups.launch.kitchen import AVERAGE
 from soups.launch.project import Project, belongs, check_metric
 from soups.launch.settings import versions
 from soups.recipes import RECIPES, Candidate, Soup, greedy, needs_of, options_of, uniform
@@ -26,6 +29,12 @@ from soups.weights import Weights, hash_weights
 
 # Recipes that need no more than a score, and the start; the validation loop of a program gives no logits or gradients.
 SCORED = tuple(name for name, recipe in RECIPES.items() if needs_of(recipe) <= {"start", "on_step"})
+
+
+_UPDATE = (
+    "Measure the soup's with your training data: torch.optim.swa_utils.update_bn(loader, model). The search here scored "
+    "averages of statistics."
+)
 
 
 class ProjectRow(BaseModel):
@@ -56,6 +65,7 @@ class ProjectReport(BaseModel):
     seconds: dict[str, float]
     versions: dict[str, str]
     pool: str
+    warnings: list[str] = []
 
 
 def cook_project(project: Project, options: Mapping[str, Any], fit: Fit, output: Path) -> tuple[ProjectReport, Path]:
@@ -78,6 +88,11 @@ def cook_project(project: Project, options: Mapping[str, Any], fit: Fit, output:
         raise ConfigError(
             f"soup.recipe={recipe} is not for programs of your own: their validation loop gives a score alone. "
             f"{did_you_mean(recipe, SCORED)}"
+        )
+    if options.get("batchnorm", AVERAGE) != AVERAGE:
+        raise ConfigError(
+            f"soup.batchnorm={options['batchnorm']} is not for programs of your own: only their validation and test loops "
+            f"are run. {_UPDATE}"
         )
     pool = Pool(project.pool)
     members = belongs(project, pool, str(options["foreign"]), [str(name) for name in options["exclude"]])
@@ -158,12 +173,24 @@ def cook_project(project: Project, options: Mapping[str, Any], fit: Fit, output:
         seconds={"search": searched - began, "evaluation": time.perf_counter() - searched},
         versions=versions(),
         pool=pool.url,
+        warnings=_warnings(pool, order),
     )
     with replacing_folder(folder) as scratch:
         lineage = report.model_dump(mode="json", exclude={"rows", "seconds"})
         write_safetensors(scratch / "soup.safetensors", soup.weights, {"lineage": json.dumps(lineage)})
         write_json(scratch / "report.json", report.model_dump(mode="json"))
     return report, folder
+
+
+def _warnings(pool: Pool, members: Sequence[Ingredient]) -> list[str]:
+    """Return what a careful reader must know of the ingredients."""
+    read: list[Weights] = []
+    for record in members:
+        with pool.store(record.fingerprint) as store:
+            read.append({name: store.read(name) for name in running_statistics(store)})
+    gaps = {record.short: statistics_gaps(read[0], own) for record, own in zip(members, read, strict=True)}
+    caution = averaged_statistics(gaps, remedy=_UPDATE)
+    return [caution.message] if caution else []
 
 
 def _check_repeats(
@@ -222,6 +249,8 @@ def show(report: ProjectReport, folder: Path, console: Console) -> None:
     console.print(
         f"The {soup_name(report.recipe)} averages {len(report.members)} of {len(report.ingredients)} ingredients."
     )
+    for warning in report.warnings:
+        console.print(f"[yellow]![/] {escape(warning)}", highlight=False)
     console.print(f"[bold]{folder}/[/]  report.json, soup.safetensors", highlight=False)
     console.print(
         f"Load it: module.load_state_dict(safetensors.torch.load_file('{folder}/soup.safetensors'))", highlight=False

@@ -12,6 +12,7 @@ from soups.evaluation import ood_mean
 from soups.launch.bodies import Member, fit_parameters, load_body, member
 from soups.launch.progress import ReportProgress
 from soups.launch.settings import Settings, check
+from soups.launch.tracking import node_run
 from soups.protocols import Operation, Output, Plan, Work
 from soups.protocols.fusing import fusing
 from soups.protocols.lo_fi import lo_fi
@@ -57,7 +58,8 @@ class Recycling:
     def _body(self, work: Work) -> Output:
         one = member(self.settings, work.parameters["data"], seed=work.parameters["seed"])
         one.probe()
-        one.fit([ReportProgress(work.pool, work.node.fingerprint)])
+        with node_run(one.settings, work) as logger:
+            one.fit([ReportProgress(work.pool, work.node.fingerprint)], logger)
         return Output(one.body(), {"heldout": one.accuracy(one.splits.heldout)})
 
     def _start(self, work: Work) -> Output:
@@ -80,7 +82,8 @@ class Recycling:
             if rest or not size:
                 raise ConfigError(f"loader.batch_size={loader['batch_size']} cannot be shared out among {count} nodes.")
             one.settings = {**one.settings, "loader": {**loader, "batch_size": size}}
-        one.fit([ReportProgress(work.pool, work.node.fingerprint)])
+        with node_run(one.settings, work) as logger:
+            one.fit([ReportProgress(work.pool, work.node.fingerprint)], logger)
         return Output(one.weights(), {"heldout": one.accuracy(one.splits.heldout)})
 
     def _score(self, work: Work) -> Output:

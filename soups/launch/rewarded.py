@@ -16,6 +16,7 @@ from soups.evaluation import predict
 from soups.launch.progress import ReportProgress
 from soups.launch.settings import LAYOUT, TRAINING_VERSION, Settings, build_network, check
 from soups.launch.start import device_for, evaluation_batches
+from soups.launch.tracking import node_run
 from soups.launch.training import train_module
 from soups.protocols import Operation, Output, Plan, Work
 from soups.protocols.rewarded import Layout, Study, interpolate, layout
@@ -132,9 +133,9 @@ class RewardedSoups:
         dataset = choice_tokens(network.input, texts, mixed, sets, int(self.settings["loader"]["size"]))
         data = Choices(dataset, int(self.settings["loader"]["batch_size"]), seed)
         module = PolicyTraining(network, self.settings["optimizer"], self.study.kl)
-        trainer = train_module(
-            {**self.settings, "seed": seed}, module, data, [ReportProgress(work.pool, work.node.fingerprint)]
-        )
+        own = {**self.settings, "seed": seed}
+        with node_run(own, work) as logger:
+            trainer = train_module(own, module, data, [ReportProgress(work.pool, work.node.fingerprint)], logger)
         reward = float(trainer.callback_metrics["train/reward"])
         trained = {
             name: parameter.detach().cpu().clone().contiguous()

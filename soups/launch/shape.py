@@ -34,7 +34,8 @@ def shapes(
 ) -> tuple[list[Part], list[str]]:
     """Return the parts that `soup.barrier` and `soup.landscape` ask for, and what they warn of.
 
-    Every rank calls it: predictions are shared out. BatchNorm statistics lie on the line with the weights, as in soups.
+    Every rank calls it: predictions are shared out. BatchNorm statistics are what `soup.batchnorm` says, as in soups:
+    on the line with the weights, or measured at every point.
 
     Args:
         kitchen: with its pool.
@@ -49,7 +50,7 @@ def shapes(
     warnings: list[str] = []
 
     def numbers(weights: Weights) -> Numbers:
-        found = score(kitchen.logits(weights, "heldout"), kitchen.labels("heldout"))
+        found = score(kitchen.heldout_logits(weights), kitchen.labels("heldout"))
         tell()
         return {"loss": found.loss, "error": 1 - found.accuracy}
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from soups.launch.settings import Settings, from_elsewhere, is_first_process, open_pool
+from soups.protocols import Work
 from soups.reporting import Report, differences, flatten, plain_rows
 from soups.stores.pool import Ingredient
 from soups.tracking import finish_ingredient, group_name, log_soup, require_wandb, start_run
 
 
-def ingredient_logger(settings: Settings, name: str, determined: Settings) -> Any | None:
+def ingredient_logger(settings: Settings, name: str, determined: Settings, title: str | None = None) -> Any | None:
     """Return a WandbLogger for one ingredient, or None when tracking is off.
+
+    Args:
+        settings: of its fit.
+        name: its fingerprint; the run's id comes from it.
+        determined: what decides its weights.
+        title: shown in the dashboard; from the fingerprint when None.
 
     Raises:
         soups.errors.ConfigError: an unknown mode, or wandb is not installed.
@@ -28,7 +36,7 @@ def ingredient_logger(settings: Settings, name: str, determined: Settings) -> An
         run = start_run(
             tracking,
             Path(settings["paths"]["output"]),
-            name=f"ingredient-{name[:8]}",
+            name=title or f"ingredient-{name[:8]}",
             identity=name[:16],
             group=group_name(tracking["group"], settings["pool"]["path"]),
             job_type="ingredient",
@@ -49,6 +57,37 @@ def close_logger(logger: Any | None, record: Ingredient | None) -> None:
     if record is not None:
         finish_ingredient(logger.experiment, record.model_dump(mode="json"), record.durations)
     logger.experiment.finish(exit_code=0 if record is not None else 1)
+
+
+@contextlib.contextmanager
+def member_run(settings: Settings, name: str, title: str, determined: Settings) -> Generator[Any | None]:
+    """Within the block a protocol's member has a run of its own, in the protocol's group; the block gets its logger.
+
+    Args:
+        settings: of the member's fit.
+        name: fingerprint of what it makes.
+        title: shown in the dashboard.
+        determined: what decides its weights.
+    """
+    logger = ingredient_logger(settings, name, determined, title)
+    code = 1
+    try:
+        yield logger
+        code = 0
+    finally:
+        if logger is not None:
+            logger.experiment.finish(exit_code=code)
+
+
+def node_run(settings: Settings, work: Work) -> contextlib.AbstractContextManager[Any | None]:
+    """Return the `member_run` of a plan's node."""
+    return member_run(settings, work.node.fingerprint, work.node.label, work.node.determinants)
+
+
+def summarise(logger: Any | None, numbers: Mapping[str, float]) -> None:
+    """Write final numbers into a member's run, if there is one; the first of several processes does."""
+    if logger is not None and is_first_process():
+        logger.experiment.summary.update(dict(numbers))
 
 
 def track_soup(settings: Settings, report: Report, folder: Path) -> None:

@@ -15,7 +15,7 @@ from soups.evaluation import best_of_n, best_of_n_kl, predict, score
 from soups.launch.progress import ReportProgress
 from soups.launch.settings import LAYOUT, TRAINING_VERSION, Settings, build_network, build_splits, check
 from soups.launch.start import device_for, evaluation_batches
-from soups.launch.tracking import ingredient_logger
+from soups.launch.tracking import node_run, summarise
 from soups.launch.training import train
 from soups.protocols import Operation, Output, Plan, Work
 from soups.protocols.warm import Group, Layout, Rewards, Study, best_first, layerwise, layout
@@ -133,15 +133,13 @@ class Warm:
         self, work: Work, own: Settings, splits: Splits, start: dict[str, Tensor], *more: lightning.Callback
     ) -> Output:
         callbacks = [ReportProgress(work.pool, work.node.fingerprint), *more]
-        logger = ingredient_logger(own, work.node.fingerprint, work.node.determinants)
-        network, trainer = train(own, splits, start, callbacks, logger)
-        device = trainer.strategy.root_device
-        logits = predict(network.module.to(device), evaluation_batches(own, splits.heldout, network), device)
-        numbers = score(logits, splits.heldout.labels)
-        found = {"accuracy": numbers.accuracy, "loss": numbers.loss}
-        if logger is not None and trainer.is_global_zero:
-            logger.experiment.summary.update({f"heldout/{name}": value for name, value in found.items()})
-            logger.experiment.finish()
+        with node_run(own, work) as logger:
+            network, trainer = train(own, splits, start, callbacks, logger)
+            device = trainer.strategy.root_device
+            logits = predict(network.module.to(device), evaluation_batches(own, splits.heldout, network), device)
+            numbers = score(logits, splits.heldout.labels)
+            found = {"accuracy": numbers.accuracy, "loss": numbers.loss}
+            summarise(logger, {f"heldout/{name}": value for name, value in found.items()})
         return Output(_trained(network), {"heldout": found})
 
     def _probe(self, own: Settings, splits: Splits, weights: Weights | None) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from soups.merging import merge
 from soups.protocols.plan import Node, Plan
 from soups.seeding import generator
 from soups.stores import Store, open_store
+from soups.stores.tokenizer import tokenizer_hash
 
 Settings = Mapping[str, Any]
 Model = str | os.PathLike[str]
@@ -70,7 +71,7 @@ def average(
 
     Raises:
         ConfigError: fewer than two models, or scores that do not fit.
-        WeightsError: a model has another number of labels or another architecture.
+        WeightsError: a model has another number of labels, another architecture, vocabulary or tokenizer.
         soups.errors.StorageError: a model cannot be read, or `out` not be written.
     """
     chosen = list(models)
@@ -82,6 +83,7 @@ def average(
         raise ConfigError(f"An average needs at least two reward models; {len(chosen)} given.")
     with ExitStack() as stack:
         stores: list[Store] = []
+        tokenizers: dict[str, str] = {}
         for place in chosen:
             model, adapter = place if isinstance(place, tuple) else (place, None)
             stores.append(stack.enter_context(open_store(model, adapter=adapter)))
@@ -90,6 +92,14 @@ def average(
                 labels = _labels(cast(Mapping[str, Any], json.loads(config.read_text())))
                 if labels != 1:
                     raise WeightsError(f"{model} has {labels} labels; a reward model has one (num_labels=1).")
+            if found := tokenizer_hash(model):
+                tokenizers.setdefault(found, str(model))
+                if len(tokenizers) > 1:
+                    first = next(iter(tokenizers.values()))
+                    raise WeightsError(
+                        f"{model} comes with another tokenizer than {first}: its token ids mean other tokens, so that an "
+                        f"average of their embeddings means nothing. Leave it out, or train it with the others' tokenizer."
+                    )
         # Merged adapters have no configuration and tokenizer of their own: the first one's base gives them.
         base = chosen[0][0] if isinstance(chosen[0], tuple) else None
         return merge("linear", stores, base=base, out=out, overwrite=overwrite)

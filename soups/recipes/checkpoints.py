@@ -7,9 +7,15 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from soups.evaluation.cautions import averaged_statistics, running_statistics, statistics_gaps
 from soups.recipes.recipe import Candidate, Score
 from soups.stores.collection import Place, find_checkpoints, open_fitted
 from soups.weights import Weights, hash_weights
+
+_REMEDY = (
+    "Let `score` measure them for the weights it is given (soups.averaging.reestimate, on training batches), and measure "
+    "the soup's."
+)
 
 
 def candidates(
@@ -29,7 +35,8 @@ def candidates(
         prefix: of the network's names in the checkpoints; None to find it (a LightningModule's "model.", say).
 
     Returns:
-        The candidates, in the order of their names. Of several with the same weights the first stays, with a warning.
+        The candidates, in the order of their names. Of several with the same weights the first stays, with a warning; so
+        there is where BatchNorm statistics differ.
 
     Raises:
         soups.errors.StorageError: a checkpoint is absent, damaged or hostile.
@@ -37,6 +44,8 @@ def candidates(
     """
     found: list[Candidate] = []
     known: dict[str, str] = {}
+    first: dict[str, Tensor] = {}
+    gaps: dict[str, dict[str, float]] = {}
     for name, place in find_checkpoints(places).items():
 
         def load(place: str = place) -> dict[str, Tensor]:
@@ -49,5 +58,9 @@ def candidates(
             warnings.warn(f"{name} has the same weights as {known[identity]}: it counts once.", stacklevel=2)
             continue
         known[identity] = name
+        first = first or {key: weights[key].clone() for key in running_statistics(weights)}
+        gaps[name] = statistics_gaps(first, weights)
         found.append(Candidate(name, score(weights), load, lambda place=place: open_fitted(place, like, state, prefix)))
+    if caution := averaged_statistics(gaps, remedy=_REMEDY):
+        warnings.warn(caution.message, stacklevel=2)
     return found

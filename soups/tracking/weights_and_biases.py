@@ -187,7 +187,8 @@ def log_page(
     with start_run(tracking, folder, name, name, group, "protocol", config) as run:
         for part in page["parts"]:
             if part["kind"] == "curves":
-                axis = f"{part['title']}/{part['x_label']}"
+                axis = part["x_label"]  # one axis for all curves over rounds, members or N
+                run.define_metric(axis)
                 run.define_metric(f"{part['title']}/*", step_metric=axis)
                 for number, x in enumerate(part["x"]):
                     values = {f"{part['title']}/{key}": series[number] for key, series in part["series"].items()}

@@ -1,15 +1,19 @@
 """Each caution is raised where its rule says, and only there."""
 
+import math
+
 import pytest
 import torch
 
 from soups.evaluation.cautions import (
+    averaged_statistics,
     different_basins,
     different_heads,
     equal_weights,
     noisy_choice,
     one_kept,
     small_split,
+    statistics_gaps,
     unshared_tensors,
 )
 
@@ -74,3 +78,30 @@ def test_the_same_weights_twice() -> None:
 @pytest.mark.parametrize("count", [1, 3])
 def test_tiny_splits_do_not_fail(count: int) -> None:
     assert small_split(count, count) is not None
+
+
+def statistics(mean: float, variance: float) -> dict[str, torch.Tensor]:
+    """Of a layer of two channels, the second at rest: mean 0, variance 1."""
+    return {
+        "conv.weight": torch.ones(3), "bn.running_mean": torch.tensor([mean, 0.0]),
+        "bn.running_var": torch.tensor([variance, 1.0]), "bn.num_batches_tracked": torch.tensor(7),
+    }  # fmt: skip
+
+
+def test_averages_of_batchnorm_statistics() -> None:
+    first = statistics(0, 4)
+    # A shift of half a standard deviation in one of two channels; a variance four times as large, a deviation twice.
+    assert statistics_gaps(first, statistics(1, 4)) == {"bn": pytest.approx((0.5**2 / 2) ** 0.5, rel=1e-5)}
+    assert statistics_gaps(first, statistics(0, 16)) == {"bn": pytest.approx(math.log(2) / 2**0.5, rel=1e-4)}
+    assert statistics_gaps({}, first) == {} and statistics_gaps(first, {}) == {}
+    plain = {"running_mean": torch.zeros(1), "running_var": torch.ones(1)}  # a layer that is the whole network
+    assert statistics_gaps(plain, plain) == {"": 0.0}
+    gaps = {"a": statistics_gaps(first, first), "b": statistics_gaps(first, statistics(1, 4))}
+    found = averaged_statistics(gaps, (0.25, 0.75))
+    assert found is not None and found.kind == "batchnorm"
+    assert "0.35 standard deviations (layer 'bn' of b)" in found.message
+    assert "accuracy of 25.0%; with measured ones, 75.0%. soup.batchnorm=reestimate" in found.message
+    assert found.numbers == {"largest": gaps["b"]["bn"], "ingredients": 1.0, "averaged": 0.25, "measured": 0.75}
+    assert averaged_statistics({"a": gaps["a"]}) is None
+    assert averaged_statistics({"b": statistics_gaps(first, statistics(0.02, 4))}) is None, "rounding"
+    assert averaged_statistics({"b": {"bn": float("nan")}}) is not None

@@ -55,6 +55,12 @@ def compose_settings(overrides: list[str]) -> Settings:
         return resolve(compose("train", overrides))
 
 
+def read_run(folder: Path, *options: str) -> str:
+    """Return the records of a run that wandb kept offline, as JSON, read back by wandb itself."""
+    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", *options, "--json", str(folder)]
+    return subprocess.run(command, text=True, capture_output=True, check=True, stdin=subprocess.DEVNULL).stdout
+
+
 @pytest.fixture
 def train_py(overrides: list[str]) -> Callable[..., subprocess.CompletedProcess]:
     """Run `python train.py` on the tiny task, as a user would; returns the finished process with its output."""

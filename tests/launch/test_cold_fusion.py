@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,13 +14,15 @@ import pytest
 import torch
 
 from soups.errors import ConfigError, StorageError
+from soups.launch.bodies import heldout_accuracy, member
 from soups.launch.cold_fusion import ColdFusion
-from soups.launch.protocol import build_program, run_node
+from soups.launch.protocol import _finish, build_program, run_node
 from soups.launch.settings import Settings, open_pool
-from soups.protocols import Node, execute, in_sequence
+from soups.protocols import Node, Output, Work, execute, in_sequence
 from soups.protocols.cold_fusion import Repository, replay
-from soups.reporting.page import Page
-from tests.launch.conftest import ROOT, compose_settings
+from soups.protocols.cold_fusion.records import Verdict
+from soups.reporting.page import Curves, Page
+from tests.launch.conftest import ROOT, compose_settings, read_run
 from tests.tiny_text import sentences, write_bert, write_csv
 
 TASKS = ("a", "b", "c", "new")
@@ -120,9 +123,60 @@ def test_synchronous_rounds_are_the_mean_of_the_sampled_contributions(settings: 
     assert all("The pool knows base 2" in why and "has another or none" in why for why in missing.values())
 
 
+def run_with_an_attacker(settings: Settings) -> tuple[Repository, list[Verdict]]:
+    """Run one round in which the contributor "b" wipes out what the body says: a push like any other, but for its score."""
+    program, pool = program_of(settings), open_pool(settings)
+    operations = dict(program.operations())
+    honest = operations["cold.contribute"]
+
+    def contribute(work: Work) -> Output:
+        if work.parameters["task"] != "b":
+            return honest(work)
+        repository = program.repository(work.record(0).notes["repository"])
+        base, weights = repository.pull()
+        last = [name for name in weights if name.endswith("output.LayerNorm.weight")][-1]
+        record = repository.push({**weights, last: torch.zeros_like(weights[last])}, base, "b")
+        return Output(notes={"contribution": record.id})
+
+    assert execute(program.plan(), pool, in_sequence(pool, {**operations, "cold.contribute": contribute})) == {}
+    (record,) = program.repository("main").rounds()
+    return program.repository("main"), sorted(record.verdicts, key=lambda verdict: verdict.contributor)
+
+
+def test_the_held_out_check_by_configuration_refuses_a_harmful_contribution(data: Path, tmp_path: Path) -> None:
+    more = [*LIGHT, "protocol.rounds=1", "optimizer.lr=3e-2"]
+    _, (good, bad) = run_with_an_attacker(compose_settings(overrides(data, tmp_path / "open", *more)))
+    assert good.accepted and bad.accepted, "finite, of a usual norm: nothing else stops it"
+    assert good.norm is not None and bad.norm is not None and bad.norm < 4 * good.norm
+
+    checked = [*more, "protocol.policy.heldout={tolerance: 0.15}"]
+    settings = compose_settings(overrides(data, tmp_path / "checked", *checked))
+    guarded, (good, bad) = run_with_an_attacker(settings)
+    assert good.accepted and not bad.accepted
+    base, fell = (float(number) for number in re.findall(r"score ([\d.]+), the base has ([\d.]+)", bad.reason)[0][::-1])
+    own = [member(settings, task, guarded.pull(0)[1]) for task in program_of(settings).study.seen.values()]
+    assert base == pytest.approx(sum(map(heldout_accuracy, own)) / 2, rel=1e-3) and fell < base - 0.15
+    # The base is the honest contribution alone.
+    (push,) = [entry for entry in guarded.pushed() if entry.contributor == "a"]
+    weights, current = guarded._load(push.weights), guarded.pull()[1]
+    assert all(torch.equal(current[name], tensor) for name, tensor in weights.items())
+    assert all(result.same for result in replay(guarded))
+    # The check belongs to the plan: without it the same tasks give another one; so does a choice among the tasks.
+    plans = [
+        program_of(compose_settings(overrides(data, tmp_path / "checked", *some))).plan()
+        for some in (more, checked, [*more, "protocol.policy.heldout={tolerance: 0.15, tasks: [b]}"])
+    ]
+    assert len({plan.targets[0].fingerprint for plan in plans}) == 3
+
+
 def test_mistakes(data: Path, tmp_path: Path) -> None:
     for wrong, message in (
         ("protocol.mode=async", "synchronous or asynchronous"),
+        ("+protocol.policy.tolerance=0.1", r"needs a score to compare: write protocol.policy.heldout="),
+        ("protocol.policy.heldout=0.1", r"must say how far a score may fall"),
+        ("protocol.policy.heldout={tolerance: 2}", r"tolerance=2 must be an accuracy"),
+        ("protocol.policy.heldout={tolerance: 0.1, task: a}", r"heldout.task is unknown: did you mean 'tasks'"),
+        ("protocol.policy.heldout={tolerance: 0.1, tasks: [new]}", r"'new' is none of protocol.tasks"),
         ("protocol.per_round=4", "between 1 and 3"),
         ("protocol.rounds=0", "at least 1"),
         ("+protocol.policy.metod=median", "did you mean 'method'"),
@@ -273,3 +327,48 @@ def test_too_few_rounds_say_so_and_the_same_plan_goes_on(data: Path, tmp_path: P
     missing = execute(plan, pool, in_sequence(pool, {**program.operations(), "cold.contributor": killed}))
     assert any("left after 0 rounds; 1 were wanted" in why for why in missing.values())
     assert execute(plan, pool, in_sequence(pool, program.operations())) == {}
+
+
+def test_members_and_report_are_runs_of_one_group_over_rounds(data: Path, tmp_path: Path) -> None:
+    """Written offline and read back: each contribution's own curve, the reference's, and the report's over rounds."""
+    more = (
+        "tracking=wandb", "protocol.per_round=1", "protocol.fine_tuned=[]", "~protocol.tasks.b", "~protocol.tasks.c",
+        "~protocol.unseen.new",
+    )  # fmt: skip
+    settings = compose_settings(overrides(data, tmp_path, *more))
+    program, page = run(settings)
+    _finish(settings, program, program.plan())
+    runs = sorted((tmp_path / "outputs" / "wandb").glob("offline-run-*"))
+    pushed = program.repository("main").pushed()
+    assert len(runs) == len(pushed) + 2 == 4, "the multitask reference and the report besides"
+    members: dict[tuple[int, str], float] = {}
+    for folder in runs:
+        records = [json.loads(line) for line in read_run(folder).splitlines()]
+        about = next(record["run"] for record in records if record["type"] == "run")
+        assert about["run_group"] == "pool", "one group"
+        if about["job_type"] == "protocol":
+            metrics = {one["metric"].get("glob_name"): one["metric"] for one in records if one["type"] == "metric"}
+            assert metrics["Accuracy by round/*"]["step_metric"] == "round"
+            (curves,) = [part for part in page.parts if isinstance(part, Curves)]
+            rows = [one["history"]["item"] for one in records if one["type"] == "history"]
+            seen = [(row["round"], row["Accuracy by round/seen, linear probe"]) for row in rows if "round" in row]
+            assert [x for x, _ in seen] == curves.x == [0, 1, 2]
+            assert [y for _, y in seen] == pytest.approx(curves.series["seen, linear probe"])
+            continue
+        assert about["job_type"] == "ingredient"
+        assert any("train/loss" in one["history"]["item"] for one in records if one["type"] == "history"), (
+            "its training"
+        )
+        if about["display_name"].startswith("round"):
+            found = json.loads(read_run(folder, "--summary"))
+            summary, told = found["summary"], found["config"]["determinants"]
+            assert (
+                summary["round"] == told["round"] and about["display_name"] == f"round {told['round']}: {told['task']}"
+            )
+            members[told["round"], told["task"]] = summary["heldout/accuracy"]
+    rounds = program.repository("main").rounds()
+    notes = {entry.id: entry.note for entry in pushed}
+    assert members == {
+        (record.number, verdict.contributor): notes[verdict.id]["heldout_accuracy"]
+        for record in rounds for verdict in record.verdicts
+    }  # fmt: skip

@@ -8,18 +8,22 @@ import lightning.pytorch as lightning
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import update_bn
 
 from soups.errors import ConfigError, StorageError, WeightsError
+from soups.evaluation import predict, score
 from soups.launch.cook import check_options, cook
 from soups.launch.fine_tune import fine_tune
+from soups.launch.members import empty_network
 from soups.launch.settings import Settings, build_splits, check, open_pool
-from soups.launch.start import ensure_start
+from soups.launch.start import ensure_start, evaluation_batches
 from soups.merging import make_method
 from soups.merging import merge as merge_models
 from soups.recipes import RECIPES, candidates, greedy
 from soups.reporting import Page, Report
 from soups.stores import read_safetensors, write_safetensors
 from soups.stores.pool import Pool
+from soups.tasks.data import ShuffledBatches
 from tests.launch.conftest import compose_settings
 
 
@@ -242,6 +246,67 @@ def test_ten_held_out_images_are_warned_of(overrides: list[str]) -> None:
     assert report.splits["heldout"] == 9
     assert any("held-out split has 9 samples" in warning for warning in report.warnings)
     assert report.optimism == [], "too few to choose again on half of them"
+
+
+def with_other_statistics(settings: Settings, folder: Path) -> list[dict[str, Tensor]]:
+    """Save the pool's best two ingredients, the second with every activation scaled by layers of its own: one function."""
+    folder.mkdir()
+    pool = open_pool(settings)
+    models = [pool.weights(record.fingerprint) for record in pool.ingredients()[:2]]
+    norms = [name.removesuffix(".running_mean") for name in models[1] if name.endswith("running_mean")]
+    for norm in norms:
+        models[1][f"{norm}.running_var"] *= 25
+        models[1][f"{norm}.running_mean"] *= 5
+        models[1][f"{norm}.weight"] *= 5
+    for number, weights in enumerate(models):
+        write_safetensors(folder / f"model{number}.safetensors", weights)
+    return models
+
+
+def test_batchnorm_statistics_of_a_soup_are_averaged_with_a_warning_or_measured(
+    base: list[str], tmp_path: Path
+) -> None:
+    settings = compose_settings([*base, "+soup=greedy"])
+    models = with_other_statistics(settings, tmp_path / "ckpts")
+    average = {name: torch.stack([m[name].double() for m in models]).mean(0).float() for name in models[0]}
+    folder = from_folder(base, tmp_path / "ckpts", "soup.metric=loss")
+    plain, place, _ = cooked(folder)
+    (warning,) = [text for text in plain.warnings if "BatchNorm" in text]
+    name = next(name for name in average if name.endswith("running_mean"))
+    uniform = [text for text in folder if text != "+soup=greedy"]
+    found = read_safetensors(cooked([*uniform, "+soup=uniform"])[1] / "soup.safetensors")
+    assert torch.allclose(found[name], average[name])
+
+    measured, _, used = cooked([*folder, "soup.batchnorm=reestimate", "soup.batchnorm_batches=3"])
+    _, other, _ = cooked([*uniform, "+soup=uniform", "soup.batchnorm=reestimate", "soup.batchnorm_batches=3"])
+    # The same by PyTorch's own function.
+    splits = build_splits(used)
+    network = empty_network(used, splits)
+    network.module.load_state_dict({**average, **{k: v for k, v in models[0].items() if not v.is_floating_point()}})
+    dataset = network.input.dataset(splits.train, 32)
+    batches = [dataset[keys][0] for keys in list(ShuffledBatches(len(splits.train), 8, 0))[:3]]
+    update_bn(batches, network.module)
+    found, expected = read_safetensors(other / "soup.safetensors"), network.module.state_dict()
+    for key in expected:
+        assert torch.allclose(found[key].float(), expected[key].float(), rtol=1e-4, atol=1e-6), key
+    logits = predict(network.module, evaluation_batches(used, splits.heldout, network))
+    exact = score(logits, splits.heldout.labels)
+    assert measured.row("uniform soup").loss["heldout"] == pytest.approx(exact.loss, rel=1e-4)
+    assert measured.steps[1].soup_score == pytest.approx(exact.loss, rel=1e-4), "candidates are scored with them too"
+    assert f"{plain.row('uniform soup').accuracy['heldout']:.1%}; with measured ones" in warning
+    assert not any("BatchNorm" in text for text in measured.warnings)
+    best = plain.row("best single").loss
+    assert measured.row("best single").loss == best, "ingredients keep their own"
+    assert measured.row("uniform soup").loss["heldout"] != plain.row("uniform soup").loss["heldout"]
+    raced = cooked([*folder, "soup.batchnorm=reestimate", "soup.batchnorm_batches=3", "soup.racing=0"])[0]
+    assert raced.members == measured.members and raced.lineage["soup"] == measured.lineage["soup"]
+    assert cooked(folder)[1] == place
+    for wrong in ("soup.batchnorm=measure", "soup.batchnorm_batches=0"):
+        with pytest.raises(ConfigError, match=wrong):
+            check_options(compose_settings([*folder, wrong]))
+    like = empty_network(used, splits).module.state_dict()
+    with pytest.warns(UserWarning, match="BatchNorm's running statistics differ"):
+        candidates(tmp_path / "ckpts", like, lambda weights: 0.0)
 
 
 def test_unknown_options_are_named(base: list[str]) -> None:

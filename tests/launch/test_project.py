@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from soups.errors import ConfigError
 from soups.launch.fits import Fit, fits_go_to
 from soups.launch.project import Project, ProjectTask, check_metric, monitor_of
+from soups.launch.project_soup import cook_project
 from soups.stores import read_safetensors
 from soups.stores.pool import Pool
 from tests.launch.conftest import ROOT
@@ -109,6 +110,11 @@ def test_a_program_that_knows_nothing_of_soups_ends_in_one(run: Run, project: Pa
         if tensor.is_floating_point():
             assert torch.equal(tensor, torch.stack([member[name].double() for member in members]).mean(0).float()), name
 
+    # Its BatchNorm layer was trained: the warning names it, and what to do in a program of one's own.
+    (warning,) = report["warnings"]
+    assert "layer 'net.1'" in warning and "torch.optim.swa_utils.update_bn(loader, model)" in warning
+    assert "BatchNorm's running statistics differ" in " ".join(done.stdout.split())
+
     # Another recipe over the same pool, with the program's own start.
     again = run("+soup=wise_ft", "soup.points=3", command[1])
     assert again.returncode == 0 and "3 of 3 ingredients found, 0 to fine-tune" in again.stdout, again.stdout
@@ -133,6 +139,11 @@ def test_two_processes_and_an_average(run: Run, project: Path) -> None:
     path = max(project.glob("multirun/*/*/0/checkpoints/*.ckpt"))  # of the last sweep: folders are named by the time
     raw = torch.load(path, weights_only=True)["state_dict"]
     assert not torch.equal(average["net.0.weight"], raw["net.0.weight"])
+
+
+def test_statistics_are_not_measured_in_programs_that_only_validate(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"soup\.batchnorm=reestimate is not for programs of your own.*update_bn"):
+        cook_project(None, {"recipe": "greedy", "batchnorm": "reestimate"}, None, tmp_path)  # type: ignore[arg-type]
 
 
 CONFIG = {

@@ -18,7 +18,7 @@ from soups.reporting import Report, flatten
 from soups.stores import read_safetensors, write_safetensors
 from soups.stores.pool import Pool
 from soups.tracking.workspace import metrics_of, sections
-from tests.launch.conftest import ROOT, SWEEP
+from tests.launch.conftest import ROOT, SWEEP, read_run
 
 pytestmark = pytest.mark.slow
 
@@ -278,11 +278,6 @@ def test_a_file_where_the_pool_should_be(train_py: Run, tmp_path: Path) -> None:
     (tmp_path / "pool").write_text("mine")
     no_traceback(train_py(), "Cannot write the pool", "a file stands where a folder is needed: choose another place")
     assert (tmp_path / "pool").read_text() == "mine"
-
-
-def read_run(folder: Path, *options: str) -> str:
-    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", *options, "--json", str(folder)]
-    return subprocess.run(command, text=True, capture_output=True, check=True, stdin=subprocess.DEVNULL).stdout
 
 
 def test_wandb_keeps_a_run_for_each_ingredient_and_one_for_the_soup(train_py: Run, tmp_path: Path) -> None:

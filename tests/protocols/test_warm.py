@@ -14,7 +14,7 @@ from soups.launch.warm import Warm
 from soups.protocols import execute, in_sequence, perform
 from soups.protocols.warm import Rewards, Study, average, best_first, layerwise
 from soups.seeding import generator
-from soups.stores import write_safetensors
+from soups.stores import open_store, write_safetensors
 from soups.stores.pool import Pool
 from soups.tasks.rated_texts import RatedText
 from tests.launch.conftest import compose_settings
@@ -73,6 +73,21 @@ def test_what_is_no_set_of_reward_models(tmp_path: Path) -> None:
     one, two = reward_model(tmp_path / "one", 0), reward_model(tmp_path / "two", 1, labels=2)
     with pytest.raises(WeightsError, match="two has 2 labels; a reward model has one"):
         average([one, two])
+    other = reward_model(tmp_path / "other", 2)
+    words = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["good"], vocabulary["bad"] = vocabulary["bad"], vocabulary["good"]
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(WeightsError, match=r"other comes with another tokenizer than .*one: its token ids mean other"):
+        average([one, other])
+    larger = open_store(one).load()
+    name = next(name for name in larger if name.endswith("word_embeddings.weight"))
+    larger[name] = torch.cat([larger[name], larger[name][:1]])
+    write_safetensors(tmp_path / "larger.safetensors", larger)
+    with pytest.raises(
+        WeightsError, match=r"1 mis-shaped \('\S+word_embeddings.weight': expected \(26, 16\), found \(27, 16\)"
+    ):
+        average([one, tmp_path / "larger.safetensors"])
     with pytest.raises(ConfigError, match="at least two reward models"):
         average([one])
     with pytest.raises(ConfigError, match="needs one held-out score for each of the 2"):

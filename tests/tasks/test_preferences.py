@@ -113,6 +113,27 @@ def test_mistakes_in_pair_files(line: str, message: str, tmp_path: Path) -> None
         pair_files(str(path), str(path), str(path))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"pairs\.csv is empty"),
+        ("chosen,rejected\n", r"pairs\.csv holds no pairs"),
+        ("chosen,rejekted\ngood,bad\n", r"line 2: there is no 'rejected': did you mean 'rejekted'"),
+        ("chosen,rejected\ngood,bad\ngood\n", r"line 3: there is no 'rejected'"),
+        ("chosen,rejected\ngood,bad\ngood,bad,dull\n", r"line 3: more fields than the 2 columns"),
+        ('chosen,rejected\ngood,bad\n"fine,dull\n', r"line 3: unexpected end of data"),
+        ("chosen,rejected\ngood,bad\nfine,\n", r"line 3: 'rejected' is ''; it must be some words"),
+    ],
+)
+def test_mistakes_in_tables_of_pairs(content: str, message: str, tmp_path: Path) -> None:
+    whole, path = tmp_path / "whole.csv", tmp_path / "pairs.csv"
+    whole.write_text("chosen,rejected\ngood,bad\n")
+    path.write_text(content)
+    for files in ((path, whole, whole), (whole, path, whole), (whole, whole, path)):
+        with pytest.raises(DataError, match=message):
+            pair_files(*map(str, files))
+
+
 def test_other_data_are_refused(tmp_path: Path) -> None:
     network = reward_model(str(write_bert(tmp_path)))
     images = TensorImages(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))

@@ -203,10 +203,17 @@ def test_ratings_are_averaged_and_mistakes_are_named() -> None:
         ([ratings[0], "2\t0\t[1]"], "R, line 2: 3 tab-separated fields instead of 4"),
         ([ratings[0], "2\t0\t1\t[5]"], "R, line 2: the rating 5 is not a whole number from -4 to 4"),
         ([ratings[0], "2\t0\t1\t[]"], "R, line 2: there are no ratings"),
+        ([ratings[0], "2\t0\t1\t3"], "R, line 2: there are no ratings in '3'"),
         ([ratings[0]], "T, line 2: R has no ratings of '2'"),
     ):
         with pytest.raises(DataError, match=message):
             parse_ratings(texts, lines, "T", "R")
+    for lines, message in (
+        (["1\t9\tGood.", "2\t0\t "], "T, line 2: the text of '2' is empty"),
+        (["1\t9\tGood.", "2\t0"], "T, line 2: 2 tab-separated fields instead of 3"),
+    ):
+        with pytest.raises(DataError, match=message):
+            parse_ratings(lines, ratings, "T", "R")
 
 
 def test_text_batches_do_not_depend_on_workers(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ is lost, nothing is counted twice, and nobody waits for a dead one: there is no 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import tempfile
@@ -40,10 +39,10 @@ from soups.stores.files import fingerprint
 from soups.stores.opening import open_store
 from soups.stores.safetensors import DTYPE_NAMES, SafetensorsStore, write_safetensors
 from soups.stores.store import Store
+from soups.stores.tokenizer import tokenizer_hash
 from soups.weights import Weights, check_finite, hash_weights, is_averaged
 
 MANIFEST = "repository.json"
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer.model", "spiece.model", "vocab.json")
 
 Weighable = str | os.PathLike[str] | Mapping[str, Tensor] | Store
 Model = TypeVar("Model", bound=BaseModel)
@@ -119,7 +118,7 @@ class Repository:
             base=_put_weights(place, shared)[0],
             frozen=_put_weights(place, fixed)[0] if fixed else None,
             tensors={name: (DTYPE_NAMES[t.dtype], list(t.shape)) for name, t in sorted(shared.items())},
-            tokenizer=tokenizer_hash(tokenizer if tokenizer is not None else base),
+            tokenizer=_tokenizer(tokenizer if tokenizer is not None else base),
             policy=policy,
         )
         if not place.create(MANIFEST, _dump(manifest)):
@@ -222,7 +221,7 @@ class Repository:
                 )
             self._check_frozen(store)
             shared = {name: store.read(name) for name in self.manifest.tensors}
-        found = tokenizer_hash(weights)
+        found = _tokenizer(weights)
         if found and self.manifest.tokenizer and found != self.manifest.tokenizer:
             raise WeightsError(
                 f"{where} comes with another tokenizer than the repository's: its token ids mean other tokens. Fine-tune the "
@@ -382,7 +381,8 @@ def _dump(record: BaseModel) -> bytes:
 
 def _put_weights(place: Place, weights: Weights) -> tuple[str, int]:
     """Store weights under their hash; return it and the file's size. What is there whole is not written again."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    # In one order, so that weights of one hash are one file: a round of one contribution is that contribution.
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(weights.items())}
     name = hash_weights(weights)
     target = f"objects/{name}.safetensors"
     with tempfile.TemporaryDirectory(prefix="soups-push-") as scratch:
@@ -395,11 +395,6 @@ def _put_weights(place: Place, weights: Weights) -> tuple[str, int]:
     return name, nbytes
 
 
-def tokenizer_hash(place: Weighable) -> str | None:
-    """Return the SHA-256 of the tokenizer file in a model folder; None when there is none."""
-    if isinstance(place, Mapping | Store) or not Path(place).is_dir():
-        return None
-    for name in _TOKENIZER_FILES:
-        if (path := Path(place) / name).is_file():
-            return hashlib.sha256(path.read_bytes()).hexdigest()
-    return None
+def _tokenizer(place: Weighable) -> str | None:
+    """Return the hash of the tokenizer in a model folder; None when there is none."""
+    return None if isinstance(place, Mapping | Store) else tokenizer_hash(place)

@@ -42,6 +42,7 @@ class Study:
         multitask_epochs: of the multitask reference; 0 leaves it out.
         mode: synchronous rounds, or contributors that come and go.
         contributors: processes in asynchronous mode.
+        checked: tasks of the fusers' held-out check, with the parameters of their data; empty without one.
     """
 
     model: Mapping[str, Any]
@@ -57,6 +58,7 @@ class Study:
     multitask_epochs: int = 0
     mode: Mode = "synchronous"
     contributors: int = 4
+    checked: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
     def check(self) -> None:
         """Check the numbers.
@@ -154,7 +156,10 @@ def layout(study: Study) -> Layout:
 
 def _init(study: Study, repository: str) -> Node:
     policy = {**study.policy, "quorum": 1 if study.mode == "synchronous" else study.per_round}
-    parameters = {"model": dict(study.model), "repository": repository, "policy": policy}
+    parameters: dict[str, Any] = {"model": dict(study.model), "repository": repository, "policy": policy}
+    if study.checked:
+        parameters["checked"] = {name: dict(data) for name, data in study.checked.items()}
+        parameters["input"] = study.training["input"]
     return Node("merge", "cold.init", parameters, (), "base 0")
 
 

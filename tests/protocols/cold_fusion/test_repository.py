@@ -9,6 +9,8 @@ import torch
 from soups.errors import ConfigError, StorageError, WeightsError
 from soups.protocols.cold_fusion import Policy, Repository, replay
 from soups.stores import write_safetensors
+from soups.stores.tokenizer import tokenizer_hash
+from tests.tiny_text import tokenizer
 
 
 def model(value: float = 0.0, **more: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -100,6 +102,17 @@ def test_a_stale_contribution_is_rebased_or_refused(tmp_path: Path) -> None:
     assert record is not None and "0 are allowed" in next(v.reason for v in record.verdicts if v.contributor == "b")
 
 
+def test_a_round_of_one_contribution_is_that_contribution(url: str) -> None:
+    """Both are one object, whatever order their tensors came in: the round must not write over the push."""
+    start = {f"{'zyx'[number]}.{'w' * (number + 1)}": torch.full((40**number,), 1.0) for number in range(3)}
+    repository = Repository.create(url, start, Policy(quorum=1))
+    pushed = repository.push({name: tensor + 1 for name, tensor in start.items()}, 0, "a")
+    record = repository.fuse()
+    assert record is not None and record.result == pushed.weights
+    assert repository.place.size(f"objects/{record.result}.safetensors") == pushed.nbytes
+    assert [result.same for result in replay(repository)] == [True]
+
+
 def test_strangers_are_told_what_does_not_fit(url: str, tmp_path: Path) -> None:
     repository = make(url)
     bigger = {**model(), "layer.weight": torch.zeros(8, 3)}
@@ -142,6 +155,22 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     assert repository.push(tmp_path / "same", 0, "x").contributor == "x"
     with pytest.raises(WeightsError, match="another tokenizer"):
         repository.push(tmp_path / "other", 0, "x")
+    (tmp_path / "other" / "tokenizer.json").write_text('{"vocab": ')
+    with pytest.raises(StorageError, match=r"tokenizer\.json is no JSON .* damaged"):
+        repository.push(tmp_path / "other", 0, "x")
+
+
+def test_a_tokenizer_that_was_used_is_still_the_same(tmp_path: Path) -> None:
+    """Fast tokenizers save how they last padded and cut; that changes no token's id, another vocabulary does."""
+    fast = tokenizer(tmp_path / "base")
+    fast(["a film", "good"], padding=True, truncation=True, max_length=4)
+    fast.save_pretrained(tmp_path / "used")
+    files = [(tmp_path / name / "tokenizer.json").read_text() for name in ("base", "used")]
+    assert files[0] != files[1] and tokenizer_hash(tmp_path / "base") == tokenizer_hash(tmp_path / "used")
+    fast.add_tokens(["plots"])
+    fast.save_pretrained(tmp_path / "more")
+    assert tokenizer_hash(tmp_path / "more") != tokenizer_hash(tmp_path / "base")
+    assert tokenizer_hash(tmp_path) is None
 
 
 def test_pushes_from_any_training_code(tmp_path: Path) -> None:
