@@ -27,9 +27,9 @@ from soups.reporting.page import Page
 from soups.stores.files import fingerprint, replacing_folder
 from soups.stores.pool import Pool
 from soups.tasks.completion_rewards import Reward
-from soups.tasks.completions import Row, check_rows, complete, prompt_file, tokenise_prompts
+from soups.tasks.completions import Row, check_rows, complete, prompt_file, room, tokenise_prompts
 from soups.tasks.network import from_hub
-from soups.tasks.text_models import load_tokenizer, quiet_loading
+from soups.tasks.text_models import load_config, load_tokenizer, quiet_loading
 from soups.weights import Weights
 
 # Raise it when a change of this module changes the weights or the rewards that the same settings give.
@@ -166,14 +166,15 @@ class RewardedSoupsTRL:
         """Return the arguments of `from_pretrained`, TRL's: float32 unless the user says otherwise."""
         return {"dtype": "float32", **(self.args.get("model_init_kwargs") or {})}
 
+    def _hub(self) -> dict[str, Any]:
+        """Return those of them that tokenizers and configurations take too."""
+        return {key: value for key, value in self._loading().items() if key in ("revision", "trust_remote_code")}
+
     def _tokenizer(self) -> Any:
-        kept = {key: value for key, value in self._loading().items() if key in ("revision", "trust_remote_code")}
-        return load_tokenizer(self.model, **kept)
+        return load_tokenizer(self.model, **self._hub())
 
     def _built_rewards(self) -> list[Reward]:
-        return [
-            Reward(name, find(section, f"protocol.rewards.{name}")()) for name, section in self.rewards.items()
-        ]
+        return [Reward(name, find(section, f"protocol.rewards.{name}")()) for name, section in self.rewards.items()]
 
     def _network(self, weights: Weights | None) -> torch.nn.Module:
         """Return the model with some weights, or those that it was pretrained with."""
@@ -185,7 +186,9 @@ class RewardedSoupsTRL:
             wanted = dict(model.named_parameters())
             if wanted.keys() != weights.keys():
                 name = min(wanted.keys() ^ weights.keys())
-                raise WeightsError(f"The policy and {self.model} do not have the same parameters: {name} is in one of them.")
+                raise WeightsError(
+                    f"The policy and {self.model} do not have the same parameters: {name} is in one of them."
+                )
             with torch.no_grad():
                 for name, parameter in wanted.items():
                     parameter.copy_(weights[name])
@@ -212,7 +215,6 @@ class RewardedSoupsTRL:
 
         quiet_loading()
         tokenizer = self._tokenizer()
-        tokenise_prompts(tokenizer, self.prompts["train"], None)
         values: dict[str, Any] = {
             "report_to": "none",
             "disable_tqdm": True,
@@ -227,7 +229,11 @@ class RewardedSoupsTRL:
         more = {**self.options, **({"peft_config": build(self.adapter, "protocol.adapter")} if self.adapter else {})}
         progress = StepFile(work.pool, work.node.fingerprint)
         try:
-            config = self.config(**values)
+            config: Any = self.config(**values)
+            longest = room(
+                load_config(self.model, **self._hub()), int(getattr(config, "max_completion_length", 0) or 0)
+            )
+            tokenise_prompts(tokenizer, self.prompts["train"], longest)  # a short word before the trainer's long one
             trainer: Any = from_hub(
                 self.model,
                 lambda: self.trainer(
@@ -261,9 +267,7 @@ class RewardedSoupsTRL:
             {key: float(value) for key, value in row.items() if isinstance(value, int | float) and math.isfinite(value)}
             for row in trainer.state.log_history
         ]
-        weights = {
-            name: parameter.detach().cpu().clone().contiguous() for name, parameter in model.named_parameters()
-        }
+        weights = {name: parameter.detach().cpu().clone().contiguous() for name, parameter in model.named_parameters()}
         return weights, history
 
     def _scores(self, work: Work) -> Output:
@@ -277,7 +281,9 @@ class RewardedSoupsTRL:
         found = torch.tensor([reward(**written.arguments()) for reward in self._built_rewards()])
         means = {name: float(mean) for name, mean in zip(self.rewards, found.double().mean(dim=1), strict=True)}
         examples = [{"prompt": row["prompt"], "completion": text} for row, text in zip(written.rows[:3], written.texts)]
-        return Output({"rewards": found.view(len(self.rewards), len(rows), -1)}, {"test": means}, {"examples": examples})
+        return Output(
+            {"rewards": found.view(len(self.rewards), len(rows), -1)}, {"test": means}, {"examples": examples}
+        )
 
     def page(self, plan: Plan, pool: Pool) -> Page:
         """Return the report."""
@@ -349,13 +355,17 @@ def trainer_classes(trainer: Mapping[str, Any], args: Mapping[str, Any]) -> tupl
             f"trl.GRPOTrainer and trl.RLOOTrainer do."
         )
     if unknown := sorted(set(trainer) - set(taken) - {"_target_"}):
-        raise ConfigError(f"protocol.trainer.{unknown[0]} is no argument of {target}: {did_you_mean(unknown[0], taken)}")
+        raise ConfigError(
+            f"protocol.trainer.{unknown[0]} is no argument of {target}: {did_you_mean(unknown[0], taken)}"
+        )
     if clash := sorted(set(trainer) & {*NEEDED, "peft_config"}):
         raise ConfigError(f"protocol.trainer.{clash[0]} is set by the protocol: use its other settings.")
     name = str(args.get("_target_", target.removesuffix("Trainer") + "Config"))
     config = _imported(name, "protocol.args._target_")
     if not dataclasses.is_dataclass(config) or not isinstance(config, type):
-        raise ConfigError(f"protocol.args._target_={name} must be a configuration class of TRL, such as trl.GRPOConfig.")
+        raise ConfigError(
+            f"protocol.args._target_={name} must be a configuration class of TRL, such as trl.GRPOConfig."
+        )
     return found, config
 
 

@@ -23,8 +23,8 @@ def text_of(content: Any) -> str:
 def brevity(prompts: Sequence[Any], completions: Sequence[Any], **more: Any) -> list[float]:
     """Return −log(1 + words) of each completion, at most 0.
 
-    >>> brevity(["a", "a"], ["", "b c d"])
-    [0.0, -1.3862943611198906]
+    >>> brevity(["a", "a"], ["b", "b c d"])
+    [-0.6931471805599453, -1.3862943611198906]
     """
     del prompts, more
     return [-math.log1p(len(text_of(one).split())) for one in completions]
@@ -72,7 +72,9 @@ class RewardModel:
         if model.config.num_labels != 1:
             raise DataError(f"{self.name} has {model.config.num_labels} outputs; a reward model has one.")
         if missing := sorted(cast(Any, found)["missing_keys"]):
-            raise DataError(f"{self.name} holds no trained head: {missing[0]} is missing, so its rewards would be random.")
+            raise DataError(
+                f"{self.name} holds no trained head: {missing[0]} is missing, so its rewards would be random."
+            )
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
         return model.to(self.device).eval(), tokenizer

@@ -132,16 +132,22 @@ class Completions:
         }
 
 
+def room(config: Any, new_tokens: int) -> int | None:
+    """Return how many tokens a prompt may have beside so many new ones, by a model's configuration; None without a limit."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if longest is None else max(0, int(longest) - new_tokens)
+
+
 def tokenise_prompts(tokenizer: Any, rows: Sequence[Row], longest: int | None) -> list[list[int]]:
     """Return the tokens of each prompt; messages go through the tokenizer's chat template.
 
     Args:
         tokenizer: of the model.
         rows: with prompts.
-        longest: most tokens that leave room to write, where the model has a limit.
+        longest: most tokens that leave room to write (`room`).
 
     Raises:
-        ConfigError: messages without a template, or a prompt that is too long.
+        ConfigError: messages without a template, or a prompt that is empty or too long.
     """
     prompts = [row["prompt"] for row in rows]
     if isinstance(prompts[0], str):
@@ -152,10 +158,12 @@ def tokenise_prompts(tokenizer: Any, rows: Sequence[Row], longest: int | None) -
         ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=True, return_dict=True)
         ids = ids["input_ids"]
     for number, one in enumerate(cast(list[list[int]], ids), 1):
-        if longest is not None and not 0 < len(one) <= longest:
+        if not one:
+            raise ConfigError(f"Prompt number {number}, {prompts[number - 1]!r}, has no tokens: remove it.")
+        if longest is not None and len(one) > longest:
             raise ConfigError(
                 f"Prompt number {number} has {len(one)} tokens, and the model has room for {longest} beside its completion: "
-                f"shorten the prompts or lower max_completion_length."
+                f"shorten the prompts or lower protocol.args.max_completion_length."
             )
     return ids
 
@@ -197,8 +205,7 @@ def complete(
         raise ConfigError("protocol.generation needs samples, batch_size, max_new_tokens and temperature above 0.")
     causal: Any = model.eval()
     device = next(model.parameters()).device
-    limit = getattr(causal.config, "max_position_embeddings", None)
-    ids = tokenise_prompts(tokenizer, rows, limit - max_new_tokens if limit else None)
+    ids = tokenise_prompts(tokenizer, rows, room(causal.config, max_new_tokens))
     ends = causal.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else list(ends or [])
     if tokenizer.eos_token_id is not None:

@@ -27,7 +27,16 @@ from tests.launch.conftest import ROOT, compose_settings
 from tests.tiny_text import write_bert, write_writer
 
 with_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs TRL")
-PROMPTS = ("the film was", "the plot of it", "very so", "a scene and", "music was", "the actor", "so the end", "it was a")
+PROMPTS = (
+    "the film was",
+    "the plot of it",
+    "very so",
+    "a scene and",
+    "music was",
+    "the actor",
+    "so the end",
+    "it was a",
+)
 HERE = "tests.protocols.test_rewarded_trl"
 
 
@@ -56,7 +65,7 @@ def overrides(folder: Path) -> list[str]:
         "protocol.args.beta=0", "protocol.study.shares=[0.25]", "protocol.study.multi_objective=[0.25]",
         "protocol.generation.samples=3", "protocol.generation.batch_size=2", "protocol.export=[0.25]",
         f"protocol.prompts.train={folder}/train.txt", f"protocol.prompts.test={folder}/test.txt",
-        f"protocol.rewards.rating._target_={HERE}.counted", "~protocol.rewards.rating.model",
+        f"protocol.rewards.rating._target_={HERE}.counted", "protocol.rewards.rating.model=none", "~protocol.rewards.rating.model",
         "+protocol.rewards.rating.words=[good,great,film,it]", "tracking=off", "trainer.accelerator=cpu", "trainer.threads=1",
         f"pool.path={folder}/pool", f"paths.output={folder}/out",
     ]  # fmt: skip
@@ -94,9 +103,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Generator[Done]:
     (folder / "temporary").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CI", "1")
+        program, pool = build(*given), Pool(folder / "pool")
         patch.chdir(folder / "here")
         patch.setattr(tempfile, "tempdir", str(folder / "temporary"))
-        program, pool = build(*given), Pool(folder / "pool")
         assert execute(program.plan(), pool, in_sequence(pool, program.operations())) == {}
         left = [str(path) for place in ("here", "temporary") for path in (folder / place).rglob("*")]
     yield Done(folder, given, compose_settings(given), program, pool, left)
@@ -218,7 +227,7 @@ def test_another_trainer_an_adapter_and_a_reward_model(done: Done, tmp_path: Pat
         *done.given[:15], f"protocol.prompts.train={done.folder}/train.txt", f"protocol.prompts.test={done.folder}/test.txt",
         f"protocol.rewards.rating.model={judge}", "trainer.accelerator=cpu", "trainer.threads=1", f"pool.path={tmp_path}/pool",
         "protocol.trainer._target_=trl.RLOOTrainer", "protocol.args.max_steps=1",
-        "+protocol.adapter={_target_: peft.LoraConfig, r: 2, target_modules: [c_attn], fan_in_fan_out: true}",
+        "protocol.adapter={_target_: peft.LoraConfig, r: 2, target_modules: [c_attn], fan_in_fan_out: true}",
     )  # fmt: skip
     fit, weights = tuned(program, tmp_path / "pool")
     start = dict(AutoModelForCausalLM.from_pretrained(done.folder / "gpt2", dtype=torch.float32).named_parameters())
@@ -251,7 +260,9 @@ def test_what_decides_nothing_is_not_in_the_plan(tmp_path: Path) -> None:
     kept = base & set(build(*given, "protocol.generation.samples=2").plan().nodes)
     assert len(kept) == 4, "three fits and their interpolation"
     (tmp_path / "train.txt").write_text("so it was\n")
-    assert len(base & set(build(*given).plan().nodes)) == 1, "only the start's rewards do not depend on training prompts"
+    assert len(base & set(build(*given).plan().nodes)) == 1, (
+        "only the start's rewards do not depend on training prompts"
+    )
 
 
 @with_trl
