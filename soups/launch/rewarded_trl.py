@@ -8,10 +8,11 @@ import importlib.util
 import inspect
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class RewardedSoupsTRL:
         trainer: `_target_`, a trainer that takes `NEEDED`, and further arguments of it.
         args: fields of its configuration; `_target_` names the class where it is not the trainer's name with Config.
         rewards: two or more by name: `_target_`, a function with TRL's signature whose further arguments follow, or a class
-            that is built from them and called so.
+            that is built from them and called so. Null leaves one out.
         prompts: "train" and "test": files (`soups.tasks.completions.prompt_file`), or `_target_` with arguments.
         generation: of the completions that policies are judged by; arguments of `soups.tasks.completions.complete`.
         adapter: `_target_: peft.LoraConfig` with its arguments; merged into the weights after the fit. Null tunes all.
@@ -82,7 +83,7 @@ class RewardedSoupsTRL:
         model: str,
         trainer: Mapping[str, Any],
         args: Mapping[str, Any],
-        rewards: Mapping[str, Mapping[str, Any]],
+        rewards: Mapping[str, Mapping[str, Any] | None],
         prompts: Mapping[str, Any],
         generation: Mapping[str, Any],
         adapter: Mapping[str, Any] | None = None,
@@ -252,7 +253,10 @@ class RewardedSoupsTRL:
             for callback in (PrinterCallback, ProgressCallback):
                 trainer.remove_callback(callback)
         try:
-            trainer.train()
+            with warnings.catch_warnings():
+                # TRL calls what its transformers will rename; that is not for our users to act on.
+                warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+                trainer.train()
         finally:
             progress.remove()
         if trainer.state.global_step < 1:
@@ -280,7 +284,8 @@ class RewardedSoupsTRL:
         written = complete(model, self._tokenizer(), rows, seed=seed, **self.generation)
         found = torch.tensor([reward(**written.arguments()) for reward in self._built_rewards()])
         means = {name: float(mean) for name, mean in zip(self.rewards, found.double().mean(dim=1), strict=True)}
-        examples = [{"prompt": row["prompt"], "completion": text} for row, text in zip(written.rows[:3], written.texts)]
+        few = zip(written.rows[:3], written.texts[:3], strict=True)
+        examples = [{"prompt": row["prompt"], "completion": text} for row, text in few]
         return Output(
             {"rewards": found.view(len(self.rewards), len(rows), -1)}, {"test": means}, {"examples": examples}
         )
@@ -305,7 +310,7 @@ class RewardedSoupsTRL:
         prompts, samples = len(self.prompts["test"]), int(self.generation["samples"])
         scored = [self.start(), *found.ends, *found.soups.values(), *found.references.values()]
         note = f"Mean rewards of {samples} completions of each of {prompts} test prompts, drawn with one seed for all models."
-        warnings: list[str] = []
+        cautions: list[str] = []
         if prompts > 1:
             by_prompt = torch.stack([pool.weights(node.fingerprint)["rewards"].double().mean(dim=2) for node in scored])
             errors = (by_prompt.std(dim=2) / math.sqrt(prompts)).amax(dim=0).tolist()
@@ -313,8 +318,8 @@ class RewardedSoupsTRL:
             note += f" Standard errors over prompts, at most: {listed}."
         known = {fingerprint(row["prompt"]) for row in self.prompts["train"]}
         if seen := sum(fingerprint(row["prompt"]) in known for row in self.prompts["test"]):
-            warnings.append(f"{seen} of the {prompts} test prompts are training prompts too.")
-        return front.page(pool, found, note, warnings)
+            cautions.append(f"{seen} of the {prompts} test prompts are training prompts too.")
+        return front.page(pool, found, note, cautions)
 
     def export(self, plan: Plan, pool: Pool, folder: Path) -> None:
         """Write the models of `export` as folders that transformers and TRL load."""

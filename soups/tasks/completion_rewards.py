@@ -130,7 +130,7 @@ class Reward:
             raise ConfigError(
                 f"protocol.rewards.{name} must be a function (prompts, completions, **more): TRL gives it more than it may name."
             )
-        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):
+        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
             raise ConfigError(f"protocol.rewards.{name} is asynchronous; give a plain function.")
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **more: Any) -> list[float]:

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,7 @@ class Done:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Generator[Done]:
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     folder = tmp_path_factory.mktemp("trl")
     given = overrides(folder)
     (folder / "here").mkdir()
@@ -108,7 +107,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Generator[Done]:
         patch.setattr(tempfile, "tempdir", str(folder / "temporary"))
         assert execute(program.plan(), pool, in_sequence(pool, program.operations())) == {}
         left = [str(path) for place in ("here", "temporary") for path in (folder / place).rglob("*")]
-    yield Done(folder, given, compose_settings(given), program, pool, left)
+    return Done(folder, given, compose_settings(given), program, pool, left)
 
 
 @with_trl

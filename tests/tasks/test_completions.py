@@ -143,7 +143,7 @@ def test_what_is_no_reward_model(tmp_path: Path) -> None:
     folder = write_writer(tmp_path / "writer")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}))
-    with pytest.raises(DataError, match="no trained head: score.weight is missing"):
+    with pytest.raises(DataError, match=r"no trained head: score\.weight is missing"):
         RewardModel(str(folder))(["a"], ["b"])
     with pytest.raises(DataError, match="Cannot get /no/where"):
         RewardModel("/no/where")(["a"], ["b"])

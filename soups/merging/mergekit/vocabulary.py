@@ -75,8 +75,7 @@ def has_tokenizer(folder: Path) -> bool:
 def _one_older_tokenizer(folders: Sequence[Path]) -> bool:
     """Tell whether all folders hold the same bytes in older formats, so that there is nothing to bring together."""
     contents = {
-        tuple((name, (folder / name).read_bytes()) for name in _OLDER if (folder / name).is_file())
-        for folder in folders
+        tuple((name, (folder / name).read_bytes()) for name in _OLDER if (folder / name).is_file()) for folder in folders
     }
     return len(contents) == 1 and not any((folder / "tokenizer.json").is_file() for folder in folders)
 
