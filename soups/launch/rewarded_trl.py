@@ -203,7 +203,9 @@ class RewardedSoupsTRL:
         rewards = self._built_rewards()
         given = [reward for reward, share in zip(rewards, shares, strict=True) if share == 1] or rewards
         # A temporary folder of its own: nothing that a trainer writes outlives the fit.
-        with tempfile.TemporaryDirectory(prefix="soups-trl-") as folder:
+        with tempfile.TemporaryDirectory(prefix="soups-trl-") as folder, warnings.catch_warnings():
+            # TRL calls what transformers will rename; that is not for our users to act on.
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             weights, history = self._tune(work, folder, seed, given, shares)
         last = next((row for row in reversed(history) if "reward" in row), {})
         return Output(weights, {"train": {"reward": last["reward"]}} if last else {}, {"history": history})
@@ -253,10 +255,7 @@ class RewardedSoupsTRL:
             for callback in (PrinterCallback, ProgressCallback):
                 trainer.remove_callback(callback)
         try:
-            with warnings.catch_warnings():
-                # TRL calls what its transformers will rename; that is not for our users to act on.
-                warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-                trainer.train()
+            trainer.train()
         finally:
             progress.remove()
         if trainer.state.global_step < 1:
