@@ -10,6 +10,7 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
     PreTrainedTokenizerFast,
 )
 
@@ -43,14 +44,28 @@ def write_gpt2(folder: Path) -> Path:
     return folder
 
 
-def tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Write a tokenizer of whole words."""
+def write_writer(folder: Path) -> Path:
+    """Write a causal decoder of random weights, and the same tokenizer without marks around a text."""
+    torch.manual_seed(0)
+    tokenizer(folder, marks=False)
+    config = GPT2Config(
+        vocab_size=len(SPECIAL) + len(GOOD + BAD + OTHER), n_embd=16, n_layer=1, n_head=2, n_positions=32,
+        pad_token_id=0, bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+def tokenizer(folder: Path, marks: bool = True) -> PreTrainedTokenizerFast:
+    """Write a tokenizer of whole words; with `marks` it puts [CLS] before and [SEP] after a text."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(SPECIAL + GOOD + BAD + OTHER)}, "[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
+    if marks:
+        words.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    )
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        **({} if marks else {"bos_token": "[CLS]", "eos_token": "[SEP]"}),
+    )  # fmt: skip
     fast.save_pretrained(folder)
     return fast
 

@@ -21,33 +21,53 @@ from soups.stores.pool import Failure, Ingredient, Pool
 _LOCAL, _REMOTE = 0.5, 10.0
 
 
-class ReportProgress(lightning.Callback):
-    """Write the share of a fit that is done, at most twice a second (into remote pools every ten), from rank 0."""
+class StepFile:
+    """Write the share of a fit that is done into the pool, at most twice a second (into remote pools every ten).
+
+    Args:
+        pool: where the fit's result goes.
+        name: the fit's fingerprint.
+    """
 
     def __init__(self, pool: Pool, name: str) -> None:
         self._pool, self._name = pool, name
         self._every = _LOCAL if pool.local else _REMOTE
         self._last = 0.0
 
+    def write(self, step: int, total: int) -> None:
+        """Write step and total (0 where it is not known), unless that was done a moment ago."""
+        now = time.monotonic()
+        if now - self._last < self._every:
+            return
+        self._last = now
+        # A display of progress is no reason to lose a run: a full disk shows where the result is written.
+        with contextlib.suppress(StorageError):
+            self._pool.report_progress(self._name, {"step": step, "total": total})
+
+    def remove(self) -> None:
+        """Remove the file."""
+        with contextlib.suppress(StorageError):
+            self._pool.forget_progress(self._name)
+
+
+class ReportProgress(lightning.Callback):
+    """Write the share of a fit that is done, from rank 0; see `StepFile`."""
+
+    def __init__(self, pool: Pool, name: str) -> None:
+        self._file = StepFile(pool, name)
+
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write step and total."""
-        now = time.monotonic()
-        if not trainer.is_global_zero or now - self._last < self._every:
-            return
-        self._last = now
-        total = trainer.estimated_stepping_batches
-        done = {"step": trainer.global_step, "total": int(total) if total != float("inf") else 0}
-        # A display of progress is no reason to lose a run: a full disk shows where the result is written.
-        with contextlib.suppress(StorageError):
-            self._pool.report_progress(self._name, done)
+        if trainer.is_global_zero:
+            total = trainer.estimated_stepping_batches
+            self._file.write(trainer.global_step, int(total) if total != float("inf") else 0)
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Remove the file."""
         if trainer.is_global_zero:
-            with contextlib.suppress(StorageError):
-                self._pool.forget_progress(self._name)
+            self._file.remove()
 
 
 class History(lightning.Callback):

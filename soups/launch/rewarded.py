@@ -13,14 +13,15 @@ from torch.utils.data import DataLoader
 
 from soups.errors import ConfigError
 from soups.evaluation import predict
+from soups.launch.front import Front
 from soups.launch.progress import ReportProgress
 from soups.launch.settings import LAYOUT, TRAINING_VERSION, Settings, build_network, check
 from soups.launch.start import device_for, evaluation_batches
 from soups.launch.tracking import node_run
 from soups.launch.training import train_module
-from soups.protocols import Operation, Output, Plan, Work
-from soups.protocols.rewarded import Layout, Study, interpolate, layout
-from soups.reporting.page import Page, Point, Scatter, Table
+from soups.protocols import Node, Operation, Output, Plan, Work
+from soups.protocols.rewarded import Choosing, Layout, interpolation, layout, shares_of
+from soups.reporting.page import Page
 from soups.stores.pool import Pool
 from soups.tasks.data import ShuffledBatches
 from soups.tasks.network import Network
@@ -40,7 +41,7 @@ class RewardedSoups:
 
     Args:
         settings: all settings; `data` names the domain and the split's seed.
-        study: fields of `soups.protocols.rewarded.Study`.
+        study: fields of `soups.protocols.rewarded.Choosing`.
         texts: training texts.
         test_texts: texts that the policies are judged on, in `test_choices` sets of candidates.
         test_choices: those sets.
@@ -64,7 +65,7 @@ class RewardedSoups:
         check(settings)
         if domain not in DOMAINS:
             raise ConfigError(f"protocol.domain={domain} must be one of {', '.join(DOMAINS)}.")
-        self.settings, self.study = settings, Study(**study)
+        self.settings, self.study = settings, Choosing(**study)
         self.domain, self.split_seed = domain, split_seed
         self.sizes = {"texts": texts, "test_texts": test_texts, "test_choices": test_choices}
 
@@ -81,6 +82,9 @@ class RewardedSoups:
             "domain": self.domain,
             "split_seed": self.split_seed,
             "texts": self.sizes["texts"],
+            "candidates": self.study.candidates,
+            "choices": self.study.choices,
+            "kl": self.study.kl,
         }
         kept = ("model", "size", "domain", "split_seed")
         scoring = {**{key: common[key] for key in kept}, "test_texts": self.sizes["test_texts"]}
@@ -92,7 +96,7 @@ class RewardedSoups:
 
     def operations(self) -> Mapping[str, Operation]:
         """Return what the plan's nodes do."""
-        return {"policy": self._policy, "interpolate": _interpolate, "scores": self._scores}
+        return {"policy": self._policy, "interpolate": interpolation, "scores": self._scores}
 
     def texts(self, part: str) -> list[RatedText]:
         """Return the training ("members") or test texts, the latter from short to long."""
@@ -124,11 +128,13 @@ class RewardedSoups:
 
     def _policy(self, work: Work) -> Output:
         """Train a policy on λ R₁ + (1 − λ) R₂."""
-        share, seed = float(work.parameters["share"]), int(work.parameters["seed"])
+        seed = int(work.parameters["seed"])
         network = self._network()
         assert isinstance(network.input, RewardInput)
         texts = [one.text for one in self.texts("members")]
-        mixed = share * self.rewards("members")[0] + (1 - share) * self.rewards("members")[1]
+        first, second = shares_of(work)
+        rewards = self.rewards("members")
+        mixed = first * rewards[0] + second * rewards[1]
         sets = choices(len(texts), self.study.choices, self.study.candidates, seed)
         dataset = choice_tokens(network.input, texts, mixed, sets, int(self.settings["loader"]["size"]))
         data = Choices(dataset, int(self.settings["loader"]["batch_size"]), seed)
@@ -160,68 +166,23 @@ class RewardedSoups:
         rewards = self.rewards("test")
         sets = choices(rewards.shape[1], self.sizes["test_choices"], self.study.candidates, 0, "test")
 
-        def value(fingerprint: str) -> tuple[float, float]:
-            scores = pool.weights(fingerprint)["scores"][sets]
-            first, second = (float(policy_values(scores, one[sets])[0]) for one in rewards)
-            return first, second
+        def values(node: Node) -> tuple[float, ...]:
+            scores = pool.weights(node.fingerprint)["scores"][sets]
+            return tuple(float(policy_values(scores, one[sets])[0]) for one in rewards)
 
-        ends = {share: value(node.fingerprint) for share, node in found.ends.items()}
-        soups = {share: value(node.fingerprint) for share, node in found.soups.items()}
-        references = {share: value(node.fingerprint) for share, node in found.references.items()}
-
-        def line(share: float) -> tuple[float, float]:
-            first, second = ((share * ends[1.0][k] + (1 - share) * ends[0.0][k]) for k in (0, 1))
-            return first, second
-
-        rows: list[list[Any]] = [["start", None, *_at_start(rewards), None, None, None, None]]
-        for share in sorted({*ends, *soups}):
-            own = ends.get(share) or soups[share]
-            rows.append([
-                f"λ = {share:g}", share, *own, *((None, None) if share in ends else line(share)),
-                *references.get(share, (None, None)),
-            ])  # fmt: skip
-        above = [min(own[k] - line(share)[k] for k in (0, 1)) for share, own in soups.items()]
-        gaps = [
-            share * (soups[share][0] - reference[0]) + (1 - share) * (soups[share][1] - reference[1])
-            for share, reference in references.items()
-            if share in soups
-        ]
-        table = Table(
-            title="Rewarded soups",
-            columns=[
-                "weights", "λ", *(f"{name}, sd" for name in REWARDS), *(f"line: {name}, sd" for name in REWARDS),
-                *(f"MORL: {name}, sd" for name in REWARDS),
-            ],
-            rows=rows,
-            note="Expected rewards of the policies on test texts, in standard deviations over the training texts.",
-        )  # fmt: skip
-        order = sorted({*ends, *soups})
-        front = Scatter(
-            title="Front of two rewards",
-            x_label=f"{REWARDS[0]}, standard deviations",
-            y_label=f"{REWARDS[1]}, standard deviations",
-            groups={
-                "interpolated weights": _points({share: ends.get(share) or soups[share] for share in order}),
-                "straight line": _points({share: line(share) for share in order}),
-                "multi-objective": _points(references),
-                "start": [Point(name="start", x=_at_start(rewards)[0], y=_at_start(rewards)[1])],
-            },
-            connect=["interpolated weights", "straight line"],
+        front = Front(
+            rewards=REWARDS,
+            unit="sd",
+            start=tuple(float(one.mean()) for one in rewards),  # of the uniform policy
+            ends=[values(node) for node in found.ends],
+            soups={shares: values(node) for shares, node in found.soups.items()},
+            references={shares: values(node) for shares, node in found.references.items()},
         )
-        summary = (
-            f"{sum(one >= 0 for one in above)} of {len(above)} interpolated models are on or above the straight line in both "
-            f"rewards (smallest margin {min(above):+.3f} sd)."
+        return front.page(
+            pool,
+            found,
+            "Expected rewards of the policies on test texts, in standard deviations over the training texts.",
         )
-        if gaps:
-            summary += (
-                f" Their λ-weighted reward less that of multi-objective training is {sum(gaps) / len(gaps):+.3f} sd."
-            )
-        lineage = {
-            "weights": {
-                f"{share:g}": pool.ingredient(node.inputs[0].fingerprint).weights for share, node in found.soups.items()
-            }
-        }
-        return Page(title="Rewarded soups", subject="protocol", summary=summary, parts=[table, front], lineage=lineage)
 
 
 class Choices(lightning.LightningDataModule):
@@ -237,18 +198,3 @@ class Choices(lightning.LightningDataModule):
         ranks = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         sampler = ShuffledBatches(len(self.dataset), self.batch_size, self.seed, *ranks)
         return DataLoader(self.dataset, sampler=sampler, batch_size=None)
-
-
-def _interpolate(work: Work) -> Output:
-    """Average the two ends: λ of the first, 1 − λ of the second."""
-    share = float(work.parameters["share"])
-    return Output(interpolate([work.tensors(0), work.tensors(1)], [share, 1 - share]))
-
-
-def _at_start(rewards: Tensor) -> tuple[float, float]:
-    """Return both rewards of the uniform policy."""
-    return float(rewards[0].mean()), float(rewards[1].mean())
-
-
-def _points(values: Mapping[float, tuple[float, float]]) -> list[Point]:
-    return [Point(name=f"λ = {share:g}", x=first, y=second) for share, (first, second) in values.items()]

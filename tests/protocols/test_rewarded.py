@@ -67,9 +67,9 @@ def test_the_whole_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert isinstance(program, RewardedSoups)
     pool, plan, found = Pool(tmp_path / "pool"), program.plan(), program.layout()
     assert execute(plan, pool, in_sequence(pool, program.operations())) == {}
-    first, second = (found.ends[share].inputs[0] for share in (1.0, 0.0))
+    first, second = (node.inputs[0] for node in found.ends)
     ends = [pool.weights(node.fingerprint) for node in (first, second)]
-    middle = pool.weights(found.soups[0.5].inputs[0].fingerprint)
+    middle = pool.weights(found.soups[0.5, 0.5].inputs[0].fingerprint)
     for name, tensor in middle.items():
         assert torch.equal(tensor, ((ends[0][name].double() + ends[1][name].double()) / 2).float())
         assert "encoder.layer.0." not in name, "the lower layer is frozen"
