@@ -28,7 +28,9 @@ def page_tables(page: Page) -> list[RichTable]:
             )
             for place, column in enumerate(part.columns):
                 # Headings take several lines, so that numbers and names keep theirs on a narrow terminal.
-                heading = "\n".join(wrap(column, width=max(map(len, column.split()), default=1), break_on_hyphens=False))
+                heading = "\n".join(
+                    wrap(column, width=max(map(len, column.split()), default=1), break_on_hyphens=False)
+                )
                 words = [row[place] for row in part.rows if isinstance(row[place], str)]
                 names = place == 0 or bool(words)
                 short = max((len(str(word)) for word in words), default=0) <= 24
