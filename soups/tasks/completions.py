@@ -17,7 +17,7 @@ from torch import nn
 from soups.errors import ConfigError, DataError, did_you_mean
 from soups.seeding import derive_seed
 from soups.tasks.preferences import PARTS, parts
-from soups.tasks.rated_texts import DOMAINS
+from soups.tasks.rated_texts import DOMAINS, RatedText
 from soups.tasks.text_files import SEPARATORS, read_whole_rows
 
 Row = dict[str, Any]
@@ -44,7 +44,7 @@ def prompt_file(path: str) -> list[Row]:
 def rated_beginnings(
     domain: str = "movies", part: str = "members", count: int = 256, words: int = 4, split_seed: int = 0
 ) -> list[Row]:
-    """Return the first words of rated texts as prompts, each beginning once.
+    """Return the first words of rated texts as prompts, each beginning once; those that another part has too are left out.
 
     Args:
         domain: a key of `soups.tasks.rated_texts.DOMAINS`.
@@ -60,11 +60,17 @@ def rated_beginnings(
         raise DataError(f"There is no domain {domain!r} of rated texts: {did_you_mean(domain, DOMAINS)}")
     if part not in PARTS:
         raise DataError(f"There is no part {part!r} of rated texts: {did_you_mean(part, PARTS)}")
-    split = [one.text.split() for one in parts(domain, split_seed)[part]]
-    found = list(dict.fromkeys(" ".join(text[:words]) for text in split if len(text) > words))[:count]
+
+    def beginnings(texts: Sequence[RatedText]) -> list[str]:
+        split = [one.text.split() for one in texts]
+        return [" ".join(text[:words]) for text in split if len(text) > words]
+
+    cut = parts(domain, split_seed)
+    elsewhere = {one for name, texts in cut.items() if name != part for one in beginnings(texts)}
+    found = [one for one in dict.fromkeys(beginnings(cut[part])) if one not in elsewhere][:count]
     if len(found) < count or count < 1:
         raise DataError(
-            f"{domain} ({part}) has {len(found)} texts of more than {words} words, and {count} are asked for."
+            f"{domain} ({part}) has {len(found)} beginnings of {words} words to itself, and {count} are asked for."
         )
     return [{"prompt": prompt} for prompt in found]
 

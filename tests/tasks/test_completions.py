@@ -58,11 +58,13 @@ def test_rows_that_are_no_prompts(rows: list[Any], message: str) -> None:
 
 
 def test_beginnings_of_rated_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [f"word{number // 2} b c d" for number in range(100)] + ["too short"] * 100
+    texts = [f"word{number // 2} b c d" for number in range(400)] + ["too short"] * 100
     rated = tuple(RatedText(f"{number}_1", text, (1,)) for number, text in enumerate(texts))
     monkeypatch.setattr("soups.tasks.preferences.rated_texts", lambda domain: rated)
     prompts = [row["prompt"] for row in rated_beginnings(count=10, words=2)]
     assert len(set(prompts)) == 10 and all(prompt.endswith(" b") and len(prompt.split()) == 2 for prompt in prompts)
+    every = [{row["prompt"] for row in rated_beginnings(part=part, count=5, words=2)} for part in ("members", "test")]
+    assert not every[0] & every[1]
     with pytest.raises(DataError, match="1000 are asked for"):
         rated_beginnings(count=1000)
     with pytest.raises(DataError, match="did you mean 'members'"):
