@@ -94,8 +94,9 @@ def _curves(part: Curves, axes: Any) -> None:
 
 def _scatter(part: Scatter, axes: Any) -> None:
     for number, (name, points) in enumerate(part.groups.items()):
-        line = "-" if name in part.connect else ""
+        again = number // 8  # more groups than colours: another marker, and hollow
         axes.plot(
-            [point.x for point in points], [point.y for point in points], line, color=_COLOURS[number % 8],
-            marker=_MARKERS[number % 8], ms=6, label=name,
+            [point.x for point in points], [point.y for point in points], color=_COLOURS[number % 8],
+            linestyle="-" if name in part.connect else "none", marker=_MARKERS[(number + 3 * again) % 8],
+            fillstyle="none" if again % 2 else "full", ms=6, label=name,
         )  # fmt: skip
