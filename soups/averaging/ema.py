@@ -73,6 +73,7 @@ class EMA(Lerp):
             "none": starts as a copy of the first point, which keeps weight βᵗ.
         **keep: dtype, device and more; see `Keep`.
 
+    >>> import torch
     >>> ema = EMA(decay=0.5)
     >>> for value in (1.0, 4.0):
     ...     ema.update({"w": torch.tensor([value])})
