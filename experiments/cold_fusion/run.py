@@ -1,6 +1,6 @@
 """ColD Fusion by round, against pretrained, multitask and fusing once; synchronous against asynchronous with two deaths.
 
-    python -m experiments.cold_fusion.run                 three seeds (about 14 CPU-minutes each), then tables and figures
+    python -m experiments.cold_fusion.run                 three seeds (8 minutes each on 2 cores), then tables and figures
     python -m experiments.cold_fusion.run --asynchronous 0 1 2
 
 A seed is another split of the texts, other contributors and other fits. The asynchronous runs have four contributor processes
