@@ -90,6 +90,8 @@ def _curves(part: Curves, axes: Any) -> None:
             axes.fill_between(*zip(*bounds, strict=True), color=colour, alpha=0.15, lw=0)
     if part.log_x:
         axes.set_xscale("log")
+    elif all(float(x).is_integer() for x in part.x):
+        axes.locator_params(axis="x", integer=True)
 
 
 def _scatter(part: Scatter, axes: Any) -> None:
