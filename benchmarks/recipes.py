@@ -1,6 +1,6 @@
 """What does choosing a soup cost over evaluating its ingredients, and what does a learned soup need in memory?
 
-    python -m benchmarks.recipes               about 6 minutes on one core
+    python -m benchmarks.recipes               about 12 minutes on one core
     python -m benchmarks.recipes --quick       smaller, to see that it runs
 
 Prints ratios, each measured within this one run:
