@@ -1,6 +1,6 @@
 """What does each launcher cost, and do all make the same soup?
 
-    python -m benchmarks.launchers            about 8 minutes on 2 cores
+    python -m benchmarks.launchers            about 18 minutes on 2 cores
     python -m benchmarks.launchers --quick    short fits, to see that it runs
 
 One sweep of four fits of the default task, with one thread each, on Hydra's basic launcher, joblib, submitit's local
