@@ -2,7 +2,7 @@
 
 An elementwise operation of torch moves three numbers of four bytes for each average that it updates, the weights among them,
 and runs at what that operation's own loop can do. A loop that reads a weight once and updates K averages moves (1 + 2K)/3 of
-the bytes of one, and costs less than that of torch's `lerp_`, whatever K is (`python -m benchmarks.averaging`).
+the bytes of one. What that saves, and what a call costs small tensors, is measured by `python -m benchmarks.averaging`.
 
 The kernel computes a + w (θ - a), each operation rounded: its result does not depend on K, on how tensors are cut, or on the
 number of threads. torch's `lerp_` fuses the multiplication into the addition, so that the two differ in the last bit.

@@ -21,7 +21,7 @@ from soups.launch.training import train
 from soups.seeding import generator
 from soups.tasks.data import Samples, Splits
 from soups.tasks.network import Network
-from soups.tasks.probe import head_inputs, linear_probe
+from soups.tasks.probe import Probe, head_inputs, linear_probe
 from soups.weights import Weights, check_same
 
 
@@ -136,14 +136,23 @@ class Features:
 
     def probe(self, classes: int, shots: int | None = None, seed: int = 0) -> dict[str, float]:
         """Return the test accuracy in [0, 1] and loss in nats of a linear probe on all or on `shots` training samples."""
-        chosen = range(len(self.labels["train"])) if shots is None else few(self.labels["train"], shots, classes, seed)
-        head = Network(torch.nn.Linear(self.inputs["train"].shape[1], classes), cast(Any, None), "")
-        train, heldout, test = ((self.inputs[split], self.labels[split]) for split in ("train", "heldout", "test"))
-        indices = list(chosen)
-        linear_probe(head, [(train[0][indices], train[1][indices])], [heldout], classes)
+        chosen = None if shots is None else few(self.labels["train"], shots, classes, seed)
+        head, _ = self._fitted(classes, chosen)
         with torch.inference_mode():
-            numbers = score(head.module(test[0]), test[1])
+            numbers = score(head.module(self.inputs["test"]), self.labels["test"])
         return {"accuracy": numbers.accuracy, "loss": numbers.loss, "count": numbers.count}
+
+    def heldout_accuracy(self, classes: int) -> float:
+        """Return the held-out accuracy in [0, 1] of a linear probe; the held-out split chose its penalty."""
+        return self._fitted(classes)[1].heldout_accuracy
+
+    def _fitted(self, classes: int, chosen: Sequence[int] | None = None) -> tuple[Network, Probe]:
+        """Return a head fitted to all or some training samples, and how well it did on the held-out split."""
+        head = Network(torch.nn.Linear(self.inputs["train"].shape[1], classes), cast(Any, None), "")
+        train, heldout = ((self.inputs[split], self.labels[split]) for split in ("train", "heldout"))
+        if chosen is not None:
+            train = train[0][list(chosen)], train[1][list(chosen)]
+        return head, linear_probe(head, [train], [heldout], classes)
 
 
 def features(one: Member, names: Sequence[str] = ("train", "heldout", "test")) -> Features:
@@ -159,15 +168,8 @@ def features(one: Member, names: Sequence[str] = ("train", "heldout", "test")) -
 
 
 def heldout_accuracy(one: Member) -> float:
-    """Return the held-out accuracy in [0, 1] of a linear probe on a member's frozen body; the test split is not looked at.
-
-    The held-out split chose the probe's penalty, for every body the same way.
-    """
-    found = features(one, ("train", "heldout"))
-    train, heldout = ((found.inputs[split], found.labels[split]) for split in ("train", "heldout"))
-    classes = len(one.splits.classes)
-    head = Network(torch.nn.Linear(train[0].shape[1], classes), cast(Any, None), "")
-    return linear_probe(head, [train], [heldout], classes).heldout_accuracy
+    """Return the held-out accuracy in [0, 1] of a linear probe on a member's frozen body; the test split is not looked at."""
+    return features(one, ("train", "heldout")).heldout_accuracy(len(one.splits.classes))
 
 
 def few(labels: Tensor, count: int, classes: int, seed: int) -> list[int]:

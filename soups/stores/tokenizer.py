@@ -10,7 +10,10 @@ from typing import Any
 
 from soups.errors import StorageError
 
-_FILES = ("tokenizer.json", "vocab.txt", "tokenizer.model", "spiece.model", "vocab.json")
+# The first that is there is the tokenizer: Hugging Face's format, then those of older ones.
+TOKENIZER_FILES = (
+    "tokenizer.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json",
+)  # fmt: skip
 # What the last call of a fast tokenizer leaves in its file; it changes no token's id.
 _STATE = ("truncation", "padding")
 
@@ -21,7 +24,7 @@ def tokenizer_hash(folder: str | os.PathLike[str]) -> str | None:
     Raises:
         StorageError: its file is damaged.
     """
-    for name in _FILES:
+    for name in TOKENIZER_FILES:
         path = Path(folder) / name
         if not path.is_file():
             continue

@@ -23,6 +23,7 @@ from torch import Tensor
 from soups.errors import ConfigError, WeightsError, did_you_mean
 from soups.merging.mergekit.schema import Document, ModelToken, Reference, TokenSpec, ZeroToken
 from soups.stores.store import Store, TensorMeta
+from soups.stores.tokenizer import TOKENIZER_FILES
 
 # Tensors with a row for each token, in the architectures of the Hugging Face Hub.
 _BY_TOKEN = re.compile(
@@ -64,12 +65,12 @@ class Vocabulary:
 
 
 # What a tokenizer is saved as where there is no tokenizer.json: sentencepiece's models, and the lists of older formats.
-_OLDER = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json")
+_OLDER = TOKENIZER_FILES[1:]
 
 
 def has_tokenizer(folder: Path) -> bool:
     """Tell whether a folder holds a tokenizer in any format."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", *_OLDER))
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _one_older_tokenizer(folders: Sequence[Path]) -> bool:

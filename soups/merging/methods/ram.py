@@ -26,7 +26,7 @@ class RAM(WholeModelMethod):
     """Keep what one task vector alone changes, average what several change.
 
     Attributes:
-        r: how strongly a model's own elements are scaled up; 0 leaves them (RAM), the paper's RAM+ has 0.1.
+        r: how strongly a model's own elements are scaled up; 0 leaves them (RAM), `ram_plus` has 0.1.
         alpha: α, the most that the ratio of shared to own elements counts.
         epsilon: ε, the magnitude above which an element counts as changed.
         local: count within each tensor instead of over the whole model.
