@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from soups.commands.running import console, parse_size, progress_bar, readable, reported, warn
+from soups.commands.running import console, parse_size, progress_bar, quick_imports, readable, reported, warn
 
 if TYPE_CHECKING:
     from soups.merging.mergekit.planning import Planned
@@ -27,6 +27,10 @@ def merge(
     threads: Annotated[int | None, typer.Option(min=1, help="Workers; one a core by default.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = "cpu",
     cuda: Annotated[bool, typer.Option("--cuda", help="The same as --device cuda.")] = False,
+    compiled: Annotated[
+        bool | None,
+        typer.Option(help="numba's loops: the same bits, sooner. By default where they are installed and worth it."),
+    ] = None,
     copy_tokenizer: Annotated[bool, typer.Option(help="Take the tokenizer along.")] = True,
     write_model_card: Annotated[bool, typer.Option(help="Write a README.md.")] = True,
     unsafe_truncate_embeddings: Annotated[
@@ -68,7 +72,8 @@ def merge(
             return
         if out is None:
             raise ConfigError("Name the folder or file to make: soups merge CONFIG OUT.")
-        from soups.merging.mergekit import merge_recipe
+        with quick_imports():
+            from soups.merging.mergekit import merge_recipe
 
         start = time.perf_counter()
         done = 0
@@ -104,6 +109,7 @@ def merge(
                 budget=parse_size(memory),
                 threads=threads,
                 device="cuda" if cuda else device,
+                compiled=compiled,
                 progress=progress,
             )
         seconds = time.perf_counter() - start

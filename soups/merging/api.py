@@ -258,6 +258,7 @@ def merge(
     budget: int = DEFAULT_BUDGET,
     threads: int | None = None,
     device: torch.device | str = "cpu",
+    compiled: bool | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda _: None,
@@ -277,6 +278,7 @@ def merge(
         budget: bytes of working memory.
         threads: workers; one a core when `None`.
         device: where to compute.
+        compiled: use numba's loops where there are such: the same bits, sooner; `None`: if it is installed and worth it.
         shard_bytes: most bytes in one file of a folder.
         overwrite: replace what is at `out`.
         progress: told the bytes of sources that were finished with.
@@ -307,5 +309,6 @@ def merge(
             budget=budget,
             threads=threads,
             device=device,
+            compiled=compiled,
             progress=progress,
         )

@@ -74,12 +74,14 @@ def inner_products(operands: Operands, vectors: Callable[[Chunk], list[Tensor]] 
 
 
 def _empty(operands: Operands) -> Chunk:
+    count = len(operands.models)
+
     def nothing(model: int, shared: bool) -> Tensor:
         del model, shared
         return torch.zeros(0)
 
-    has_base = operands.base is not None
-    return Chunk(operands.key, 0, operands.shape, len(operands.models), nothing, has_base=has_base)
+    none = torch.zeros(count, 0)
+    return Chunk(operands.key, 0, operands.shape, count, nothing, lambda _: none, has_base=operands.base is not None)
 
 
 def norms_and_units(gram: Matrix, floor: float = 1e-8) -> tuple[Vector, Matrix]:

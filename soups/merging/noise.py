@@ -7,10 +7,14 @@ the rounded one, so that expectations are exact.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from soups.merging import kernels
 from soups.seeding import derive_seed
 
 _PER_STEP = 4
@@ -25,10 +29,21 @@ def random_bits(seed: int, key: str, model: int, start: int, count: int) -> np.n
     True
     """
     first, skip = divmod(start, _PER_STEP)
-    bits = np.random.PCG64DXSM(derive_seed(seed, "noise", key, model))
-    bits.advance(first)
-    words = bits.random_raw((skip + count + 3) // 4)
+    needed = (skip + count + _PER_STEP - 1) // _PER_STEP
+    if kernels.compiled(torch.float32, torch.device("cpu")):
+        words = kernels.random_words(*_stream(seed, key, model), first, needed)
+    else:
+        bits = np.random.PCG64DXSM(derive_seed(seed, "noise", key, model))
+        bits.advance(first)
+        words = bits.random_raw(needed)
     return words.astype("<u8", copy=False).view(np.uint16)[skip : skip + count]
+
+
+@lru_cache(4096)
+def _stream(seed: int, key: str, model: int) -> tuple[int, int]:
+    """Return the first state of a model's random numbers for a tensor, and the generator's increment."""
+    state: Any = np.random.PCG64DXSM(derive_seed(seed, "noise", key, model)).state["state"]
+    return int(state["state"]), int(state["inc"])
 
 
 def rounded(probability: float) -> float:
@@ -41,26 +56,29 @@ def rounded(probability: float) -> float:
     return max(steps, int(probability > 0)) / _SCALE
 
 
-def bernoulli(probability: float, seed: int, key: str, model: int, start: int, count: int, *, like: Tensor) -> Tensor:
-    """Return a mask of zeros and ones, one with probability `rounded(probability)`, in `like`'s dtype and device."""
-    limit = int(rounded(probability) * _SCALE)
-    if limit >= _SCALE:
-        return torch.ones(count, dtype=like.dtype, device=like.device)
-    mask = random_bits(seed, key, model, start, count) < np.uint16(limit)
-    return torch.from_numpy(mask.view(np.uint8)).to(like.device, like.dtype)  # from bool it takes ten times as long
-
-
-def bernoulli_each(limits: Tensor, seed: int, key: str, model: int, start: int, *, like: Tensor) -> Tensor:
-    """Return a mask whose elements are one with probability `limits` / 2¹⁶, in `like`'s dtype and device.
+def kept(probability: float, seed: int, key: str, model: int, start: int, count: int) -> kernels.Mask:
+    """Return ones with probability `rounded(probability)` and zeros, for elements `start` to `start + count`.
 
     Args:
-        limits: int32 in 1 … 65535, flat, on the CPU, from element `start` on.
+        probability: of a one; less than 1.
         seed: of the masks.
         key: the tensor's name.
         model: the model's number.
-        start: the first element.
-        like: gives dtype and device.
+        start: the first element's place.
+        count: how many.
     """
+    limit = int(rounded(probability) * _SCALE)
+    if limit >= _SCALE:
+        return np.ones(count, np.uint8)
+    return (random_bits(seed, key, model, start, count) < np.uint16(limit)).view(np.uint8)
+
+
+def kept_each(limits: Tensor, seed: int, key: str, model: int, start: int) -> kernels.Mask:
+    """Return ones with probability `limits` / 2¹⁶ and zeros; the limits are int32 in 1 … 65535, flat, on the CPU."""
     draw = random_bits(seed, key, model, start, limits.numel())
-    mask = draw < limits.numpy().astype(np.uint16)
-    return torch.from_numpy(mask.view(np.uint8)).to(like.device, like.dtype)  # from bool it takes ten times as long
+    return (draw < limits.numpy().astype(np.uint16)).view(np.uint8)
+
+
+def masked_(values: Tensor, mask: kernels.Mask) -> Tensor:
+    """Multiply by a mask of bytes in place, and return the values."""
+    return values.mul_(torch.from_numpy(mask).to(values.device, values.dtype))  # from bool it takes ten times as long

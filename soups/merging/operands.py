@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from soups.errors import WeightsError
+from soups.merging import kernels
 from soups.merging.buffers import buffer
+from soups.merging.kernels import LARGEST_BUFFER, absolute
 from soups.stores.store import Store
 
 BLOCK = 16_384
@@ -41,8 +43,9 @@ class Chunk:
         count: the number of models.
         read: gives model i's stretch (the base's for −1), flat, in the compute dtype, in memory of its own or, if told so, in
             memory that the next such call uses again.
+        subtract: gives all models' stretches less the base's, which it is handed, shape (models, n).
         has_base: whether there is a base model.
-        deltas: the task vectors, where they are there already.
+        deltas: the task vectors, shape (models, n), where they are there already.
     """
 
     def __init__(
@@ -52,12 +55,13 @@ class Chunk:
         shape: tuple[int, ...],
         count: int,
         read: Callable[[int, bool], Tensor],
+        subtract: Callable[[Tensor], Tensor],
         *,
         has_base: bool,
-        deltas: list[Tensor] | None = None,
+        deltas: Tensor | None = None,
     ) -> None:
         self.key, self.start, self.shape = key, start, shape
-        self.count, self._read, self._has_base = count, read, has_base
+        self.count, self._read, self._subtract, self._has_base = count, read, subtract, has_base
         self._deltas = deltas
         self._models: list[Tensor] | None = None
         self._base: Tensor | None = None
@@ -85,22 +89,24 @@ class Chunk:
         """Elements in a row: the last axis of the tensor; a tensor of one axis or none is one row."""
         return self.shape[-1] if len(self.shape) > 1 else max(1, math.prod(self.shape))
 
-    def deltas(self) -> list[Tensor]:
-        """Return the task vectors θ_i − θ_0 of this stretch, flat."""
+    def rows(self) -> Tensor:
+        """Return the task vectors θ_i − θ_0 of this stretch, shape (models, n); the method's to overwrite, but not to keep."""
         if self._deltas is not None:
             return self._deltas
         base = self.base
         if base is None:
             raise WeightsError(f"{self.key!r}: task vectors need a base model.")
-        return [model - base for model in self.each()]
+        return self._subtract(base)
+
+    def deltas(self) -> list[Tensor]:
+        """Return `rows` one by one, flat."""
+        return list(self.rows())
 
     def directions(self) -> list[Tensor]:
         """Return the task vectors when there is a base model, else the models."""
         return self.deltas() if self._has_base else self.models
 
 
-# Chunks of more elements than this are rare, and get memory of their own.
-_LARGEST_BUFFER = 1 << 20
 # The system is told what comes next once in so many chunks: each hint costs a walk through its page cache.
 _HINT_CHUNKS = 8
 
@@ -168,7 +174,17 @@ class Operands:
             assert source is not None
             return self._read(source, start, stop, -2 if shared else model)
 
-        return Chunk(self.key, start, self.shape, len(self.models), read, has_base=self.base is not None)
+        def subtract(base: Tensor) -> Tensor:
+            size, count = base.numel(), len(self.models)
+            small = size <= LARGEST_BUFFER and self.device.type == "cpu"
+            rows = (buffer("deltas", self.dtype, count * size) if small else base.new_empty(count * size)).view(
+                count, size
+            )
+            for source, row in zip(self.models, rows, strict=True):
+                self._subtract(source, base, start, row)
+            return rows
+
+        return Chunk(self.key, start, self.shape, len(self.models), read, subtract, has_base=self.base is not None)
 
     def only(self, model: int) -> Operands:
         """Return the same tensor with one of the models alone."""
@@ -180,35 +196,48 @@ class Operands:
         other.models = tuple(models)
         return other
 
-    def hold(self) -> list[HeldOperands] | None:
+    @property
+    def compiled(self) -> bool:
+        """Whether loops over these operands are compiled (`soups.merging.kernels`)."""
+        return kernels.compiled(self.dtype, self.device)
+
+    def hold(self) -> HeldOperands | None:
         """Read the task vectors whole, if there is room for them; they hold until the thread holds another tensor's."""
-        if self.base is None or len(self.models) * self.numel * self.dtype.itemsize > self.holding:
+        count = len(self.models)
+        if self.base is None or count * self.numel * self.dtype.itemsize > self.holding:
             return None
-        fresh = self.device.type != "cpu"
-        held = [
-            torch.empty(self.numel, dtype=self.dtype, device=self.device)
-            if fresh
-            else buffer(f"held {model}", self.dtype, self.numel)
-            for model in range(len(self.models))
-        ]
+        on_device = self.device.type != "cpu"
+        held = (
+            torch.empty(count, self.numel, dtype=self.dtype, device=self.device)
+            if on_device
+            else buffer("held", self.dtype, count * self.numel).view(count, self.numel)
+        )
         for chunk in self:
             base, start = chunk.base, chunk.start
             assert base is not None
-            for whole, model in zip(held, chunk.each(), strict=True):
-                torch.sub(model, base, out=whole[start : start + base.numel()])
-        return [HeldOperands(self.only(model), whole) for model, whole in enumerate(held)]
+            for whole, source in zip(held, self.models, strict=True):
+                self._subtract(source, base, start, whole[start : start + base.numel()])
+        return HeldOperands(self, held)
 
-    def _read(self, source: Source, start: int, stop: int, slot: int) -> Tensor:
+    def _raw(self, source: Source, start: int, stop: int) -> Tensor:
+        """Read elements as they are stored, into memory that the next such call uses again."""
         store, key = source
-        small = stop - start <= _LARGEST_BUFFER
-        dtype = store.meta(key).dtype
-        raw = store.read_flat(key, start, stop, buffer("raw", dtype, stop - start) if small else None)
+        small = stop - start <= LARGEST_BUFFER
+        raw = store.read_flat(key, start, stop, buffer("raw", store.meta(key).dtype, stop - start) if small else None)
         if stop < self.numel and start // self.step % _HINT_CHUNKS == 0:
             store.will_need(key, stop, min(stop + _HINT_CHUNKS * self.step, self.numel))
+        return raw
+
+    def _read(self, source: Source, start: int, stop: int, slot: int) -> Tensor:
+        raw = self._raw(source, start, stop)
         # A copy even where the dtype fits: weights in memory are never touched.
-        if self.device.type != "cpu" or not small:
+        if self.device.type != "cpu" or stop - start > LARGEST_BUFFER:
             return raw.to(self.device, self.dtype, copy=True)
         return buffer(slot, self.dtype, stop - start).copy_(raw)
+
+    def _subtract(self, source: Source, base: Tensor, start: int, out: Tensor) -> Tensor:
+        """Put a model's elements from `start` on, less the base's, into `out`."""
+        return kernels.difference(self._raw(source, start, start + base.numel()), base, out)
 
     def __iter__(self) -> Iterator[Chunk]:
         for start, stop in self.spans():
@@ -216,33 +245,31 @@ class Operands:
 
 
 class HeldOperands(Operands):
-    """One model's tensor whose task vector is in memory. Chunks are views of it.
+    """A tensor whose task vectors are in memory. Chunks are views of them.
 
     Args:
         like: how it is visited.
-        delta: the whole task vector, flat.
+        rows: the whole task vectors, shape (models, elements).
     """
 
     held = True
 
-    def __init__(self, like: Operands, delta: Tensor) -> None:
+    def __init__(self, like: Operands, rows: Tensor) -> None:
         self.__dict__.update(like.__dict__)
-        self.delta = delta
+        self.rows = rows
+
+    def only(self, model: int) -> HeldOperands:
+        """Return the same tensor with one of the models alone."""
+        return HeldOperands(self.of((self.models[model],)), self.rows[model : model + 1])
 
     def at(self, start: int, stop: int) -> Chunk:
         """Return one chunk."""
 
-        def read(model: int, shared: bool) -> Tensor:
-            raise AssertionError(f"model {model} of {self.key!r} is held as a task vector")
+        def read(*_: Any) -> Tensor:
+            raise AssertionError(f"{self.key!r} is held as task vectors")
 
-        return Chunk(self.key, start, self.shape, 1, read, has_base=True, deltas=[self.delta[start:stop]])
-
-
-def absolute(values: Tensor) -> Tensor:
-    """Return |x| of a chunk in memory that the next call uses again."""
-    if values.device.type != "cpu" or values.numel() > _LARGEST_BUFFER:
-        return values.abs()
-    return torch.abs(values, out=buffer("absolute", values.dtype, values.numel()))
+        rows = self.rows[:, start:stop]
+        return Chunk(self.key, start, self.shape, len(self.models), read, read, has_base=True, deltas=rows)
 
 
 class BlockSum:
@@ -261,15 +288,12 @@ class BlockSum:
         self._block = block
         self._parts: list[float] = []
 
-    def add(self, values: Tensor) -> None:
-        """Add a chunk's values; all chunks but the last have a multiple of `block` elements."""
-        self._add(values, torch.float64)
-
     def add_magnitudes(self, values: Tensor) -> None:
         """Add the absolute values of a chunk; within a block in the chunk's own dtype, which is enough for a ratio."""
-        self._add(absolute(values), values.dtype)
+        self.add(absolute(values), values.dtype)
 
-    def _add(self, values: Tensor, dtype: torch.dtype) -> None:
+    def add(self, values: Tensor, dtype: torch.dtype = torch.float64) -> None:
+        """Add a chunk's values, a block in `dtype`; all chunks but the last have a multiple of `block` elements."""
         whole = values.numel() // self._block * self._block
         if whole:
             self._parts.extend(values[:whole].view(-1, self._block).sum(1, dtype=dtype).tolist())

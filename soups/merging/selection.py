@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import hardshrink
 
+from soups.merging import kernels
 from soups.merging.buffers import buffer
 
 Stream = Callable[[], Iterable[Tensor]]
@@ -42,8 +42,8 @@ class Cut:
     threshold: float | None
     last: int | None = None
 
-    def keep(self, values: Tensor, start: int = 0) -> Tensor:
-        """Return values with zeros in the place of the elements that do not belong; signs are kept.
+    def keep_(self, values: Tensor, start: int = 0) -> Tensor:
+        """Put zeros in the place of the elements that do not belong, and return the values; signs are kept.
 
         Args:
             values: a flat chunk of a tensor.
@@ -52,23 +52,32 @@ class Cut:
         if self.threshold is None:
             return values
         if self.threshold == float("inf"):
-            return torch.zeros_like(values)
-        below = _previous(self.threshold, values.dtype)
-        if self.last is None:
-            return _shrink(values, below)
-        here = min(max(self.last + 1 - start, 0), values.numel())
-        return torch.cat((_shrink(values[:here], below), _shrink(values[here:], self.threshold)))
+            return values.zero_()
+        here = values.numel() if self.last is None else min(max(self.last + 1 - start, 0), values.numel())
+        _shrink_(values[:here], _previous(self.threshold, values.dtype))
+        _shrink_(values[here:], self.threshold)
+        return values
+
+    def limits(self, count: int, start: int) -> tuple[float, float, int]:
+        """Return what `keep_` does to `count` float32 elements: they stay above one limit, from a place on above another."""
+        if self.threshold is None or self.threshold == float("inf"):
+            limit = -1.0 if self.threshold is None else self.threshold
+            return limit, limit, 0
+        here = count if self.last is None else min(max(self.last + 1 - start, 0), count)
+        return _previous(self.threshold, torch.float32), self.threshold, here
 
 
-def _shrink(values: Tensor, limit: float) -> Tensor:
-    return values if limit < 0 else hardshrink(values, limit)  # keeps |x| > limit
+def _shrink_(values: Tensor, limit: float) -> None:
+    if limit >= 0 and values.numel():
+        torch.ops.aten.hardshrink.out(values, limit, out=values)  # keeps |x| > limit
 
 
 def _previous(value: float, dtype: torch.dtype) -> float:
     """Return the next smaller float of `dtype`, or −1 below zero."""
     if value == 0:
         return -1.0
-    return float(torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(0.0, dtype=dtype)))
+    number = np.float32 if dtype == torch.float32 else np.float64
+    return float(np.nextafter(number(value), number(0)))
 
 
 def _bits(values: Tensor) -> Tensor:
@@ -77,17 +86,10 @@ def _bits(values: Tensor) -> Tensor:
 
 def _histogram(stream: Stream, shift: int, prefix: int | None) -> Tensor:
     """Count digits `bits >> shift` (16 bits wide) of the values whose higher bits equal `prefix`."""
-    counts = torch.zeros(_BINS + 2, dtype=torch.int64)
+    counts = torch.zeros(_BINS, dtype=torch.int64)
     for values in stream():
-        bits = _bits(values)
-        digits = bits >> shift if shift else bits
-        if prefix is None:
-            counts[1 : _BINS + 1] += torch.bincount(digits, minlength=_BINS).cpu()
-        else:
-            # Everything outside the bin falls into the first or the last counter, which are not looked at.
-            inside = (digits - ((prefix << _LOW_BITS) - 1)).clamp_(0, _BINS + 1)
-            counts += torch.bincount(inside, minlength=_BINS + 2).cpu()
-    return counts[1 : _BINS + 1]
+        kernels.count_digits_(counts, values, shift, prefix)
+    return counts
 
 
 def kth_largest(streams: Sequence[Stream], ranks: Sequence[int], *, dtype: torch.dtype, map: Map = map) -> list[float]:
@@ -274,10 +276,9 @@ def _place_of_tie(stream: Stream, threshold: float, number: int) -> int:
     """Return the flat index of the `number`-th element that equals `threshold`."""
     start = 0
     for values in stream():
-        equal = values == threshold
-        count = int(torch.count_nonzero(equal))
-        if number <= count:
-            return start + int(equal.nonzero().view(-1)[number - 1])
+        place, count = kernels.place_of(values, threshold, number)
+        if place >= 0:
+            return start + place
         number -= count
         start += values.numel()
     raise AssertionError("fewer ties than counted")

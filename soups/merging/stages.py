@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 
 from soups.errors import ConfigError
+from soups.merging import kernels
+from soups.merging.kernels import Choice, absolute
 from soups.merging.method import Scope, WholeModelMethod, as_mask, one_of, per_model, weighted_sum
-from soups.merging.operands import BlockSum, Chunk, HeldOperands, Operands, Unit, absolute
+from soups.merging.noise import masked_
+from soups.merging.operands import BlockSum, Chunk, HeldOperands, Operands, Unit
 from soups.merging.selection import Cut, Map, Stream, cut_at, exact_cut, held_cut, tensor_cut
 
 
@@ -33,13 +36,17 @@ class Transform(ABC):
         """How far away an element can be and still matter."""
         return self.unit
 
-    def observe(self, operands: Operands, model: int) -> Any:
-        """Look at one tensor of one model (`operands` holds that model alone)."""
-        return None
+    def observe(self, operands: Operands) -> Sequence[Any]:
+        """Look at one tensor of all models before `apply`; return what was found for each."""
+        return [None] * len(operands.models)
 
     @abstractmethod
     def apply(self, delta: Tensor, seen: Any, chunk: Chunk, model: int) -> Tensor:
         """Return the transformed stretch of a task vector; `delta` may be overwritten."""
+
+    def choice(self, seen: Any, chunk: Chunk, count: int, model: int) -> Choice | None:
+        """Return what `apply` does to the `count` elements of a chunk, if a compiled loop can do that, else `None`."""
+        return None
 
 
 class WholeModelTransform(Transform):
@@ -58,6 +65,10 @@ class Keep(Transform):
         """Return the task vector."""
         return delta
 
+    def choice(self, seen: Any, chunk: Chunk, count: int, model: int) -> Choice:
+        """Everything."""
+        return Choice()
+
 
 def magnitudes(operands: Operands) -> Stream:
     """Return the stream of |τ| of the only model in `operands`."""
@@ -66,8 +77,8 @@ def magnitudes(operands: Operands) -> Stream:
 
 def tensor_cuts(operands: Operands, ranks: Sequence[int], *, exact: bool) -> list[Cut]:
     """Return, for each k in `ranks`, the cut that keeps the k largest |τ| of the only model in `operands`."""
-    if isinstance(operands, HeldOperands) and operands.delta.device.type == "cpu":
-        return held_cut(operands.delta, ranks, exact=exact)
+    if isinstance(operands, HeldOperands) and operands.rows.device.type == "cpu":
+        return held_cut(operands.rows[0], ranks, exact=exact)
     select = exact_cut if exact else tensor_cut
     return select(magnitudes(operands), ranks, operands.numel, dtype=operands.dtype, room=operands.room)
 
@@ -98,9 +109,10 @@ class Trim(WholeModelTransform):
         density = one_of(self.density, model, share="density")
         return total if density == 1 else max(int(density > 0), int(density * total)) + self.extra
 
-    def observe(self, operands: Operands, model: int) -> Cut:
-        """Find this tensor's cut."""
-        return tensor_cuts(operands, [self._rank(model, operands.numel)], exact=self.exact)[0]
+    def observe(self, operands: Operands) -> list[Cut]:
+        """Find this tensor's cut in each model."""
+        ranks = [self._rank(model, operands.numel) for model in range(len(operands.models))]
+        return [tensor_cuts(operands.only(i), [rank], exact=self.exact)[0] for i, rank in enumerate(ranks)]
 
     def observe_all(self, operands: Sequence[Operands], model: int, map: Map) -> Cut:
         """Find the model's cut."""
@@ -109,7 +121,11 @@ class Trim(WholeModelTransform):
 
     def apply(self, delta: Tensor, seen: Any, chunk: Chunk, model: int) -> Tensor:
         """Set what is below the cut to zero."""
-        return seen.keep(delta, chunk.start)
+        return seen.keep_(delta, chunk.start)
+
+    def choice(self, seen: Cut, chunk: Chunk, count: int, model: int) -> Choice:
+        """Set what is below the cut to zero."""
+        return Choice((*seen.limits(count, chunk.start), *Choice().limits[3:]))
 
 
 def model_cut(operands: Sequence[Operands], rank: int, map: Map) -> Cut:
@@ -143,38 +159,71 @@ class KeepNorm(Transform):
         """A tensor: its norms decide."""
         return "tensor"
 
-    def observe(self, operands: Operands, model: int) -> tuple[Any, float, Masks | None]:
-        """Measure the tensor's norm before and after."""
-        seen = self.inner.observe(operands, model)
-        before, after = BlockSum(operands.block), BlockSum(operands.block)
+    def observe(self, operands: Operands) -> list[Rescaled]:
+        """Measure the tensor's norm in each model before and after."""
+        count = len(operands.models)
+        states = self.inner.observe(operands)
+        before = [BlockSum(operands.block) for _ in range(count)]
+        after = [BlockSum(operands.block) for _ in range(count)]
         # An eighth of a byte an element; every model's masks are held at once.
-        masks: Masks | None = {} if operands.held or operands.numel <= 4 * operands.room else None
+        room = operands.held or operands.numel <= 4 * operands.room
+        masks: list[Masks] = [{} for _ in range(count)]
         for chunk in operands:
-            (delta,) = chunk.deltas()
-            before.add_magnitudes(delta)
-            left = self.inner.apply(delta, seen, chunk, model)
-            after.add_magnitudes(left)
-            if operands.held:
-                if left is not delta:
+            for model, delta in enumerate(chunk.deltas()):
+                choice = None
+                if operands.compiled:
+                    choice = self.inner.choice(states[model], chunk, delta.numel(), model)
+                if choice is not None:
+                    whole, left = kernels.magnitudes(delta, choice)
+                    before[model].add(whole, whole.dtype)
+                    after[model].add(left, left.dtype)
+                    if room and len(choice.mask):
+                        masks[model][chunk.start] = np.packbits(choice.mask)
+                    continue
+                before[model].add_magnitudes(delta)
+                left = self.inner.apply(delta, states[model], chunk, model)
+                after[model].add_magnitudes(left)
+                if operands.held and not operands.compiled:
                     delta.copy_(left)
-            elif masks is not None:
-                masks[chunk.start] = np.packbits(left.cpu().numpy() != 0)
-        total = after.value()
-        return seen, before.value() / total if total > 0 else 1.0, masks
+                    masks[model][chunk.start] = None
+                elif room:
+                    masks[model][chunk.start] = np.packbits(left.cpu().numpy() != 0)
+        ratios = [a.value() / b.value() if b.value() > 0 else 1.0 for a, b in zip(before, after, strict=True)]
+        return [Rescaled(*one) for one in zip(states, ratios, masks, strict=True)]
 
-    def apply(self, delta: Tensor, seen: tuple[Any, float, Masks | None], chunk: Chunk, model: int) -> Tensor:
+    def apply(self, delta: Tensor, seen: Rescaled, chunk: Chunk, model: int) -> Tensor:
         """Transform, then multiply by the ratio."""
-        inner, ratio, masks = seen
-        if masks is None:
-            return self.inner.apply(delta, inner, chunk, model).mul_(ratio)
-        if chunk.start in masks:
-            kept = torch.from_numpy(np.unpackbits(masks[chunk.start], count=delta.numel()))
-            delta.mul_(kept.to(delta.device, delta.dtype))
-        return delta.mul_(ratio)
+        if chunk.start not in seen.masks:
+            delta = self.inner.apply(delta, seen.state, chunk, model)
+        elif (mask := seen.masks[chunk.start]) is not None:
+            delta = masked_(delta, np.unpackbits(mask, count=delta.numel()))
+        return delta.mul_(seen.ratio)
+
+    def choice(self, seen: Rescaled, chunk: Chunk, count: int, model: int) -> Choice | None:
+        """Transform, then multiply by the ratio."""
+        mask = seen.masks.get(chunk.start)
+        if mask is not None:
+            return Choice(mask=np.unpackbits(mask, count=count), factor=seen.ratio)
+        choice = self.inner.choice(seen.state, chunk, count, model)
+        return choice and choice._replace(factor=seen.ratio)
 
 
-Masks = dict[int, "np.ndarray[tuple[int], np.dtype[np.uint8]]"]
-"""Which elements were left, by where a chunk begins, packed; nothing where that was done in place."""
+Masks = dict[int, kernels.Mask | None]
+"""Which elements were left, by where a chunk begins, packed; `None` where that was done in place."""
+
+
+class Rescaled(NamedTuple):
+    """What `KeepNorm` found in one tensor of one model.
+
+    Attributes:
+        state: what the inner transform found.
+        ratio: of the norms before and after.
+        masks: what was left of chunks, as far as that is remembered.
+    """
+
+    state: Any
+    ratio: float
+    masks: Masks
 
 
 @dataclass(frozen=True)
@@ -200,12 +249,14 @@ class Seen(NamedTuple):
     Attributes:
         states: each transform's.
         majority: the sign that ties between signs get.
-        held: the transformed task vectors, where there was room for them.
+        held: the task vectors, shape (models, n), where there was room for them.
+        transformed: whether those are transformed already.
     """
 
-    states: list[Any]
+    states: Sequence[Any]
     majority: float = 1.0
-    held: list[Tensor] | None = None
+    held: Tensor | None = None
+    transformed: bool = True
 
 
 @dataclass(frozen=True)
@@ -241,17 +292,18 @@ class TaskVectors(WholeModelMethod):
 
     def observe(self, operands: Operands) -> Seen:
         """Look at each model's tensor by itself, and transform it at once where there is room to keep it."""
-        held = operands.hold()
-        if held is None:
-            return Seen([self.transform.observe(operands.only(i), i) for i in range(len(operands.models))])
-        for model, one in enumerate(held):
-            state = self.transform.observe(one, model)
-            for chunk in one:
-                (delta,) = chunk.deltas()
-                tau = self.transform.apply(delta, state, chunk, model)
+        source = operands.hold()
+        if source is None:
+            return Seen(self.transform.observe(operands))
+        states = self.transform.observe(source)
+        if operands.compiled:  # and then transforming is a part of the loop that merges
+            return Seen(states, held=source.rows, transformed=False)
+        for chunk in source:
+            for model, delta in enumerate(chunk.deltas()):
+                tau = self.transform.apply(delta, states[model], chunk, model)
                 if tau is not delta:
                     delta.copy_(tau)
-        return Seen([], held=[one.delta for one in held])
+        return Seen(states, held=source.rows)
 
     def observe_all(self, operands: Sequence[Operands], map: Map) -> Seen:
         """Look at each model by itself, then at the signs' majority where it is asked for."""
@@ -266,11 +318,13 @@ class TaskVectors(WholeModelMethod):
         return seen._replace(majority=1.0 if total > 0 else -1.0)
 
     def _transformed(self, chunk: Chunk, seen: Seen | None) -> list[Tensor]:
+        states = seen.states if seen is not None else [None] * chunk.count
         if seen is not None and seen.held is not None:
             assert chunk.base is not None
-            stop = chunk.start + chunk.base.numel()
-            return [tau[chunk.start : stop] for tau in seen.held]
-        states = seen.states if seen is not None else [None] * chunk.count
+            taus = list(seen.held[:, chunk.start : chunk.start + chunk.base.numel()])
+            if seen.transformed:
+                return taus
+            return [self.transform.apply(tau.clone(), states[i], chunk, i) for i, tau in enumerate(taus)]
         return [self.transform.apply(delta, states[i], chunk, i) for i, delta in enumerate(chunk.deltas())]
 
     def _vote(self, chunk: Chunk, seen: Seen | None) -> tuple[list[Tensor], Tensor]:
@@ -288,6 +342,9 @@ class TaskVectors(WholeModelMethod):
     def combine(self, chunk: Chunk, seen: Seen | None) -> Tensor:
         """Return the merged chunk."""
         weights = per_model(self.weight, chunk.count)
+        choices = self._choices(chunk, seen)
+        if choices is not None:
+            return self._compiled(chunk, seen, choices, weights)
         if self.consensus is None:
             merged = self._plain(self._transformed(chunk, seen), weights)
         else:
@@ -296,6 +353,41 @@ class TaskVectors(WholeModelMethod):
             merged.mul_(self.scale)
         assert chunk.base is not None
         return merged.add_(chunk.base)
+
+    def _choices(self, chunk: Chunk, seen: Seen | None) -> list[Choice] | None:
+        """Return what the transform does to each model's chunk, if all that can be one compiled loop."""
+        base = chunk.base
+        assert base is not None
+        done = seen is not None and seen.held is not None and seen.transformed
+        if done or not base.numel() or not kernels.compiled(base.dtype, base.device):
+            return None
+        choices: list[Choice] = []
+        for model in range(chunk.count):
+            state = seen.states[model] if seen is not None else None
+            choice = self.transform.choice(state, chunk, base.numel(), model)
+            if choice is None:
+                return None
+            choices.append(choice)
+        return choices
+
+    def _compiled(self, chunk: Chunk, seen: Seen | None, choices: list[Choice], weights: list[float]) -> Tensor:
+        assert chunk.base is not None
+        held = seen.held if seen is not None else None
+        elect, total = self.consensus, sum(weights)
+        ties = {"plus": 1, "none": 0, "majority": int(seen.majority) if seen is not None else 1}
+        mean = self.reduce == "mean" and elect is None and abs(total) >= 1e-8
+        return kernels.task_vectors(
+            chunk.rows() if held is None else held,
+            0 if held is None else chunk.start,
+            chunk.base,
+            choices,
+            weights,
+            vote=None if elect is None else elect.weighted,
+            tie=ties[elect.zero] if elect is not None else 0,
+            reduce=2 if self.reduce == "count" else int(self.reduce == "mean" and elect is not None),
+            denominator=total if mean else 1.0,
+            factor=self.scale,
+        )
 
     def _plain(self, taus: list[Tensor], weights: list[float]) -> Tensor:
         if self.reduce == "count":

@@ -21,17 +21,21 @@ import torch
 from torch import Tensor
 
 from soups.errors import ConfigError, WeightsError
+from soups.merging import kernels
 from soups.merging.method import Method, WholeModelMethod
 from soups.merging.operands import BLOCK, Chunk, Operands, Source
 from soups.stores.store import TensorMeta
 
 DEFAULT_BUDGET = 512 * 2**20
-# Enough to hide the cost of a Python call, little enough to stay in a core's cache.
-_BEST_CHUNK = 1 << 17
+# Enough to hide the cost of Python calls, for which workers wait for one another, little enough for the outer caches;
+# twice as much where loops are compiled, because those work on pieces that fit into the innermost.
+_BEST_CHUNK = 1 << 19
 # What a look at a tensor takes for each element it holds: the element, a copy to select in, masks.
 _HELD_BYTES = 12
+# numba's import and first call take less than a second; TIES wins that back on about so many bytes of models.
+_WORTH_COMPILING = 512 * 2**20
 # Chunks that a worker takes at once where a tensor can be split between workers.
-_STRIDE = 32
+_STRIDE = 8
 
 
 class Sink(Protocol):
@@ -95,6 +99,7 @@ def run(
     threads: int | None = None,
     device: torch.device | str = "cpu",
     chunk: int | None = None,
+    compiled: bool | None = None,
     finished: Set[str] = frozenset(),
     part: Callable[[str], int] = lambda _: 0,
     progress: Callable[[int], None] = lambda _: None,
@@ -109,6 +114,8 @@ def run(
         threads: workers; as many as the process may use cores when `None`.
         device: where to compute.
         chunk: elements of one model in a chunk, instead of what the budget and the cache suggest.
+        compiled: use compiled loops where there are such (`soups.merging.kernels`); the bits are the same. `None`: if numba is
+            installed and the models are large enough that this saves more than numba's start.
         finished: names of tensors that the sink has already; they are looked at where a method needs the whole model, and
             not made.
         part: the part of the output (a shard) that a tensor is in; parts are made one after another.
@@ -119,13 +126,15 @@ def run(
     """
     threads = threads or available_cores()
     check_device(device)
+    if compiled is None:
+        compiled = kernels.can_compile() and sum(job.nbytes() for job in jobs) >= _WORTH_COMPILING
     gate = _Gate(budget)
 
     def operands(job: Job, method: Method) -> Operands:
         count = len(job.models) + (job.base is not None)
         dtype = job.compute_dtype()
         room = budget // (threads * dtype.itemsize * (2 * count + 6))
-        size = chunk or max(BLOCK, min(room, _BEST_CHUNK))
+        size = chunk or max(BLOCK, min(room, _BEST_CHUNK << compiled))
         return Operands(
             job.key,
             job.meta.shape,
@@ -140,7 +149,7 @@ def run(
             holding=0 if chunk else budget // (2 * threads),
         )
 
-    with _one_thread_each(), _pool(threads) as (pool, stopped):
+    with _one_thread_each(), kernels.compiling(compiled), _pool(threads) as (pool, stopped):
         seen_all: dict[int, Any] = {}
         wide: dict[int, tuple[WholeModelMethod, list[Operands]]] = {}
         for job in jobs:

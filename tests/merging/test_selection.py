@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soups.merging.noise import bernoulli, bernoulli_each, random_bits, rounded
+from soups.merging.noise import kept, kept_each, masked_, random_bits, rounded
 from soups.merging.selection import Cut, cut_at, exact_cut, kth_largest
 
 numbers = st.lists(
@@ -33,7 +33,7 @@ def test_an_exact_cut_keeps_k_and_the_earlier_of_equal_ones(values, pieces, data
     (cut,) = exact_cut(lambda: parts, [rank], len(values), dtype=torch.float32, room=room)
     kept, start = [], 0
     for part in parts:
-        kept.append(cut.keep(part, start))
+        kept.append(cut.keep_(part.clone(), start))
         start += part.numel()
     chosen = whole.sort(descending=True, stable=True).indices[:rank]
     expected = torch.zeros_like(whole)
@@ -44,8 +44,8 @@ def test_an_exact_cut_keeps_k_and_the_earlier_of_equal_ones(values, pieces, data
 def test_signs_are_kept_and_equal_ones_are_kept_together():
     values = torch.tensor([-2.0, 1.0, 2.0, -3.0])
     (cut,) = cut_at([lambda: [values.abs()]], [2], 4, dtype=torch.float32)
-    assert cut.keep(values).tolist() == [-2.0, 0.0, 2.0, -3.0]
-    assert Cut(None).keep(values).equal(values) and not Cut(float("inf")).keep(values).any()
+    assert cut.keep_(values.clone()).tolist() == [-2.0, 0.0, 2.0, -3.0]
+    assert Cut(None).keep_(values).equal(values) and not Cut(float("inf")).keep_(values.clone()).any()
 
 
 @settings(max_examples=50, deadline=None)
@@ -56,7 +56,7 @@ def test_noise_does_not_depend_on_where_a_chunk_begins(start, count):
 
 
 def test_noise_is_uniform_and_differs_by_key():
-    like = torch.zeros(1)
+    like = torch.ones(7)
     bits = random_bits(0, "w", 0, 0, 160_000)
     for part in (bits, bits[::4], bits[3::16]):
         counts = np.bincount(part >> 11, minlength=32)
@@ -65,14 +65,15 @@ def test_noise_is_uniform_and_differs_by_key():
     assert abs(np.corrcoef(bits[:-1], bits[1:])[0, 1]) < 0.01
     assert rounded(0.25) == 0.25 and rounded(1e-9) == 2**-16 and rounded(0) == 0
     limits = torch.tensor([1, 16_384, 65_535], dtype=torch.int32).repeat(20_000)
-    share = bernoulli_each(limits, 0, "w", 0, 0, like=like).view(-1, 3).mean(0)
+    share = torch.from_numpy(kept_each(limits, 0, "w", 0, 0)).double().view(-1, 3).mean(0)
     assert share.tolist() == pytest.approx([0, 0.25, 1], abs=0.01)
-    mask = bernoulli(0.1, 0, "w", 0, 0, 100_000, like=like)
+    mask = torch.from_numpy(kept(0.1, 0, "w", 0, 0, 100_000)).double()
     assert float(mask.mean()) == pytest.approx(0.1, abs=0.005)
     for other in ((1, "w", 0), (0, "v", 0), (0, "w", 1)):
         assert (random_bits(*other, 0, 640) == random_bits(0, "w", 0, 0, 640)).sum() < 3
-    assert bernoulli(1.0, 0, "w", 0, 0, 5, like=like).tolist() == [1] * 5
-    assert bernoulli(0.0, 0, "w", 0, 0, 5, like=like).tolist() == [0] * 5
+    assert kept(1.0, 0, "w", 0, 0, 5).tolist() == [1] * 5
+    assert kept(0.0, 0, "w", 0, 0, 5).tolist() == [0] * 5
+    assert masked_(like, kept(0.0, 0, "w", 0, 0, like.numel())).tolist() == [0] * like.numel()
 
 
 def test_noise_is_what_it_was():

@@ -122,9 +122,9 @@ class Sizes(Method):
 
 
 def test_the_budget_bounds_the_chunks():
-    store = DictStore({"w": torch.zeros(300_000)})
-    plan = {"w": TensorMeta((300_000,), torch.float32)}
-    for budget, expected in ((1, 16_384), (2 * 4 * 12 * 35_000, 32_768), (1 << 40, 131_072)):
+    store = DictStore({"w": torch.zeros(900_000)})
+    plan = {"w": TensorMeta((900_000,), torch.float32)}
+    for budget, expected in ((1, 16_384), (2 * 4 * 12 * 35_000, 32_768), (1 << 40, 524_288)):
         method = Sizes()
         run([Job("w", plan["w"], method, (Source(store, "w"),) * 3)], MemorySink(plan), budget=budget, threads=2)
         assert method.largest == expected

@@ -56,7 +56,7 @@ def merge_recipe(
         shard_bytes: most bytes in one file.
         warn: told what mergekit would have ignored or done without a word.
         planned: told each plan before it is carried out.
-        options: of the engine: `budget`, `threads`, `device`, `progress`.
+        options: of the engine: `budget`, `threads`, `device`, `compiled`, `progress`.
 
     Returns:
         The weights, or the path that was written.

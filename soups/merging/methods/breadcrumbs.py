@@ -6,11 +6,13 @@ Model Breadcrumbs (arXiv:2312.06795), section 3: of each layer's |τ| the larges
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
+from soups.merging.kernels import Choice
 from soups.merging.method import one_of
 from soups.merging.operands import Chunk, Operands, Unit
 from soups.merging.selection import Cut
@@ -48,20 +50,30 @@ class Band(Transform):
         kept = min(int(density * total), total)
         return min(int(gamma * total), total - kept), kept
 
-    def observe(self, operands: Operands, model: int) -> list[Cut]:
-        """Find where the outliers end and where the band ends."""
+    def observe(self, operands: Operands) -> Sequence[list[Cut] | None]:
+        """Find where the outliers end and where the band ends, in each model."""
         if self.within == "row":
-            return []
-        top, kept = self._counts(model, operands.numel)
-        return tensor_cuts(operands, [top, top + kept], exact=True)
+            return super().observe(operands)
+        counts = [self._counts(model, operands.numel) for model in range(len(operands.models))]
+        return [
+            tensor_cuts(operands.only(model), [top, top + kept], exact=True) for model, (top, kept) in enumerate(counts)
+        ]
 
     def apply(self, delta: Tensor, seen: list[Cut], chunk: Chunk, model: int) -> Tensor:
         """Set everything outside the band to zero."""
         if self.within == "row":
             return self._apply_rows(delta, chunk, model)
         outliers, upper = seen
+        largest = outliers.keep_(delta.clone(), chunk.start)
         # Both hold the same numbers or zeros, so the difference is exact.
-        return upper.keep(delta, chunk.start) - outliers.keep(delta, chunk.start)
+        return upper.keep_(delta, chunk.start).sub_(largest)
+
+    def choice(self, seen: list[Cut], chunk: Chunk, count: int, model: int) -> Choice | None:
+        """Set everything outside the band to zero, if it is the tensor's."""
+        if self.within == "row":
+            return None
+        outliers, upper = (cut.limits(count, chunk.start) for cut in seen)
+        return Choice((*upper, *outliers))
 
     def _apply_rows(self, delta: Tensor, chunk: Chunk, model: int) -> Tensor:
         rows = delta.view(-1, max(1, chunk.width))

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from soups.merging.kernels import Choice
 from soups.merging.method import one_of
-from soups.merging.noise import bernoulli, rounded
+from soups.merging.noise import kept, masked_, rounded
 from soups.merging.operands import Chunk
 from soups.merging.stages import Elect, TaskVectors, Transform, mergekit_form
 
@@ -38,8 +39,16 @@ class Drop(Transform):
         density = one_of(self.density, model, share="density")
         if density >= 1:
             return delta
-        delta.mul_(bernoulli(density, self.seed, chunk.key, model, chunk.start, delta.numel(), like=delta))
+        masked_(delta, kept(density, self.seed, chunk.key, model, chunk.start, delta.numel()))
         return delta.div_(rounded(density)) if self.rescale and density > 0 else delta
+
+    def choice(self, seen: Any, chunk: Chunk, count: int, model: int) -> Choice:
+        """Drop."""
+        density = one_of(self.density, model, share="density")
+        if density >= 1:
+            return Choice()
+        mask = kept(density, self.seed, chunk.key, model, chunk.start, count)
+        return Choice(mask=mask, divisor=rounded(density) if self.rescale and density > 0 else 1.0)
 
 
 def dare(

@@ -13,36 +13,13 @@ import torch
 from torch import Tensor
 
 from soups.errors import ConfigError
+from soups.merging.kernels import by_rank
 from soups.merging.method import one_of
-from soups.merging.noise import bernoulli_each
+from soups.merging.noise import kept_each, masked_
 from soups.merging.operands import Chunk, Unit
 from soups.merging.stages import Elect, TaskVectors, Transform, mergekit_form
 
 Several = float | tuple[float, ...]
-
-
-def by_rank(rows: Tensor, table: Tensor) -> Tensor:
-    """Return, for each element, the entry of `table` at its rank by magnitude within its row.
-
-    Rank 0 is the smallest; of equal ones the earlier ranks lower. Magnitudes and places are packed into one integer each:
-    sorting those is ten times faster than an argsort.
-
-    Args:
-        rows: shape (rows, width).
-        table: shape (width,), on the CPU.
-
-    >>> by_rank(torch.tensor([[3.0, -1.0, 2.0, 1.0]]), torch.arange(4)).tolist()
-    [[3, 0, 2, 1]]
-    """
-    width = rows.shape[1]
-    if rows.dtype == torch.float32:
-        packed = rows.abs().cpu().view(torch.int32).to(torch.int64) << 32
-        packed |= torch.arange(width, dtype=torch.int64)
-        packed.numpy().sort(axis=1)
-        order = packed & 0xFFFFFFFF
-    else:
-        order = rows.abs().cpu().argsort(dim=1, stable=True)
-    return torch.empty(rows.shape, dtype=table.dtype).scatter_(1, order, table.expand_as(order))
 
 
 @dataclass(frozen=True)
@@ -84,7 +61,7 @@ class MagnitudeDrop(Transform):
         )
         limits = ((density - epsilon + 2 * epsilon * share) * 2**16).round_().clamp_(1, 2**16 - 1).to(torch.int32)
         chosen = by_rank(delta.view(-1, width), limits).view(-1)
-        delta.mul_(bernoulli_each(chosen, self.seed, chunk.key, model, chunk.start, like=delta))
+        masked_(delta, kept_each(chosen, self.seed, chunk.key, model, chunk.start))
         return delta.div_(chosen.to(delta.device, delta.dtype).mul_(2.0**-16)) if self.rescale else delta
 
 

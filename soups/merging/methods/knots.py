@@ -70,7 +70,7 @@ class KnOTS(MatrixMethod, WholeModelMethod):
         if found is None:
             return torch.zeros_like(deltas[0])
         basis, parts = found
-        trimmed = [cut.keep(part) for part, cut in zip(parts, cuts or [Cut(None)] * len(parts), strict=True)]
+        trimmed = [cut.keep_(part) for part, cut in zip(parts, cuts or [Cut(None)] * len(parts), strict=True)]
         sign = torch.stack(trimmed).sum(0).sign_()
         agreeing = [(part * sign).relu_() for part in trimmed]
         count = torch.stack([part.sign() for part in agreeing]).sum(0).clamp_(min=1)

@@ -54,7 +54,7 @@ class SCE(Method):
         deltas = chunk.deltas()
         if cut.threshold is None:
             return deltas
-        mask = cut.keep(variance(deltas), chunk.start).sign_()
+        mask = cut.keep_(variance(deltas), chunk.start).sign_()
         return [delta.mul_(mask) for delta in deltas]
 
     def combine(self, chunk: Chunk, seen: tuple[Cut, list[float]]) -> Tensor:
