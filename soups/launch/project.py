@@ -215,7 +215,8 @@ class ProjectTask:
             except NeedsProcesses:
                 from soups.launch.worker import run_in_processes
 
-                run_in_processes("project", _with_hydra(config), False, module=self.module, function=self.name)
+                where = {"module": self.module, "function": self.name}
+                run_in_processes("project", _with_hydra(config), False, alone=True, **where)
         except Exception as error:
             why = str(error) if isinstance(error, SoupError) else f"{type(error).__name__}: {error}"
             if name not in pool:

@@ -126,7 +126,7 @@ def run_node(settings: Settings, name: str) -> None:
             from soups.launch.worker import run_in_processes
 
             try:
-                run_in_processes("node", settings, False, node=name)
+                run_in_processes("node", settings, False, alone=node.optional, node=name)
             except RunError as error:
                 pool.fail(Failure(fingerprint=name, error=str(error), determinants=node.determinants))
                 raise
