@@ -1,7 +1,7 @@
 """Loops over elements that torch needs several passes for, compiled by numba (the extra `fast`).
 
-One loop a function, on flat NumPy arrays of float32 (or the bits of bfloat16), without the interpreter's lock. No operation is
-contracted or reordered, so each gives the bits of the torch expression in `soups.merging.kernels`, which calls them. numba
+On flat NumPy arrays of float32 (or the bits of bfloat16), without the interpreter's lock. No operation is contracted or
+reordered, so the bits are those of the torch operations in whose place they are. `soups.merging.kernels` calls them. numba
 compiles a function at its first call, in a fraction of a second, and keeps the result beside this file or in the user's cache.
 """
 
@@ -113,9 +113,15 @@ def _mask(out: Any, kept: Any) -> None:
 
 
 @_compiled
-def _multiply(out: Any, factor: Any) -> None:
+def _masked(source: Any, kept: Any, out: Any) -> None:
     for i in range(out.size):
-        out[i] *= factor
+        out[i] = source[i] * np.float32(kept[i])
+
+
+@_compiled
+def _multiply(out: Any, factor: Any, weight: Any) -> None:
+    for i in range(out.size):
+        out[i] = out[i] * factor * weight
 
 
 @_compiled
@@ -159,6 +165,13 @@ def _add_agreeing(total: Any, divisor: Any, tau: Any, sign: Any, weight: Any, sh
 
 
 @_compiled
+def _sum_agreeing(total: Any, tau: Any, sign: Any, weight: Any) -> None:
+    for i in range(total.size):
+        agreeing = tau[i] * sign[i]
+        total[i] += (_NOTHING if agreeing <= 0 else agreeing) * weight
+
+
+@_compiled
 def _divide_by_count(total: Any, count: Any) -> None:
     for i in range(total.size):
         total[i] /= max(count[i], _ONE)
@@ -177,21 +190,24 @@ def _scale_and_add(total: Any, factor: Any, base: Any) -> None:
 
 
 @_compiled
-def _transform(source: Any, cut: Any, offset: Any, kept: Any, scale: Any, out: Any) -> None:
-    """Apply a `soups.merging.kernels.Choice` to a piece of a task vector, `offset` elements into its chunk."""
-    here = min(max(np.int64(cut[2]) - offset, 0), out.size)
-    _shrink(source[:here], cut[0], out[:here])
-    _shrink(source[here:], cut[1], out[here:])
-    if cut[3] < np.inf:
-        here = min(max(np.int64(cut[5]) - offset, 0), out.size)
-        _subtract_outliers(source[:here], cut[3], out[:here])
-        _subtract_outliers(source[here:], cut[4], out[here:])
-    if kept.size:
-        _mask(out, kept)
+def _transform(source: Any, cut: Any, offset: Any, kept: Any, scale: Any, weight: Any, out: Any) -> None:
+    """Apply a `soups.merging.kernels.Choice` to a piece of a task vector, `offset` elements into its chunk, and weigh it."""
+    if kept.size and cut[0] < 0 and cut[1] < 0 and cut[3] == np.inf:
+        _masked(source, kept, out)
+    else:
+        here = min(max(np.int64(cut[2]) - offset, 0), out.size)
+        _shrink(source[:here], cut[0], out[:here])
+        _shrink(source[here:], cut[1], out[here:])
+        if cut[3] < np.inf:
+            here = min(max(np.int64(cut[5]) - offset, 0), out.size)
+            _subtract_outliers(source[:here], cut[3], out[:here])
+            _subtract_outliers(source[here:], cut[4], out[here:])
+        if kept.size:
+            _mask(out, kept)
     if scale[0] != _ONE:
         _divide(out, scale[0])
-    if scale[1] != _ONE:
-        _multiply(out, scale[1])
+    if scale[1] != _ONE or weight != _ONE:
+        _multiply(out, scale[1], weight)
 
 
 @_compiled
@@ -200,7 +216,7 @@ def magnitudes(delta: Any, cut: Any, kept: Any, scale: Any, before: Any, after: 
     for start in range(0, delta.size, _PIECE):
         stop = min(start + _PIECE, delta.size)
         source, left = delta[start:stop], after[start:stop]
-        _transform(source, cut, start, kept[start:stop], scale, left)
+        _transform(source, cut, start, kept[start:stop], scale, _ONE, left)
         _absolute(source, before[start:stop])
         _drop_sign(left)
 
@@ -250,12 +266,10 @@ def task_vectors(
         total[:] = _NOTHING
         divisor[:] = _NOTHING
         for model in range(models):
-            tau = work[model, :size]
-            mask = kept[model, start:stop]
-            _transform(deltas[model, at + start : at + stop], cuts[model], start, mask, scales[model], tau)
+            tau, mask = work[model, :size], kept[model, start:stop]
+            weight = weights[model] if elect and vote else _ONE
+            _transform(deltas[model, at + start : at + stop], cuts[model], start, mask, scales[model], weight, tau)
             if elect:
-                if vote:
-                    _multiply(tau, weights[model])
                 if model:
                     _add(sign, tau)
                 else:
@@ -267,13 +281,16 @@ def task_vectors(
                 _add_multiple(total, tau, weights[model])
             else:
                 total[:] = tau
-                _multiply(total, weights[model])
+                _multiply(total, weights[model], _ONE)
         if elect:
             _decide(sign, tie)
             for model in range(models):
                 weight = _ONE if vote else weights[model]
-                share = _ONE if reduce == 2 else weights[model]
-                _add_agreeing(total, divisor, work[model, :size], sign, weight, share)
+                if reduce:
+                    share = _ONE if reduce == 2 else weights[model]
+                    _add_agreeing(total, divisor, work[model, :size], sign, weight, share)
+                else:
+                    _sum_agreeing(total, work[model, :size], sign, weight)
             for i in range(size):
                 total[i] *= sign[i]
         if reduce == 2:
