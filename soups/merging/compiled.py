@@ -190,18 +190,20 @@ def _scale_and_add(total: Any, factor: Any, base: Any) -> None:
 
 
 @_compiled
-def _transform(source: Any, cut: Any, offset: Any, kept: Any, scale: Any, weight: Any, out: Any) -> None:
+def _transform(
+    source: Any, limits: Any, places: Any, offset: Any, kept: Any, scale: Any, weight: Any, out: Any
+) -> None:
     """Apply a `soups.merging.kernels.Choice` to a piece of a task vector, `offset` elements into its chunk, and weigh it."""
-    if kept.size and cut[0] < 0 and cut[1] < 0 and cut[3] == np.inf:
+    if kept.size and limits[0] < 0 and limits[1] < 0 and limits[2] == np.inf:
         _masked(source, kept, out)
     else:
-        here = min(max(np.int64(cut[2]) - offset, 0), out.size)
-        _shrink(source[:here], cut[0], out[:here])
-        _shrink(source[here:], cut[1], out[here:])
-        if cut[3] < np.inf:
-            here = min(max(np.int64(cut[5]) - offset, 0), out.size)
-            _subtract_outliers(source[:here], cut[3], out[:here])
-            _subtract_outliers(source[here:], cut[4], out[here:])
+        here = min(max(places[0] - offset, 0), out.size)
+        _shrink(source[:here], limits[0], out[:here])
+        _shrink(source[here:], limits[1], out[here:])
+        if limits[2] < np.inf:
+            here = min(max(places[1] - offset, 0), out.size)
+            _subtract_outliers(source[:here], limits[2], out[:here])
+            _subtract_outliers(source[here:], limits[3], out[here:])
         if kept.size:
             _mask(out, kept)
     if scale[0] != _ONE:
@@ -211,12 +213,12 @@ def _transform(source: Any, cut: Any, offset: Any, kept: Any, scale: Any, weight
 
 
 @_compiled
-def magnitudes(delta: Any, cut: Any, kept: Any, scale: Any, before: Any, after: Any) -> None:
+def magnitudes(delta: Any, limits: Any, places: Any, kept: Any, scale: Any, before: Any, after: Any) -> None:
     """before = |delta|, after = |transformed delta|."""
     for start in range(0, delta.size, _PIECE):
         stop = min(start + _PIECE, delta.size)
         source, left = delta[start:stop], after[start:stop]
-        _transform(source, cut, start, kept[start:stop], scale, _ONE, left)
+        _transform(source, limits, places, start, kept[start:stop], scale, _ONE, left)
         _absolute(source, before[start:stop])
         _drop_sign(left)
 
@@ -226,7 +228,8 @@ def task_vectors(
     deltas: Any,
     at: Any,
     base: Any,
-    cuts: Any,
+    limits: Any,
+    places: Any,
     kept: Any,
     scales: Any,
     weights: Any,
@@ -245,7 +248,8 @@ def task_vectors(
         deltas: shape (models, n or more), from column `at` on.
         at: where the chunk begins.
         base: shape (n,).
-        cuts: shape (models, 6), see `_transform`.
+        limits: shape (models, 4), see `soups.merging.kernels.Choice`.
+        places: shape (models, 2), int64, the same.
         kept: shape (models, n) or (models, 0).
         scales: shape (models, 2).
         weights: shape (models,).
@@ -268,7 +272,8 @@ def task_vectors(
         for model in range(models):
             tau, mask = work[model, :size], kept[model, start:stop]
             weight = weights[model] if elect and vote else _ONE
-            _transform(deltas[model, at + start : at + stop], cuts[model], start, mask, scales[model], weight, tau)
+            source = deltas[model, at + start : at + stop]
+            _transform(source, limits[model], places[model], start, mask, scales[model], weight, tau)
             if elect:
                 if model:
                     _add(sign, tau)

@@ -116,14 +116,16 @@ class Choice(NamedTuple):
     """What a transform does to a chunk of a task vector, for compiled loops.
 
     Attributes:
-        limits: an element is kept if its magnitude exceeds the first of them, from place `limits[2]` of the chunk on the
-            second; what also exceeds the fourth, from place `limits[5]` on the fifth, is set to zero after all.
+        limits: an element is kept if its magnitude exceeds the first, from place `places[0]` of the chunk on the second; what
+            also exceeds the third, from place `places[1]` on the fourth, is set to zero after all.
+        places: those places.
         mask: zeros and ones to multiply by; empty for none.
         divisor: what is left is divided by it, …
         factor: … then multiplied by this.
     """
 
-    limits: tuple[float, float, int, float, float, int] = (-1.0, -1.0, 0, _INFINITY, _INFINITY, 0)
+    limits: tuple[float, float, float, float] = (-1.0, -1.0, _INFINITY, _INFINITY)
+    places: tuple[int, int] = (0, 0)
     mask: Mask = np.empty(0, np.uint8)
     divisor: float = 1.0
     factor: float = 1.0
@@ -140,8 +142,9 @@ def magnitudes(delta: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
     """
     before, after = buffer("before", delta.dtype, delta.numel()), buffer("after", delta.dtype, delta.numel())
     loops = _loops(delta)
-    limits, scale = np.array(choice.limits, np.float32), np.array(choice.scale(), np.float32)
-    loops.magnitudes(delta.numpy(), limits, choice.mask, scale, before.numpy(), after.numpy())
+    limits, places = np.array(choice.limits, np.float32), np.array(choice.places, np.int64)
+    scale = np.array(choice.scale(), np.float32)
+    loops.magnitudes(delta.numpy(), limits, places, choice.mask, scale, before.numpy(), after.numpy())
     return before, after
 
 
@@ -189,6 +192,7 @@ def task_vectors(
         at,
         base.numpy(),
         np.array([choice.limits for choice in choices], np.float32),
+        np.array([choice.places for choice in choices], np.int64),
         kept,
         np.array([choice.scale() for choice in choices], np.float32),
         np.array(weights, np.float32),

@@ -125,7 +125,8 @@ class Trim(WholeModelTransform):
 
     def choice(self, seen: Cut, chunk: Chunk, count: int, model: int) -> Choice:
         """Set what is below the cut to zero."""
-        return Choice((*seen.limits(count, chunk.start), *Choice().limits[3:]))
+        first, second, place = seen.limits(count, chunk.start)
+        return Choice((first, second, float("inf"), float("inf")), (place, 0))
 
 
 def model_cut(operands: Sequence[Operands], rank: int, map: Map) -> Cut:

@@ -73,7 +73,7 @@ class Band(Transform):
         if self.within == "row":
             return None
         outliers, upper = (cut.limits(count, chunk.start) for cut in seen)
-        return Choice((*upper, *outliers))
+        return Choice((*upper[:2], *outliers[:2]), (upper[2], outliers[2]))
 
     def _apply_rows(self, delta: Tensor, chunk: Chunk, model: int) -> Tensor:
         rows = delta.view(-1, max(1, chunk.width))
