@@ -90,14 +90,17 @@ class _Group:
         self._count += 1
         path = _job(Path(self._folder.name), self._count)
         write_json(path, job)
-        while not path.with_suffix(".done").exists():
-            if self._process.poll() is not None and not path.with_suffix(".done").exists():
-                error = path.with_suffix(".error")
-                why = f"the processes of the run ended with code {self._process.returncode}"
-                message = error.read_text() if error.exists() else why
-                self.close()
-                raise RunError(message)
-            time.sleep(_PAUSE)
+        try:
+            while not path.with_suffix(".done").exists():
+                if self._process.poll() is not None and not path.with_suffix(".done").exists():
+                    error = path.with_suffix(".error")
+                    why = f"the processes of the run ended with code {self._process.returncode}"
+                    raise RunError(error.read_text() if error.exists() else why)
+                time.sleep(_PAUSE)
+        except BaseException:  # an interruption too: nobody waits for the job any more
+            self._process.kill()
+            self.close()
+            raise
 
     def close(self) -> None:
         """Let the processes end, and wait for that."""

@@ -4,6 +4,7 @@ import copy
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -68,3 +69,14 @@ def test_a_job_alone_leaves_no_process(settings: Settings, tmp_path: Path) -> No
     run_in_processes("fit", settings, False, alone=True)
     assert not worker._Group._kept
     assert len(Pool(tmp_path / "pool").ingredients()) == 1
+
+
+def test_an_interruption_ends_the_job(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(worker, "time", SimpleNamespace(sleep=interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_in_processes("fit", settings, False)
+    (group,) = worker._Group._kept.values()
+    assert group._process.poll() == -signal.SIGKILL
