@@ -44,7 +44,7 @@ def run_in_processes(job: Job, settings: Settings, show_progress: bool, *, alone
     trainer = settings.get("trainer", {})
     wanted = {key: trainer.get(key) for key in ("accelerator", "devices", "num_nodes", "strategy")}
     environment = {key: value for key, value in os.environ.items() if key not in _OF_THE_PARENT}
-    group = _Group.alone() if alone else _Group.shared(json.dumps([wanted, sorted(environment.items())]))
+    group = _Group() if alone else _Group.shared(json.dumps([wanted, sorted(environment.items())]))
     try:
         group.run({"job": job, "settings": settings, "show_progress": show_progress, **more})
     finally:
@@ -66,11 +66,6 @@ class _Group:
         command = [sys.executable, "-m", "soups.launch.worker", self._folder.name]
         self._process = subprocess.Popen(command, env=environment)
         atexit.register(self.close)
-
-    @classmethod
-    def alone(cls) -> _Group:
-        """Return new processes."""
-        return cls()
 
     @classmethod
     def shared(cls, key: str) -> _Group:

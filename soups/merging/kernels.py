@@ -79,11 +79,25 @@ def compiled(dtype: torch.dtype, device: torch.device) -> bool:
     return _switch.count > 0 and dtype == torch.float32 and device.type == "cpu"
 
 
+def _module() -> Any:
+    """Return the compiled loops, whether they are switched on or not.
+
+    Raises:
+        ConfigError: numba is installed and cannot be imported, as when it does not know NumPy's version.
+    """
+    try:
+        return importlib.import_module("soups.merging.compiled")
+    except ImportError as error:
+        raise ConfigError(
+            f"numba is installed and cannot be imported: {error}. Install one that fits, or merge without it "
+            f"(--no-compiled, compiled=False): results are the same, later."
+        ) from error
+
+
 def _loops(*tensors: Tensor) -> Any:
     """Return the compiled loops if they are to be used for these tensors, else `None`."""
-    if not _switch.count or not all(compiled(one.dtype, one.device) and one.is_contiguous() for one in tensors):
-        return None
-    return importlib.import_module("soups.merging.compiled")
+    wanted = all(compiled(one.dtype, one.device) and one.is_contiguous() for one in tensors)
+    return _module() if wanted else None
 
 
 # Chunks of more elements than this are rare, and get memory of their own.
@@ -141,10 +155,9 @@ def magnitudes(delta: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
     Only for what is `compiled`.
     """
     before, after = buffer("before", delta.dtype, delta.numel()), buffer("after", delta.dtype, delta.numel())
-    loops = _loops(delta)
     limits, places = np.array(choice.limits, np.float32), np.array(choice.places, np.int64)
     scale = np.array(choice.scale(), np.float32)
-    loops.magnitudes(delta.numpy(), limits, places, choice.mask, scale, before.numpy(), after.numpy())
+    _module().magnitudes(delta.numpy(), limits, places, choice.mask, scale, before.numpy(), after.numpy())
     return before, after
 
 
@@ -187,7 +200,7 @@ def task_vectors(
         kept = np.stack([choice.mask if len(choice.mask) else ones for choice in choices])
     else:
         kept = np.empty((count, 0), np.uint8)
-    _loops(base).task_vectors(
+    _module().task_vectors(
         deltas.numpy(),
         at,
         base.numpy(),
@@ -260,6 +273,7 @@ def _leap(steps: int) -> tuple[int, int]:
 def random_words(state: int, increment: int, first: int, count: int) -> Words:
     """Return what NumPy's PCG64DXSM draws from `state` on: its numbers `first` to `first + count`.
 
+    NumPy draws them one after another, and each waits for the one before; several stretches at once take half the time.
     Only where loops are `compiled`.
     """
     length = -(-count // _LANES)
@@ -270,7 +284,7 @@ def random_words(state: int, increment: int, first: int, count: int) -> Words:
         states.append((a * (states[-1] if states else state) + g * increment) % (1 << 128))
     high, low = (np.array(half, np.uint64) for half in zip(*(divmod(one, 1 << 64) for one in states), strict=True))
     step = [np.uint64(half) for half in divmod(increment, 1 << 64)]
-    importlib.import_module("soups.merging.compiled").random_words(high, low, *step, words)
+    _module().random_words(high, low, *step, words)
     return words.reshape(-1)[:count]
 
 

@@ -32,7 +32,7 @@ DEFAULT_BUDGET = 512 * 2**20
 _BEST_CHUNK = 1 << 19
 # What a look at a tensor takes for each element it holds: the element, a copy to select in, masks.
 _HELD_BYTES = 12
-# numba's import and first call take less than a second; TIES wins that back on about so many bytes of models.
+# numba's import and first call take a little under a second, which small merges do not win back.
 _WORTH_COMPILING = 512 * 2**20
 # Chunks that a worker takes at once where a tensor can be split between workers.
 _STRIDE = 8

@@ -129,3 +129,20 @@ def test_without_numba_a_merge_says_what_to_install(monkeypatch):
     with pytest.raises(ConfigError, match=r"soups\[fast\]"):
         merge("ties", experts, base=base, compiled=True)
     assert merge("ties", experts, base=base)["row"].shape == (1500,)
+
+
+def test_a_numba_that_cannot_be_imported_is_named(monkeypatch):
+    def fail(name):
+        raise ImportError("Numba needs NumPy 2.2 or less")
+
+    monkeypatch.setattr(kernels.importlib, "import_module", fail)
+    base, *experts = family(1, torch.float32, coarse=False)
+    with pytest.raises(ConfigError, match=r"needs NumPy 2.2 or less.*--no-compiled"):
+        merge("ties", experts, base=base, compiled=True)
+
+
+def test_a_loop_that_has_begun_outlives_the_switch():
+    # Another merge in this process may end between the question whether to compile and the loop.
+    before, after = kernels.magnitudes(torch.tensor([-2.0, 1.0]), kernels.Choice(factor=3.0))
+    assert before.tolist() == [2.0, 1.0]
+    assert after.tolist() == [6.0, 3.0]
