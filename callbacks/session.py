@@ -302,7 +302,8 @@ class Session:
         for key, tensor in weights.items():
             if key in value and key not in self._buffers:
                 difference = tensor.detach().float() - value[key].to(tensor.device).float()
-                total += difference.square().sum(dtype=torch.float64).cpu()
+                # The sum stays where the weights are: NCCL adds up nothing on the CPU.
+                total = total.to(tensor.device) + difference.square().sum(dtype=torch.float64)
         if any_sharded(self.originals()):
             torch.distributed.all_reduce(total)
         return math.sqrt(float(total))

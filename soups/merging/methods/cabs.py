@@ -54,8 +54,22 @@ class CABS(Method):
             padded[: delta.numel()] = delta.abs()
             # −1 for what is taken; zeros are never worth a place.
             magnitude = (padded.view(-1, group) + 1).mul_(free).sub_(1)
-            places = magnitude.topk(self.keep, dim=1).indices
-            mask = torch.zeros_like(free).scatter_(1, places, 1.0).mul_((magnitude > 0).to(free.dtype))
+            mask = largest(magnitude, self.keep).mul_((magnitude > 0).to(free.dtype))
             free.sub_(mask)
             total += delta.mul_(mask.view(-1)[: delta.numel()]).mul_(weight)
         return total.mul_(self.scale).add_(chunk.base)
+
+
+def largest(rows: Tensor, count: int) -> Tensor:
+    """Return ones where a row's `count` largest elements are, the earlier of equal ones, and zeros elsewhere.
+
+    Which of equal elements `topk` takes depends on the device.
+
+    >>> largest(torch.tensor([[1.0, 2.0, 2.0, 2.0]]), 2).tolist()
+    [[0.0, 1.0, 1.0, 0.0]]
+    """
+    least = rows.topk(count, dim=1).values[:, -1:]
+    mask = rows > least
+    equal = rows == least
+    room = count - mask.sum(1, dtype=torch.int32, keepdim=True)
+    return (mask | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))).to(rows.dtype)

@@ -90,7 +90,7 @@ def _tied(deltas: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]] | None:
     """Return U (m, r) and each S V_tᵀ (r, n); `None` where no model has changed the matrix."""
     if not any(bool(delta.any()) for delta in deltas):
         return None
-    u, s, vt = svd(torch.cat(list(deltas), dim=1).double())
+    u, s, vt = svd(torch.cat(list(deltas), dim=1), torch.float64)
     rank = int((s > _SMALLEST).sum())
     if rank == 0:
         return None

@@ -72,10 +72,41 @@ def average(tensors: list[Tensor]) -> Tensor:
     return weighted_sum([1.0] * len(tensors), tensors).div_(len(tensors))
 
 
-def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the thin SVD: U (m, r), S (r,), Vᵀ (r, n), r = min(m, n)."""
-    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-    return u, s, vt
+def svd(matrix: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the thin SVD: U (m, r), S (r,), Vᵀ (r, n), r = min(m, n).
+
+    On a GPU that of float32 matrices is not torch's: cuSOLVER's Jacobi method, torch's choice there, is off by 3e-4 of the
+    largest singular value in float32, and its other one takes ten times as long as `_svd_by_gram`.
+
+    Args:
+        matrix: float32 or float64.
+        dtype: of the result; the matrix's when None.
+    """
+    dtype = dtype or matrix.dtype
+    if not matrix.is_cuda:
+        u, s, vt = torch.linalg.svd(matrix.to(dtype), full_matrices=False)
+    elif matrix.dtype == torch.float64:
+        u, s, vt = torch.linalg.svd(matrix, full_matrices=False, driver="gesvd")
+    else:
+        u, s, vt = _svd_by_gram(matrix)
+    return u.to(dtype), s.to(dtype), vt.to(dtype)
+
+
+def _svd_by_gram(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the thin SVD of a float32 matrix, in float64, through the eigenvectors of the smaller Gram matrix.
+
+    A = U S Vᵀ (m ≤ n): A Aᵀ = U S² Uᵀ in float64 gives U, and AᵀU = V S is made orthonormal by Householder's QR, which
+    completes V where singular values vanish. Squaring leaves errors of about 1e-8 of the largest singular value, less than the
+    matrix's own rounding to float32.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        u, s, vt = _svd_by_gram(matrix.T)
+        return vt.T, s, u.T
+    wide = matrix.double()
+    u = torch.linalg.eigh(wide @ wide.T).eigenvectors.flip(1)
+    v, triangle = torch.linalg.qr(wide.T @ u)
+    diagonal = triangle.diagonal()
+    return u * torch.where(diagonal < 0, -1.0, 1.0), diagonal.abs(), v.T
 
 
 def polar(matrix: Tensor) -> Tensor:
