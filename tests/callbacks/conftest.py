@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
+from tests.devices import ACCELERATOR
+
 BATCHES, SIZE = 6, 4
 
 
@@ -79,14 +81,15 @@ class Toy(pl.LightningModule):
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+    """Return a copy of all tensors, on the CPU."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in module.state_dict().items()}
 
 
 def trainer(tmp_path: Any, *callbacks: Any, **options: Any) -> pl.Trainer:
     defaults: dict[str, Any] = {
         "default_root_dir": tmp_path,
         "max_epochs": 3,
-        "accelerator": "cpu",
+        "accelerator": ACCELERATOR,
         "logger": False,
         "enable_checkpointing": any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks),
         "enable_progress_bar": False,
@@ -127,11 +130,12 @@ def mean_of(points: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def close(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-6) -> None:
     for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name].double(), tensor.double(), rtol=tolerance, atol=tolerance, msg=name)
+        pair = found[name].cpu().double(), tensor.cpu().double()
+        torch.testing.assert_close(*pair, rtol=tolerance, atol=tolerance, msg=name)
 
 
 def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
-    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    return found.keys() == wanted.keys() and all(torch.equal(found[name].cpu(), wanted[name].cpu()) for name in wanted)
 
 
 @pytest.fixture
@@ -144,6 +148,7 @@ def toy() -> SimpleNamespace:
 def _quiet(recwarn: Any) -> Any:
     # Lightning warns about workers, loggers and short epochs, none of which matters here.
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # values are compared with the CPU's
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(does not have many workers|log_every_n_steps|`logger=True`).*")
         yield

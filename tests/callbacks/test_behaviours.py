@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from soups.averaging import averages, load_averaged
 from soups.callbacks import EMA, SWA, Averages
 from soups.errors import SoupError
+from tests.devices import forks
 
 EPOCHS = 8
 
@@ -74,7 +75,7 @@ def test_counts_and_values(tmp_path, toy, norm, stream):
     toy.close(keep.average("swa"), toy.mean_of([module.points[8 * e - 1] for e in (4, 6, 8)]))
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=forks)])
 @pytest.mark.parametrize("crash", [1, 3, 5])
 def test_crash_and_resume(tmp_path, toy, crash, devices):
     fit(toy, tmp_path / "whole", crashing(toy), callbacks(), devices)

@@ -35,7 +35,7 @@ def by_step(toy):
 
     class ByStep(toy.Toy):
         def training_step(self, batch, batch_idx):
-            x, y = toy.data(batches=30).tensors
+            x, y = (tensor.to(self.device) for tensor in toy.data(batches=30).tensors)
             at = 4 * self.trainer.global_step
             return self.loss((x[at : at + 4], y[at : at + 4]))
 
@@ -298,7 +298,7 @@ def test_lightnings_own_checkpoints(tmp_path, toy):
     save = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
     toy.trainer(tmp_path, theirs, save, max_epochs=2).fit(module)
     path = tmp_path / "epoch=1.ckpt"
-    held = torch.load(path, weights_only=True)
+    held = torch.load(path, map_location="cpu", weights_only=True)
     assert [row.name for row in averages(path)] == ["raw", "ema"]
     assert toy.same(load_averaged(path, "raw"), held["current_model_state"])
     average = load_averaged(path, "ema")

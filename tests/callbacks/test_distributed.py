@@ -1,4 +1,7 @@
-"""Averages on two gloo processes: replicated (DDP) and sharded (FSDP2 through ModelParallelStrategy)."""
+"""Averages on two gloo processes: replicated (DDP) and sharded (FSDP2 through ModelParallelStrategy).
+
+Where there is a GPU, also sharded on one NCCL process: the shards are whole there, but they are DTensors all the same.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,10 @@ from callbacks.sharding import refuse_opaque
 from soups.averaging import PostHoc, Power, Snapshots, averages, load_averaged
 from soups.callbacks import EMA, LAWA, SWA, Averages, PostHocEMA, Trajectory
 from soups.errors import ConfigError
+from tests.devices import forks
 
 
+@forks
 def test_ddp_keeps_the_same_average_on_both_processes(tmp_path, toy):
     class Check(pl.Callback):
         def on_fit_end(self, trainer, pl_module):
@@ -67,7 +72,7 @@ class Sharded(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         draw = torch.Generator().manual_seed(self.trainer.global_step)
-        x = torch.randn(4, 3, generator=draw)
+        x = torch.randn(4, 3, generator=draw).to(self.device)
         return self.loss((x, x.sum(1, keepdim=True)))
 
     def validation_step(self, batch, batch_idx):
@@ -80,7 +85,8 @@ class Sharded(pl.LightningModule):
         self.points.append({name: p.full_tensor().detach().clone() for name, p in self.named_parameters()})
 
     def train_dataloader(self):
-        return DataLoader(TensorDataset(torch.zeros(48, 3), torch.zeros(48, 1)), batch_size=4)
+        samples = 24 * int(os.environ["WORLD_SIZE"])  # six steps an epoch
+        return DataLoader(TensorDataset(torch.zeros(samples, 3), torch.zeros(samples, 1)), batch_size=4)
 
     def val_dataloader(self):
         x = torch.randn(8, 3, generator=torch.Generator().manual_seed(9))
@@ -88,19 +94,21 @@ class Sharded(pl.LightningModule):
 
 
 def make_trainer(folder, *callbacks, distributed=True, **options):
+    world = int(os.environ["WORLD_SIZE"])
     defaults = {
-        "max_epochs": 3, "accelerator": "cpu", "devices": 2, "logger": False, "enable_checkpointing": False,
-        "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0,
+        "max_epochs": 3, "accelerator": "cpu" if world > 1 else "gpu", "devices": world, "logger": False,
+        "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
     }  # fmt: skip
     strategy = ModelParallelStrategy(
-        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=distributed
+        data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=distributed
     )
     return pl.Trainer(default_root_dir=folder, callbacks=list(callbacks), strategy=strategy, **{**defaults, **options})
 
 
 def kept(folder):
     return [
-        EMA(decay=0.9, validate="both"),
+        EMA(decay=0.9, validate="both", log_distance=True),
         LAWA(k=3, every="2st"),
         PostHocEMA(snapshot_every="1ep", folder=folder / "posthoc"),
         Trajectory(folder=folder / "trajectory"),
@@ -110,7 +118,7 @@ def kept(folder):
 def close(found, wanted):
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name].double(), tensor.double(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found[name].cpu().double(), tensor.cpu().double(), rtol=1e-6, atol=1e-6)
 
 
 def whole(weights):
@@ -131,7 +139,7 @@ def sharded_run(folder, distributed):
     trainer = make_trainer(folder, *callbacks, distributed=distributed)
     trainer.fit(module)
     # shard by shard: no process holds more than its part (3 and 2 of 5 rows)
-    rows = 3 if trainer.global_rank == 0 else 2
+    rows = 5 if trainer.world_size == 1 else 3 if trainer.global_rank == 0 else 2
     assert callbacks[0]._session.tracked["ema"].mean.value()["net.0.weight"].shape == (rows, 3)
     shares = torch.tensor([0.9 ** (17 - i) for i in range(18)], dtype=torch.float64)
     shares /= shares.sum()
@@ -146,7 +154,10 @@ def sharded_run(folder, distributed):
         reference.load_state_dict({name.removeprefix("net."): tensor.float() for name, tensor in weights.items()})
         x, y = module.val_dataloader().dataset.tensors
         wanted = (reference(x) - y).square().mean()
-        torch.testing.assert_close(trainer.callback_metrics[f"val/loss{suffix}"], wanted.detach(), rtol=1e-4, atol=1e-6)
+        found = trainer.callback_metrics[f"val/loss{suffix}"].cpu()
+        torch.testing.assert_close(found, wanted.detach(), rtol=1e-4, atol=1e-6)
+    distance = sum(float((ema[n] - module.points[-1][n]).square().sum()) for n in names) ** 0.5
+    assert float(trainer.callback_metrics["distance/ema"]) == pytest.approx(distance, rel=1e-4)
     path = folder / "run.ckpt"
     trainer.save_checkpoint(path)
     torch.distributed.barrier()
@@ -170,10 +181,10 @@ def sharded_run(folder, distributed):
         close(Snapshots(folder / "trajectory").load("raw", 18), module.points[-1])
 
 
-def child(rank, port, folder, distributed):
+def child(rank, world, port, folder, distributed):
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test",
+        "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test",
     }  # fmt: skip
     try:
         torch.set_num_threads(1)
@@ -185,20 +196,21 @@ def child(rank, port, folder, distributed):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("world", [pytest.param(2, marks=forks), pytest.param(1, marks=pytest.mark.gpu, id="1-gpu")])
 @pytest.mark.parametrize("distributed", [True, False], ids=["folder", "one-file"])
-def test_sharded_models_are_averaged_shard_by_shard(tmp_path, distributed):
+def test_sharded_models_are_averaged_shard_by_shard(tmp_path, distributed, world):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = processes.get_context("fork")
-    children = [context.Process(target=child, args=(rank, port, tmp_path, distributed)) for rank in range(2)]
+    context = processes.get_context("fork" if world > 1 else "spawn")  # CUDA does not survive a fork
+    children = [context.Process(target=child, args=(rank, world, port, tmp_path, distributed)) for rank in range(world)]
     for process in children:
         process.start()
     for process in children:
         process.join(120)
         if process.is_alive():
             process.terminate()
-    assert [process.exitcode for process in children] == [0, 0]
+    assert [process.exitcode for process in children] == [0] * world
 
 
 @pytest.mark.parametrize(

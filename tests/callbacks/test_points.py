@@ -9,6 +9,7 @@ from torch import nn
 
 from soups.callbacks import EMA, LAWA, SWA, Averages
 from soups.errors import ConfigError
+from tests.devices import DEVICE
 
 
 def test_ema_is_the_closed_form_over_all_steps(tmp_path, toy):
@@ -102,7 +103,7 @@ def test_steps_skipped_by_mixed_precision_do_not_count(tmp_path, toy, fused):
         def __init__(self):
             super().__init__()
             self.automatic_optimization = False
-            self.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+            self.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=4.0)
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.05, fused=fused)

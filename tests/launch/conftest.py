@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from soups.launch.settings import Settings, resolve
+from tests.devices import ACCELERATOR
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +39,7 @@ def overrides(digit_files: Path, tmp_path: Path) -> list[str]:
         "data=image_folder", f"data.root={digit_files}", "data.corruptions=[noise]",
         "model=timm", "model.name=test_efficientnet", "model.pretrained=false",
         "loader.size=32", "loader.batch_size=8", "start.epochs=1", "start.optimizer.lr=1e-3",
-        "trainer.max_epochs=1", "trainer.accelerator=cpu", "trainer.threads=1", "tracking=off",
+        "trainer.max_epochs=1", f"trainer.accelerator={ACCELERATOR}", "trainer.threads=1", "tracking=off",
         f"pool.path={tmp_path}/pool", f"paths.output={tmp_path}/outputs",
     ]  # fmt: skip
 

@@ -14,6 +14,7 @@ from soups.protocols import execute, in_sequence
 from soups.protocols.branch_train_merge import domain_posterior, mixture_loss
 from soups.seeding import generator
 from soups.tasks import language_modelling
+from tests.devices import ACCELERATOR
 from tests.launch.conftest import compose_settings
 
 
@@ -53,7 +54,7 @@ def overrides(place: Path, *more: str) -> list[str]:
     return [
         "+protocol=btm", "protocol.domains=[a,b]", "protocol.text={characters: 8000, windows: 16}", "protocol.steps=24",
         "protocol.seed_shares=[0.0,0.5]", "protocol.model={context: 16, width: 16, heads: 2, layers: 1}",
-        "protocol.optimizer.batch=8", "protocol.samples=5", "trainer.accelerator=cpu", "trainer.threads=1", "tracking=off",
+        "protocol.optimizer.batch=8", "protocol.samples=5", f"trainer.accelerator={ACCELERATOR}", "trainer.threads=1", "tracking=off",
         f"pool.path={place}/pool", f"paths.output={place}/outputs", *more,
     ]  # fmt: skip
 

@@ -22,6 +22,7 @@ from soups.protocols import Node, Output, Work, execute, in_sequence
 from soups.protocols.cold_fusion import Repository, replay
 from soups.protocols.cold_fusion.records import Verdict
 from soups.reporting.page import Curves, Page
+from tests.devices import ACCELERATOR
 from tests.launch.conftest import ROOT, compose_settings, read_run
 from tests.tiny_text import sentences, write_bert, write_csv
 
@@ -51,7 +52,7 @@ def overrides(data: Path, place: Path, *more: str) -> list[str]:
         "+protocol=cold_fusion", "model=huggingface_text", f"model.name={data}/bert", "model.pooling=mean", *none,
         *(f"+protocol.tasks.{name}={task(name)}" for name in TASKS[:3]), f"+protocol.unseen.new={task('new')}",
         "protocol.rounds=2", "protocol.per_round=2", "protocol.shots=6", "loader.size=16", "loader.batch_size=8",
-        "optimizer.lr=1e-3", "trainer.accelerator=cpu", "trainer.threads=1", "tracking=off",
+        "optimizer.lr=1e-3", f"trainer.accelerator={ACCELERATOR}", "trainer.threads=1", "tracking=off",
         f"pool.path={place}/pool", f"paths.output={place}/outputs", *more,
     ]  # fmt: skip
 

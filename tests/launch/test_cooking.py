@@ -24,6 +24,7 @@ from soups.reporting import Page, Report
 from soups.stores import read_safetensors, write_safetensors
 from soups.stores.pool import Pool
 from soups.tasks.data import ShuffledBatches
+from tests.devices import ACCELERATOR
 from tests.launch.conftest import compose_settings
 
 
@@ -286,13 +287,14 @@ def test_batchnorm_statistics_of_a_soup_are_averaged_with_a_warning_or_measured(
     dataset = network.input.dataset(splits.train, 32)
     batches = [dataset[keys][0] for keys in list(ShuffledBatches(len(splits.train), 8, 0))[:3]]
     update_bn(batches, network.module)
+    near = 1e-4 if ACCELERATOR == "cpu" else 5e-3  # convolutions on a GPU are in TF32
     found, expected = read_safetensors(other / "soup.safetensors"), network.module.state_dict()
     for key in expected:
-        assert torch.allclose(found[key].float(), expected[key].float(), rtol=1e-4, atol=1e-6), key
+        assert torch.allclose(found[key].float(), expected[key].float(), rtol=near, atol=near / 100), key
     logits = predict(network.module, evaluation_batches(used, splits.heldout, network))
     exact = score(logits, splits.heldout.labels)
-    assert measured.row("uniform soup").loss["heldout"] == pytest.approx(exact.loss, rel=1e-4)
-    assert measured.steps[1].soup_score == pytest.approx(exact.loss, rel=1e-4), "candidates are scored with them too"
+    assert measured.row("uniform soup").loss["heldout"] == pytest.approx(exact.loss, rel=near)
+    assert measured.steps[1].soup_score == pytest.approx(exact.loss, rel=near), "candidates are scored with them too"
     assert f"{plain.row('uniform soup').accuracy['heldout']:.1%}; with measured ones" in warning
     assert not any("BatchNorm" in text for text in measured.warnings)
     best = plain.row("best single").loss

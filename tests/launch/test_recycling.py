@@ -12,6 +12,7 @@ from soups.launch.recycling import Recycling, shard
 from soups.launch.settings import open_pool
 from soups.protocols import Node, execute, in_sequence
 from soups.stores.pool import Pool
+from tests.devices import ACCELERATOR
 from tests.launch.conftest import compose_settings
 from tests.tiny_text import sentences, write_bert, write_csv
 
@@ -35,7 +36,7 @@ def overrides(protocol: str, data: Path, place: Path, *more: str) -> list[str]:
         f"+protocol={protocol}", "model=huggingface_text", f"model.name={data}/bert", "model.pooling=mean",
         "data=text_files", f"data.train={data}/target.csv", *(auxiliary if protocol != "lo_fi" else []),
         "data.heldout=0.2", "data.test=0.3", f"data.ood={{other: {data}/a.csv}}", "loader.size=16", "loader.batch_size=8",
-        "optimizer.lr=1e-3", "trainer.accelerator=cpu", "trainer.threads=1", "tracking=off",
+        "optimizer.lr=1e-3", f"trainer.accelerator={ACCELERATOR}", "trainer.threads=1", "tracking=off",
         f"pool.path={place}/pool", f"paths.output={place}/outputs", *more,
     ]  # fmt: skip
 

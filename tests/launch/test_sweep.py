@@ -18,9 +18,11 @@ from soups.reporting import Report, flatten
 from soups.stores import read_safetensors, write_safetensors
 from soups.stores.pool import Pool
 from soups.tracking.workspace import metrics_of, sections
+from tests.devices import ACCELERATOR
 from tests.launch.conftest import ROOT, SWEEP, read_run
 
 pytestmark = pytest.mark.slow
+two_devices = pytest.mark.skipif(ACCELERATOR == "gpu", reason="two processes need two GPUs")
 
 Run = Callable[..., subprocess.CompletedProcess]
 
@@ -145,6 +147,7 @@ def test_joblib_makes_the_same_ingredients_and_soup(finished_sweep: Path, train_
     assert soup_hash(tmp_path) == soup_hash(finished_sweep)
 
 
+@two_devices
 def test_two_processes_over_the_same_pool_cook_the_same_soup(
     finished_sweep: Path, train_py: Run, tmp_path: Path
 ) -> None:
@@ -158,6 +161,7 @@ def test_two_processes_over_the_same_pool_cook_the_same_soup(
     assert first == second, "every number of the table is the same on two processes"
 
 
+@two_devices
 def test_two_processes_train_the_whole_job(finished_sweep: Path, train_py: Run, tmp_path: Path) -> None:
     done = train_py(*SWEEP, "sweep.size=2", "trainer.devices=2", "trainer.strategy=ddp")
     assert done.returncode == 0, done.stdout

@@ -14,6 +14,7 @@ from soups.protocols import execute, in_sequence
 from soups.protocols.rewarded import Study, interpolate
 from soups.stores.pool import Pool
 from soups.tasks.policies import choices, policy_values
+from tests.devices import ACCELERATOR
 from tests.launch.conftest import compose_settings
 from tests.protocols.test_warm import rated
 from tests.tiny_text import write_bert
@@ -60,7 +61,7 @@ def test_the_whole_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "model.freeze_layers=1", "tracking=off", "loader.size=12", "loader.batch_size=16", "protocol.texts=200",
         "protocol.test_texts=100", "protocol.study.shares=[0.5]", "protocol.study.multi_objective=[0.5]",
         "protocol.study.choices=320", "protocol.test_choices=1000", "protocol.study.kl=0", "trainer.max_epochs=4",
-        "optimizer.lr=5e-3", "trainer.accelerator=cpu", "trainer.threads=1", f"pool.path={tmp_path}/pool",
+        "optimizer.lr=5e-3", f"trainer.accelerator={ACCELERATOR}", "trainer.threads=1", f"pool.path={tmp_path}/pool",
         f"paths.output={tmp_path}/out",
     ])  # fmt: skip
     program = build_program(settings)

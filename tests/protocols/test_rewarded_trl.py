@@ -22,6 +22,7 @@ from soups.reporting.page import Table
 from soups.stores.pool import Pool
 from soups.tasks.completion_rewards import brevity
 from soups.tasks.completions import complete
+from tests.devices import ACCELERATOR
 from tests.launch.conftest import ROOT, compose_settings
 from tests.tiny_text import write_bert, write_writer
 
@@ -65,7 +66,7 @@ def overrides(folder: Path) -> list[str]:
         "protocol.generation.samples=3", "protocol.generation.batch_size=2", "protocol.export=[0.25]",
         f"protocol.prompts.train={folder}/train.txt", f"protocol.prompts.test={folder}/test.txt",
         f"protocol.rewards.rating._target_={HERE}.counted", "protocol.rewards.rating.model=none", "~protocol.rewards.rating.model",
-        "+protocol.rewards.rating.words=[good,great,film,it]", "tracking=off", "trainer.accelerator=cpu", "trainer.threads=1",
+        "+protocol.rewards.rating.words=[good,great,film,it]", "tracking=off", f"trainer.accelerator={ACCELERATOR}", "trainer.threads=1",
         f"pool.path={folder}/pool", f"paths.output={folder}/out",
     ]  # fmt: skip
 
@@ -224,7 +225,7 @@ def test_another_trainer_an_adapter_and_a_reward_model(done: Done, tmp_path: Pat
     judge = write_bert(tmp_path / "bert", labels=1)
     program = build(
         *done.given[:15], f"protocol.prompts.train={done.folder}/train.txt", f"protocol.prompts.test={done.folder}/test.txt",
-        f"protocol.rewards.rating.model={judge}", "trainer.accelerator=cpu", "trainer.threads=1", f"pool.path={tmp_path}/pool",
+        f"protocol.rewards.rating.model={judge}", f"trainer.accelerator={ACCELERATOR}", "trainer.threads=1", f"pool.path={tmp_path}/pool",
         "protocol.trainer._target_=trl.RLOOTrainer", "protocol.args.max_steps=1",
         "protocol.adapter={_target_: peft.LoraConfig, r: 2, target_modules: [c_attn], fan_in_fan_out: true}",
     )  # fmt: skip

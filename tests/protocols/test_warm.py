@@ -17,6 +17,7 @@ from soups.seeding import generator
 from soups.stores import open_store, write_safetensors
 from soups.stores.pool import Pool
 from soups.tasks.rated_texts import RatedText
+from tests.devices import ACCELERATOR
 from tests.launch.conftest import compose_settings
 from tests.tiny_text import sentences, write_bert
 
@@ -136,7 +137,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Warm:
         "data.train=40", "data.heldout=24", "data.test=20", "data.swapped=0", "loader.size=12", "loader.batch_size=8",
         "protocol.study.members=3", "protocol.study.keep=2", "protocol.study.points=2", "protocol.candidates=40",
         "protocol.ood_texts=20", "protocol.sizes=[1,4]", "protocol.trajectory.pairs=24", "protocol.control.pairs=24",
-        "protocol.study.rates=[1e-20,2e-3]", "protocol.study.layers=[2]", "trainer.accelerator=cpu", "trainer.threads=1",
+        "protocol.study.rates=[1e-20,2e-3]", "protocol.study.layers=[2]", f"trainer.accelerator={ACCELERATOR}", "trainer.threads=1",
         "optimizer.lr=1e-3", f"pool.path={tmp_path}/pool", f"paths.output={tmp_path}/out",
     ])  # fmt: skip
     built = build_program(settings)
@@ -201,7 +202,7 @@ def test_a_member_on_two_processes_is_the_member_on_one(tmp_path: Path) -> None:
         "+protocol=warm", f"model.name={write_bert(tmp_path / 'bert', labels=1)}", "model.freeze_layers=0", "tracking=off",
         "data.train=32", "data.heldout=16", "data.test=10", "loader.size=12", "loader.batch_size=8",
         "protocol.study={members: 1, keep: 1, swapped: [0.25], rates: [1e-3], dropouts: [0.0], points: 0, layers: []}",
-        "protocol.candidates=20", "protocol.ood_texts=10", "protocol.sizes=[1]", "trainer.accelerator=cpu",
+        "protocol.candidates=20", "protocol.ood_texts=10", "protocol.sizes=[1]", f"trainer.accelerator={ACCELERATOR}",
         "trainer.threads=1", f"paths.output={tmp_path}/out",
     ]  # fmt: skip
     found: dict[int, dict[str, torch.Tensor]] = {}

@@ -19,6 +19,7 @@ from soups.tasks.probe import head_inputs, linear_probe
 from soups.tasks.rated_texts import RatedText
 from soups.tasks.reward_models import reward_model
 from soups.tasks.texts import Texts
+from tests.devices import ACCELERATOR
 from tests.launch.conftest import compose_settings
 from tests.tiny_text import sentences, write_bert
 
@@ -156,7 +157,7 @@ def test_a_reward_model_is_fine_tuned_by_the_main_job(tmp_path: Path) -> None:
         "data=pair_files", f"data.train={tmp_path}/train.jsonl", f"data.heldout={tmp_path}/heldout.jsonl",
         f"data.test={tmp_path}/heldout.jsonl", "model=minilm_reward", f"model.name={write_bert(tmp_path / 'bert')}",
         "model.freeze_embeddings=false", "loader.size=12", "loader.batch_size=8", "augment=null", "start.epochs=0",
-        "trainer.max_epochs=4", "optimizer.lr=3e-3", "trainer.accelerator=cpu", "trainer.threads=1", "tracking=off",
+        "trainer.max_epochs=4", "optimizer.lr=3e-3", f"trainer.accelerator={ACCELERATOR}", "trainer.threads=1", "tracking=off",
         f"pool.path={tmp_path}/pool", f"paths.output={tmp_path}/out",
     ])  # fmt: skip
     record = fine_tune(settings, show_progress=False)

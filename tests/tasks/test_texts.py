@@ -25,6 +25,7 @@ from soups.tasks.rated_texts import parse_ratings, rated_texts, sentiment
 from soups.tasks.text_files import text_files
 from soups.tasks.text_models import huggingface_text
 from soups.tasks.texts import TextInput, Texts, Tokens, draw
+from tests.devices import ACCELERATOR
 from tests.launch.conftest import compose_settings
 from tests.tiny_text import sentences, tokenizer, write_bert, write_csv, write_gpt2
 
@@ -240,7 +241,7 @@ def test_from_a_file_of_texts_to_a_soup(pooling: str, frozen: bool, learned: flo
         "data=text_files", f"data.train={train}", f"data.ood={{other: {other}}}", "model=huggingface_text",
         f"model.name={write_bert(tmp_path / 'bert')}", f"model.pooling={pooling}", f"model.freeze_embeddings={frozen}", "loader.size=12", "loader.batch_size=8",
         "augment=null", "start.epochs=1", "start.optimizer.lr=1e-3", "start.augment=null", "trainer.max_epochs=6",
-        "optimizer.lr=3e-3", "trainer.accelerator=cpu", "trainer.threads=1", "tracking=off",
+        "optimizer.lr=3e-3", f"trainer.accelerator={ACCELERATOR}", "trainer.threads=1", "tracking=off",
         f"pool.path={tmp_path}/pool", f"paths.output={tmp_path}/out", "+soup=uniform",
     ])  # fmt: skip
     _, start = ensure_start(settings)

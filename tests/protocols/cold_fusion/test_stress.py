@@ -89,7 +89,7 @@ def test_two_hundred_contributions_from_eight_processes_with_faults(tmp_path: Pa
         if poisons < 10 and source.random() < 0.2:
             poison(place, poisons)
             poisons += 1
-    assert kills >= 15 and poisons >= 6
+    assert kills >= 8 and poisons >= 6  # a fast machine is done after a dozen
 
     repository = Repository(place)
     while repository.fuse(fuser="the test"):
