@@ -5,12 +5,16 @@
     python -m benchmarks.averaging --ours               (without the other libraries)
     python -m benchmarks.averaging --step               (whole training steps of a small ViT, with and without)
     python -m benchmarks.averaging --memory             (peak memory beside the weights)
+    python -m benchmarks.averaging --device cuda [--step]        (the same on a GPU)
 
 The floor is the least an in-place average can cost: 12 bytes a parameter (read the average and the weight, write the average)
 at the bandwidth of a `lerp_` over a hundred million elements, measured in the same rounds. All contestants are timed in turn,
 round by round, with the caches emptied before each; a row gives the median of the per-round ratios to the floor, and the ratio
-of the minima, which a busy machine disturbs less. With one thread the clock is the process's own CPU time, with more it is the
-wall's. The largest model needs 13 GB of memory.
+of the minima, which a busy machine disturbs less. With one thread the clock is the process's own CPU time, with more, and on a
+GPU, it is the wall's. The largest model needs 13 GB of memory.
+
+On a GPU a round is a number of updates, or of training steps (vit_base at 224 px, 64 images, bfloat16 autocast), between two
+waits for the device, as in a training loop, which does not wait.
 """
 
 from __future__ import annotations
@@ -28,11 +32,13 @@ import timm
 import torch
 from torch import nn
 
-from soups.averaging import EMA, LAWA, SWA, PowerEMA, update
+from soups.averaging import EMA, LAWA, SWA, PowerEMA, release, update
 from soups.averaging.swapping import Swap
 
 MODELS = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224")
 FLOOR_ELEMENTS = 100_000_000
+# Calls between two waits for a GPU.
+QUEUED = 20
 
 
 def contestants(model: nn.Module) -> dict[str, Callable[[], Any]]:
@@ -49,11 +55,14 @@ def contestants(model: nn.Module) -> dict[str, Callable[[], Any]]:
     ours("soups EMA", [EMA(0.999)])
     ours("soups 2 EMAs", [EMA(0.999), EMA(0.9999)])
     ours("soups 4 averages", [EMA(0.999), SWA(), PowerEMA(0.05), PowerEMA(0.1)])
-    ours("soups EMA, fused", [EMA(0.999, fused=True)])
-    ours("soups 2 EMAs, fused", [EMA(0.999, fused=True), EMA(0.9999, fused=True)])
-    fused = [EMA(0.999, fused=True), SWA(fused=True), PowerEMA(0.05, fused=True), PowerEMA(0.1, fused=True)]
-    ours("soups 4 averages, fused", fused)
-    calls["bound of 4: a cached chunk into 4"] = bound(parameters, 4)
+    if on_gpu(model):
+        ours("soups EMA in bfloat16", [EMA(0.999, dtype="bfloat16")])
+    else:
+        ours("soups EMA, fused", [EMA(0.999, fused=True)])
+        ours("soups 2 EMAs, fused", [EMA(0.999, fused=True), EMA(0.9999, fused=True)])
+        fused = [EMA(0.999, fused=True), SWA(fused=True), PowerEMA(0.05, fused=True), PowerEMA(0.1, fused=True)]
+        ours("soups 4 averages, fused", fused)
+        calls["bound of 4: a cached chunk into 4"] = bound(parameters, 4)
     for k in (10, 3) if parameters < 50e6 else (10,):  # to spare the memory
         ours(f"soups LAWA(k={k})", [LAWA(k)], warm=k + 1)
     value = EMA(0.999)
@@ -68,6 +77,10 @@ def contestants(model: nn.Module) -> dict[str, Callable[[], Any]]:
 
     calls["soups swap in and out"] = swap
     return calls
+
+
+def on_gpu(model: nn.Module) -> bool:
+    return next(model.parameters()).is_cuda
 
 
 def bound(parameters: int, count: int) -> Callable[[], Any]:
@@ -110,6 +123,9 @@ def peers(model: nn.Module) -> dict[str, Callable[[], Any]]:
         print("ema-pytorch is not installed (pip install 'soups[peers]'): left out", file=sys.stderr)
     module = LightningModule()
     module.model = model
+    module.to(
+        next(model.parameters()).device
+    )  # Lightning makes its copy on the device that it believes the module to be on
     callback = EMAWeightAveraging(decay=0.999)
 
     class Trainer:
@@ -133,10 +149,19 @@ def peers(model: nn.Module) -> dict[str, Callable[[], Any]]:
     return calls
 
 
-def measure(model_name: str, rounds: int, clock: Callable[[], float], *, ours: bool = False) -> None:
-    model = timm.create_model(model_name)
+def waiting() -> float:
+    """Return the wall's time after the GPU has done what was asked of it."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(
+    model_name: str, rounds: int, clock: Callable[[], float], *, ours: bool = False, device: str = "cpu"
+) -> None:
+    model = timm.create_model(model_name).to(device)
+    repeats = QUEUED if on_gpu(model) else 1
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    long = torch.zeros(FLOOR_ELEMENTS), torch.ones(FLOOR_ELEMENTS)
+    long = torch.zeros(FLOOR_ELEMENTS, device=device), torch.ones(FLOOR_ELEMENTS, device=device)
     calls = {"floor": lambda: long[0].lerp_(long[1], 0.1), **contestants(model), **({} if ours else peers(model))}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -144,11 +169,12 @@ def measure(model_name: str, rounds: int, clock: Callable[[], float], *, ours: b
             long[0].add_(1)  # empties the caches of what is measured
             gc.collect()
             begin = clock()
-            call()
-            times[name].append(clock() - begin)
+            for _ in range(repeats):
+                call()
+            times[name].append((clock() - begin) / repeats)
     share = parameters / FLOOR_ELEMENTS
     floor = [t * share for t in times.pop("floor")]
-    print(f"\n{model_name}: {parameters / 1e6:.1f} M parameters, floor {1e3 * statistics.median(floor):.2f} ms")
+    print(f"\n{model_name}: {parameters / 1e6:.1f} M parameters, floor {1e3 * statistics.median(floor):.3f} ms")
     print(f"  {'':36}{'median':>8}{'minima':>8}{'x one EMA':>12}{'minima':>8}")
     one = times["soups EMA"]
     for name, taken in times.items():
@@ -157,42 +183,60 @@ def measure(model_name: str, rounds: int, clock: Callable[[], float], *, ours: b
         print(f"  {name:36}{ratio:8.2f}{min(taken) / min(floor):8.2f}{of_one:12.2f}{min(taken) / min(one):8.2f}")
 
 
-def training_step(rounds: int, clock: Callable[[], float]) -> None:
-    """Time whole training steps of a small ViT with nothing, with our averages, with Lightning's and timm's."""
+def training_step(rounds: int, clock: Callable[[], float], device: str) -> None:
+    """Time whole training steps of a ViT with nothing, with our averages, with torch's, Lightning's and timm's."""
     from timm.utils import ModelEmaV3
-    from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+    from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
-    model = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10)
+    gpu = device != "cpu"
+    name, side, count = ("vit_base_patch16_224", 224, 64) if gpu else ("vit_tiny_patch16_224", 64, 16)
+    model = timm.create_model(name, img_size=side, num_classes=10).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
-    images, labels = torch.randn(16, 3, 64, 64), torch.randint(10, (16,))
+    images, labels = torch.randn(count, 3, side, side, device=device), torch.randint(10, (count,), device=device)
     weights = dict(model.named_parameters())
-    ema, four = [EMA(0.999)], [EMA(0.999), SWA(), PowerEMA(0.05), PowerEMA(0.1)]
     theirs, timms = AveragedModel(model, avg_fn=get_ema_avg_fn(0.999)), ModelEmaV3(model, decay=0.999)
-    after: dict[str, Callable[[], Any]] = {
-        "without averaging": lambda: None,
-        "soups EMA": lambda: update(ema, weights),
-        "soups 4 averages": lambda: update(four, weights),
-        "timm ModelEmaV3": lambda: timms.update(model),
-        "Lightning's (AveragedModel, avg_fn)": lambda: theirs.update_parameters(model),
-    }
+    after: dict[str, Callable[[], Any]] = {"without averaging": lambda: None}
+    before: dict[str, Callable[[], Any]] = {}
 
-    def step(extra: Callable[[], Any]) -> float:
-        begin = clock()
+    def ours(row: str, *averages: Any) -> None:
+        after[row] = lambda: update(averages, weights, released=False)
+        before[row] = lambda: release(averages)
+
+    ours("soups EMA", EMA(0.999))
+    ours("soups 4 averages", EMA(0.999), SWA(), PowerEMA(0.05), PowerEMA(0.1))
+    after["timm ModelEmaV3"] = lambda: timms.update(model)
+    after["Lightning's (AveragedModel, avg_fn)"] = lambda: theirs.update_parameters(model)
+    if gpu:
+        multi = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+        after["torch AveragedModel, multi_avg_fn"] = lambda: multi.update_parameters(model)
+        ours("soups EMA on the CPU", EMA(0.999, device="cpu"))
+        ours("soups EMA on the CPU, waited for", EMA(0.999, device="cpu", background=False))
+        host = ModelEmaV3(model, decay=0.999, device="cpu")
+        after["timm ModelEmaV3 on the CPU"] = lambda: host.update(model)
+
+    def step(row: str) -> None:
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(images), labels).backward()
+        with torch.autocast(device, torch.bfloat16, enabled=gpu):
+            loss = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        before.get(row, lambda: None)()
         optimizer.step()
-        extra()
-        return clock() - begin
+        after[row]()
 
-    times: dict[str, list[float]] = {name: [] for name in after}
+    times: dict[str, list[float]] = {row: [] for row in after}
+    repeats = QUEUED if gpu else 1
     for _ in range(rounds + 2):
-        for name, extra in after.items():
-            times[name].append(step(extra))
-    print("\ntraining step: vit_tiny_patch16_224 at 64 px (5.4 M parameters), 16 images, AdamW(foreach)")
+        for row in after:
+            begin = clock()
+            for _ in range(repeats):
+                step(row)
+            times[row].append((clock() - begin) / repeats)
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"\ntraining step: {name} at {side} px ({size:.1f} M parameters), {count} images, AdamW(foreach)")
     base = times["without averaging"][2:]
-    for name, taken in times.items():
+    for row, taken in times.items():
         ratio = statistics.median(t / b for t, b in zip(taken[2:], base, strict=True))
-        print(f"  {name:36}{1e3 * statistics.median(taken[2:]):8.1f} ms   x{ratio:.3f}")
+        print(f"  {row:36}{1e3 * statistics.median(taken[2:]):8.1f} ms   x{ratio:.3f}")
 
 
 def memory() -> None:
@@ -227,18 +271,21 @@ def main() -> None:
     arguments.add_argument("--ours", action="store_true", help="leave the other libraries out")
     arguments.add_argument("--step", action="store_true")
     arguments.add_argument("--memory", action="store_true")
+    arguments.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
-    clock = time.process_time if options.threads == 1 else time.perf_counter
-    print(f"torch {torch.__version__}, {options.threads} thread(s), {options.rounds} rounds")
+    gpu = options.device == "cuda"
+    clock = waiting if gpu else time.process_time if options.threads == 1 else time.perf_counter
+    where = f", {torch.cuda.get_device_name()}" if gpu else ""
+    print(f"torch {torch.__version__}, {options.threads} thread(s), {options.rounds} rounds{where}")
     if options.step or options.memory:
         if options.step:
-            training_step(options.rounds, clock)
+            training_step(options.rounds, clock, options.device)
         if options.memory:
             memory()
         return
     for name in options.models:
-        measure(name, options.rounds, clock, ours=options.ours)
+        measure(name, options.rounds, clock, ours=options.ours, device=options.device)
 
 
 if __name__ == "__main__":
