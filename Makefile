@@ -18,12 +18,12 @@ $(BIN)/python:
 	  { echo "soups needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.train: pyproject.toml | $(BIN)/python
+$(VENV)/.train: pyproject.toml soups/merging/_loops.c | $(BIN)/python
 	@echo "Installing into $(VENV)/; the first time this takes some minutes, most of it torch."
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[train]'
 	@touch $@
 
-$(VENV)/.all: pyproject.toml | $(BIN)/python
+$(VENV)/.all: pyproject.toml soups/merging/_loops.c | $(BIN)/python
 	@echo "Installing into $(VENV)/; the first time this takes some minutes, most of it torch."
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[all]'
 	@touch $@ $(VENV)/.train

@@ -29,7 +29,7 @@ def merge(
     cuda: Annotated[bool, typer.Option("--cuda", help="The same as --device cuda.")] = False,
     compiled: Annotated[
         bool | None,
-        typer.Option(help="numba's loops: the same bits, sooner. By default where they are installed and worth it."),
+        typer.Option(help="Loops in C: the same bits, sooner. By default where they were built, at installation."),
     ] = None,
     copy_tokenizer: Annotated[bool, typer.Option(help="Take the tokenizer along.")] = True,
     write_model_card: Annotated[bool, typer.Option(help="Write a README.md.")] = True,

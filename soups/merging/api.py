@@ -278,7 +278,7 @@ def merge(
         budget: bytes of working memory.
         threads: workers; one a core when `None`.
         device: where to compute.
-        compiled: use numba's loops where there are such: the same bits, sooner; `None`: if it is installed and worth it.
+        compiled: use loops in C where there are such: the same bits, sooner; `None`: if they were built.
         shard_bytes: most bytes in one file of a folder.
         overwrite: replace what is at `out`.
         progress: told the bytes of sources that were finished with.

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from soups.merging.kernels import Row
 from soups.merging.method import Method, Scope, weighted_sum
 from soups.merging.operands import BLOCK, Chunk, Operands
 
@@ -73,15 +74,26 @@ def inner_products(operands: Operands, vectors: Callable[[Chunk], list[Tensor]] 
     return gram
 
 
-def _empty(operands: Operands) -> Chunk:
-    count = len(operands.models)
+class _Nothing(NamedTuple):
+    models: int
 
-    def nothing(model: int, shared: bool) -> Tensor:
-        del model, shared
+    def read(self, model: int, shared: bool) -> Tensor:
         return torch.zeros(0)
 
-    none = torch.zeros(count, 0)
-    return Chunk(operands.key, 0, operands.shape, count, nothing, lambda _: none, has_base=operands.base is not None)
+    def subtract(self, base: Tensor) -> Tensor:
+        return torch.zeros(self.models, 0)
+
+    def stored(self) -> list[Row] | None:
+        return None
+
+    def delta(self, model: int, base: Tensor) -> Tensor:
+        return torch.zeros(0)
+
+
+def _empty(operands: Operands) -> Chunk:
+    count = len(operands.models)
+    has_base = operands.base is not None
+    return Chunk(operands.key, 0, 0, operands.shape, count, _Nothing(count), has_base=has_base)
 
 
 def norms_and_units(gram: Matrix, floor: float = 1e-8) -> tuple[Vector, Matrix]:

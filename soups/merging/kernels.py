@@ -1,36 +1,51 @@
 """Loops over elements that are worth compiling, and the switch for it.
 
-Inside `compiling()`, what is in float32 on the CPU goes through numba's loops (`soups.merging.compiled`); otherwise, and on
-every other device, through torch's operations. The bits are the same, so the switch is one for the whole process.
+Inside `compiling()`, what is in float32 on the CPU goes through loops in C (`_loops.c`, built where the package is installed);
+otherwise, and on every other device, through torch's operations. The bits are the same, so the switch is one for the whole
+process.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import sys
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from soups.errors import ConfigError
+from soups.errors import ConfigError, StorageError
 from soups.merging.buffers import buffer
+from soups.stores.sources import Place
 
-Words = np.ndarray[tuple[int], np.dtype[np.uint64]]
+try:
+    from soups.merging import _loops
+except ImportError as error:
+    _loops, _missing = None, str(error)
+else:
+    _missing = ""
+
 Mask = np.ndarray[tuple[int], np.dtype[np.uint8]]
+"""Ones and zeros, a byte each."""
+Bits = np.ndarray[tuple[int], np.dtype[np.uint8]]
+"""Ones and zeros, eight to a byte, the first the lowest bit."""
+Limits = np.ndarray[tuple[int], np.dtype[np.uint16]]
+Row = Tensor | Place
+"""A flat stretch of elements, in memory or in a file."""
 
 _LOW_BITS = 16
 _BINS = 1 << _LOW_BITS
-_LANES = 4
-_MULTIPLIER = 0xDA942042E4DD58B5  # of PCG64DXSM
-# Elements of a model in a loop's working memory: with those of some ten models they stay in a core's nearest cache.
+# Of `_loops.c`; a library built from another one would misread its arguments.
+_VERSION = 1
+# Elements in the lanes of a sum of magnitudes; the loops' PIECE.
 _PIECE = 1024
+# Elements of each model that are read from files at a time: those of ten models stay in a core's second cache.
+_BATCH = 1 << 15
 _INFINITY = float("inf")
+_STORED = (torch.bfloat16, torch.float32)
 
 
 class _Switch:
@@ -43,9 +58,13 @@ class _Switch:
 _switch = _Switch()
 
 
-def can_compile() -> bool:
-    """Tell whether numba is installed, without importing it."""
-    return importlib.util.find_spec("numba") is not None
+def unavailable() -> str:
+    """Return why there are no compiled loops here; nothing where there are."""
+    if sys.byteorder != "little":
+        return "this processor's numbers are not little-endian"
+    if _loops is None:
+        return _missing
+    return "" if _loops.VERSION == _VERSION else "they were built from another version of the package"
 
 
 @contextmanager
@@ -56,14 +75,15 @@ def compiling(wanted: bool = True) -> Generator[None]:
         wanted: whether to; `False` changes nothing.
 
     Raises:
-        ConfigError: they are wanted and numba is not installed.
+        ConfigError: they are wanted and were not built.
     """
     if not wanted:
         yield
         return
-    if not can_compile():
+    if reason := unavailable():
         raise ConfigError(
-            "Compiled loops need numba: pip install 'soups[fast]'. Without it results are the same, later."
+            f"The compiled loops cannot be used: {reason}. They are built when the package is installed where there is a C "
+            f"compiler: pip install again. Without them (--no-compiled, compiled=False) results are the same, later."
         )
     with _switch.lock:
         _switch.count += 1
@@ -79,25 +99,50 @@ def compiled(dtype: torch.dtype, device: torch.device) -> bool:
     return _switch.count > 0 and dtype == torch.float32 and device.type == "cpu"
 
 
+def readable(dtype: torch.dtype) -> bool:
+    """Tell whether compiled loops read elements of this dtype as they are stored."""
+    return dtype in _STORED
+
+
 def _module() -> Any:
-    """Return the compiled loops, whether they are switched on or not.
-
-    Raises:
-        ConfigError: numba is installed and cannot be imported, as when it does not know NumPy's version.
-    """
-    try:
-        return importlib.import_module("soups.merging.compiled")
-    except ImportError as error:
-        raise ConfigError(
-            f"numba is installed and cannot be imported: {error}. Install one that fits, or merge without it "
-            f"(--no-compiled, compiled=False): results are the same, later."
-        ) from error
+    """Return the compiled loops, whether they are switched on or not."""
+    assert _loops is not None, _missing
+    return _loops
 
 
-def _loops(*tensors: Tensor) -> Any:
+def _loops_for(*tensors: Tensor) -> Any:
     """Return the compiled loops if they are to be used for these tensors, else `None`."""
     wanted = all(compiled(one.dtype, one.device) and one.is_contiguous() for one in tensors)
     return _module() if wanted else None
+
+
+def _row(row: Row) -> Any:
+    """Return a flat tensor's memory (of bfloat16, its bits), or a place in a file as the loops want it."""
+    if isinstance(row, Place):
+        return row.source.descriptor, row.offset, row.dtype.itemsize
+    return (row.view(torch.uint16) if row.dtype == torch.bfloat16 else row).numpy()
+
+
+def _check_read(bad: int | None, rows: Sequence[Row], count: int) -> None:
+    """Raise what reading says of the row that a loop could not read, if there is one."""
+    if bad is None:
+        return
+    row = rows[bad]
+    assert isinstance(row, Place)
+    row.source.read_tensor(row.offset, row.dtype, count)
+    raise StorageError(
+        f"{row.source.location} could not be read for a moment. Check the disk, and start the merge again."
+    )
+
+
+def _result(count: int, into: torch.dtype) -> Tensor:
+    return buffer("merged", torch.bfloat16 if into == torch.bfloat16 else torch.float32, count)
+
+
+def _room(models: int, batch: int = _BATCH) -> Any:
+    """Return the memory that loops over so many models work in."""
+    size = (models + 2) * batch * 4 + (models + 2) * _PIECE * 4 + models * batch
+    return buffer("room", torch.uint8, size).numpy()
 
 
 # Chunks of more elements than this are rare, and get memory of their own.
@@ -119,11 +164,33 @@ def difference(model: Tensor, base: Tensor, out: Tensor) -> Tensor:
         base: flat, in the compute dtype.
         out: flat, in the compute dtype; not the same memory as `base`.
     """
-    if model.dtype in (torch.bfloat16, torch.float32) and (loops := _loops(base, out)):
-        bits = model.view(torch.uint16) if model.dtype == torch.bfloat16 else model
-        loops.difference(bits.numpy(), base.numpy(), out.numpy())
+    if readable(model.dtype) and model.is_contiguous() and (loops := _loops_for(base, out)):
+        loops.difference(_row(model), base.numpy(), out.numpy())
         return out
     return torch.sub(out.copy_(model), base, out=out)
+
+
+class Draw(NamedTuple):
+    """A mask of ones where a random 16-bit number is below its limit, zeros elsewhere.
+
+    The numbers are what NumPy's PCG64DXSM draws, four to a word, the lowest bits first. NumPy draws words one after another,
+    and each waits for the one before; several stretches at once take half the time.
+
+    Attributes:
+        state: the generator's state and increment, in halves, the upper first: four uint64.
+        first: how many numbers to leave out.
+        limits: one for all numbers or one for each.
+    """
+
+    state: np.ndarray[tuple[int], np.dtype[np.uint64]]
+    first: int
+    limits: Limits
+
+    def mask(self, count: int) -> Mask:
+        """Return the first numbers' mask. Only where loops are `compiled`."""
+        mask = np.empty(count, np.uint8)
+        _module().draw(tuple(self), mask)
+        return mask
 
 
 class Choice(NamedTuple):
@@ -133,91 +200,182 @@ class Choice(NamedTuple):
         limits: an element is kept if its magnitude exceeds the first, from place `places[0]` of the chunk on the second; what
             also exceeds the third, from place `places[1]` on the fourth, is set to zero after all.
         places: those places.
-        mask: zeros and ones to multiply by; empty for none.
+        mask: zeros and ones to multiply by, or how to draw them.
         divisor: what is left is divided by it, …
         factor: … then multiplied by this.
     """
 
     limits: tuple[float, float, float, float] = (-1.0, -1.0, _INFINITY, _INFINITY)
     places: tuple[int, int] = (0, 0)
-    mask: Mask = np.empty(0, np.uint8)
+    mask: Bits | Draw | None = None
     divisor: float = 1.0
     factor: float = 1.0
 
-    def scale(self) -> tuple[float, float]:
-        """Return the divisor and the factor."""
-        return self.divisor, self.factor
+
+def _transforms(choices: Sequence[Choice]) -> tuple[Any, Any, Any, list[Any]]:
+    return (
+        np.array([choice.limits for choice in choices], np.float32),
+        np.array([choice.places for choice in choices], np.int64),
+        np.array([(choice.divisor, choice.factor) for choice in choices], np.float32),
+        [tuple(choice.mask) if isinstance(choice.mask, Draw) else choice.mask for choice in choices],
+    )
 
 
-def magnitudes(delta: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
-    """Return a task vector's magnitudes before and after a transform, in memory that the next call uses again.
+def block_sums(values: Tensor, block: int) -> Tensor:
+    """Return the sum of each block of magnitudes, shape (blocks,); the last block may be shorter.
+
+    Lane k takes the elements k, k + 1024, … of a block in order; then the upper half of the lanes is added to the lower until
+    one is left. This is an order that every device can keep, and its error grows with the logarithm of the lanes.
+
+    Args:
+        values: flat, without negative numbers.
+        block: elements in a block.
+
+    >>> block_sums(torch.ones(5), 2).tolist()
+    [2.0, 2.0, 1.0]
+    """
+    if loops := _loops_for(values):
+        return _block_norms(loops, [values], None, [Choice()], values.numel(), block)[0][0]
+    whole = values.numel() // block * block
+    parts = [_lane_sums(values[:whole].view(-1, block))] if whole else []
+    if whole < values.numel():
+        parts.append(_lane_sums(values[whole:].view(1, -1)))
+    return torch.cat(parts) if parts else values.new_empty(0)
+
+
+def _lane_sums(rows: Tensor) -> Tensor:
+    lanes = rows.new_zeros(rows.shape[0], _PIECE)
+    for piece in rows.split(_PIECE, 1):
+        lanes[:, : piece.shape[1]] += piece
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return lanes[:, 0]
+
+
+def block_norms(
+    rows: Sequence[Row], base: Row | None, choices: Sequence[Choice], count: int, block: int, kept: Sequence[Bits] = ()
+) -> tuple[Tensor, Tensor]:
+    """Return `block_sums` of task vectors' magnitudes before and after a transform, each of shape (models, blocks).
 
     Only for what is `compiled`.
+
+    Args:
+        rows: the task vectors, or models as they are stored.
+        base: the base as it is stored, to be subtracted from models.
+        choices: what the transform does, for each model.
+        count: elements of a row.
+        block: elements in a block.
+        kept: where to put each model's mask, if it has one; or nowhere.
     """
-    before, after = buffer("before", delta.dtype, delta.numel()), buffer("after", delta.dtype, delta.numel())
-    limits, places = np.array(choice.limits, np.float32), np.array(choice.places, np.int64)
-    scale = np.array(choice.scale(), np.float32)
-    _module().magnitudes(delta.numpy(), limits, places, choice.mask, scale, before.numpy(), after.numpy())
+    return _block_norms(_module(), rows, base, choices, count, block, kept)
+
+
+def _block_norms(
+    loops: Any,
+    rows: Sequence[Row],
+    base: Row | None,
+    choices: Sequence[Choice],
+    count: int,
+    block: int,
+    kept: Sequence[Bits] = (),
+) -> tuple[Tensor, Tensor]:
+    before, after = torch.empty(2, len(rows), -(-count // block), dtype=torch.float32)
+    batch = block * -(-_BATCH // block)
+    while batch % 8:  # masks are kept as bits
+        batch += block
+    bad = loops.block_norms(
+        [_row(row) for row in rows],
+        None if base is None else _row(base),
+        _transforms(choices),
+        list(kept),
+        count,
+        block,
+        batch,
+        before.numpy(),
+        after.numpy(),
+        _room(len(rows), batch),
+    )
+    _check_read(bad, rows if base is None else [*rows, base], count)
     return before, after
 
 
+def weighted_sum(
+    models: Sequence[Row], weights: Sequence[float], count: int, *, factor: float, divisor: float, into: torch.dtype
+) -> Tensor:
+    """Return Σ w_i x_i · factor / divisor, added from the left, in memory that the next call uses again.
+
+    Only for what is `compiled`.
+
+    Args:
+        models: flat, as they are stored.
+        weights: one for each.
+        count: elements of a model.
+        factor: the sum is multiplied by it,
+        divisor: and divided by this.
+        into: the dtype to return, if that is bfloat16; otherwise it is float32.
+    """
+    out = _result(count, into)
+    rows, room = [_row(model) for model in models], _room(len(models))
+    bad = _module().weighted_sum(rows, np.array(weights, np.float32), factor, divisor, _BATCH, room, _row(out))
+    _check_read(bad, models, count)
+    return out
+
+
 def task_vectors(
-    deltas: Tensor,
-    at: int,
-    base: Tensor,
+    rows: Sequence[Row],
+    base: Row,
     choices: Sequence[Choice],
     weights: Sequence[float],
+    count: int,
     *,
+    deltas: bool,
     vote: bool | None,
     tie: int,
     reduce: int,
     denominator: float,
     factor: float,
+    into: torch.dtype,
 ) -> Tensor:
     """Transform, agree on signs, reduce, scale and add the base: `soups.merging.stages.TaskVectors` in one loop.
 
     Only for what is `compiled`.
 
     Args:
-        deltas: task vectors, shape (models, n or more); the chunk's are those from column `at` on.
-        at: that column.
-        base: the base's chunk, shape (n,).
+        rows: the models as they are stored, or their task vectors, flat.
+        base: the base as it is stored, flat.
         choices: what the transform does, for each model.
         weights: one for each model.
+        count: elements of a row.
+        deltas: whether the rows are task vectors.
         vote: `None` for no election; else whether weights vote.
         tie: the sign where the sum of the votes is zero.
         reduce: 0: the sum; 1: divided by the weights of who agrees; 2: by how many agree, or are not zero.
         denominator: what the sum is divided by without an election.
         factor: λ.
+        into: the dtype to return, if that is bfloat16; otherwise it is float32.
 
     Returns:
         Shape (n,), in memory that the next call uses again.
     """
-    count, size = len(choices), base.numel()
-    out, work = buffer("merged", base.dtype, size), buffer("work", base.dtype, (count + 2) * _PIECE)
-    if any(len(choice.mask) for choice in choices):
-        ones = np.ones(size, np.uint8)
-        kept = np.stack([choice.mask if len(choice.mask) else ones for choice in choices])
-    else:
-        kept = np.empty((count, 0), np.uint8)
-    _module().task_vectors(
-        deltas.numpy(),
-        at,
-        base.numpy(),
-        np.array([choice.limits for choice in choices], np.float32),
-        np.array([choice.places for choice in choices], np.int64),
-        kept,
-        np.array([choice.scale() for choice in choices], np.float32),
+    out = _result(count, into)
+    bad = _module().task_vectors(
+        [_row(row) for row in rows],
+        _row(base),
+        deltas,
+        _transforms(choices),
         np.array(weights, np.float32),
         vote is not None,
         bool(vote),
-        np.float32(tie),
+        tie,
         reduce,
-        np.float32(denominator),
-        np.float32(factor),
-        work.view(count + 2, _PIECE).numpy(),
-        out.numpy(),
+        denominator,
+        factor,
+        _BATCH,
+        _room(len(rows)),
+        _row(out),
     )
+    _check_read(bad, [*rows, base], count)
     return out
 
 
@@ -244,7 +402,7 @@ def by_rank(rows: Tensor, table: Tensor) -> Tensor:
         return torch.empty(rows.shape, dtype=table.dtype).scatter_(1, order, table.expand_as(order))
     packed = buffer("packed", torch.int64, count).view(rows.shape)
     chosen = buffer("chosen", table.dtype, count).view(rows.shape)
-    loops = _loops(rows)
+    loops = _loops_for(rows)
     if loops:
         loops.pack_places(rows.view(-1).numpy(), width, packed.view(-1).numpy())
     else:
@@ -257,37 +415,6 @@ def by_rank(rows: Tensor, table: Tensor) -> Tensor:
     return chosen.scatter_(1, packed.bitwise_and_(0xFFFFFFFF), table.expand_as(packed))
 
 
-@lru_cache(4096)
-def _leap(steps: int) -> tuple[int, int]:
-    """Return a and g for which a·state + g·increment is the state after so many steps, modulo 2¹²⁸."""
-    whole = 1 << 128
-    a, g, power, total = 1, 0, _MULTIPLIER, 1
-    while steps:
-        if steps & 1:
-            a, g = a * power % whole, (g * power + total) % whole
-        total, power = total * (power + 1) % whole, power * power % whole
-        steps >>= 1
-    return a, g
-
-
-def random_words(state: int, increment: int, first: int, count: int) -> Words:
-    """Return what NumPy's PCG64DXSM draws from `state` on: its numbers `first` to `first + count`.
-
-    NumPy draws them one after another, and each waits for the one before; several stretches at once take half the time.
-    Only where loops are `compiled`.
-    """
-    length = -(-count // _LANES)
-    words = np.empty((_LANES, length), np.uint64)
-    states: list[int] = []
-    for steps in (first, *[length] * (_LANES - 1)):
-        a, g = _leap(steps)
-        states.append((a * (states[-1] if states else state) + g * increment) % (1 << 128))
-    high, low = (np.array(half, np.uint64) for half in zip(*(divmod(one, 1 << 64) for one in states), strict=True))
-    step = [np.uint64(half) for half in divmod(increment, 1 << 64)]
-    _module().random_words(high, low, *step, words)
-    return words.reshape(-1)[:count]
-
-
 def count_digits_(counts: Tensor, values: Tensor, shift: int, prefix: int | None) -> None:
     """Count the 16 bits from bit `shift` on in the bit patterns of magnitudes.
 
@@ -297,9 +424,8 @@ def count_digits_(counts: Tensor, values: Tensor, shift: int, prefix: int | None
         shift: 0, 16, 32 or 48.
         prefix: count only where the bits above equal this.
     """
-    if loops := _loops(values):
-        above = np.uint32(prefix or 0)
-        loops.count_digits(values.numpy(), np.uint32(shift), prefix is not None, above, counts.numpy())
+    if loops := _loops_for(values):
+        loops.count_digits(values.numpy(), shift, prefix is not None, prefix or 0, counts.numpy())
         return
     bits = values.view(torch.int32 if values.dtype == torch.float32 else torch.int64)
     digits = bits >> shift if shift else bits
@@ -313,9 +439,9 @@ def count_digits_(counts: Tensor, values: Tensor, shift: int, prefix: int | None
 
 def place_of(values: Tensor, wanted: float, number: int) -> tuple[int, int]:
     """Return the place of the `number`-th element that equals `wanted`, −1 if there are fewer, and how many do."""
-    if loops := _loops(values):
-        place, count = loops.place_of(values.numpy(), np.float32(wanted), number)
-        return int(place), int(count)
+    if loops := _loops_for(values):
+        place, count = loops.place_of(values.numpy(), wanted, number)
+        return place, count
     equal = values == wanted
     count = int(torch.count_nonzero(equal))
     return (int(equal.nonzero().view(-1)[number - 1]) if number <= count else -1), count

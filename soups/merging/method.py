@@ -22,6 +22,7 @@ class Method(ABC):
     Attributes:
         base: whether it needs a base model, takes one if there is one, or has no use for one.
         least, most: how many models, the base not counted; `most` is `None` where there is no limit.
+        loops: whether `combine` is one compiled loop where there are such, so that larger chunks pay.
         unit: what `combine` must see whole.
         scope: how far away an element can be and still matter.
     """
@@ -29,6 +30,7 @@ class Method(ABC):
     base: ClassVar[Literal["required", "optional", "none"]] = "none"
     least: ClassVar[int] = 1
     most: ClassVar[int | None] = None
+    loops: ClassVar[bool] = False
 
     @property
     def unit(self) -> Unit:
@@ -46,7 +48,7 @@ class Method(ABC):
 
     @abstractmethod
     def combine(self, chunk: Chunk, seen: Any) -> Tensor:
-        """Return the merged chunk, flat, in the compute dtype.
+        """Return the merged chunk, flat, in the compute dtype or in `chunk.into`.
 
         Args:
             chunk: one stretch of every model.

@@ -30,20 +30,16 @@ def random_bits(seed: int, key: str, model: int, start: int, count: int) -> np.n
     """
     first, skip = divmod(start, _PER_STEP)
     needed = (skip + count + _PER_STEP - 1) // _PER_STEP
-    if kernels.compiled(torch.float32, torch.device("cpu")):
-        words = kernels.random_words(*_stream(seed, key, model), first, needed)
-    else:
-        bits = np.random.PCG64DXSM(derive_seed(seed, "noise", key, model))
-        bits.advance(first)
-        words = bits.random_raw(needed)
-    return words.astype("<u8", copy=False).view(np.uint16)[skip : skip + count]
+    bits = np.random.PCG64DXSM(derive_seed(seed, "noise", key, model))
+    bits.advance(first)
+    return bits.random_raw(needed).astype("<u8", copy=False).view(np.uint16)[skip : skip + count]
 
 
 @lru_cache(4096)
-def _stream(seed: int, key: str, model: int) -> tuple[int, int]:
-    """Return the first state of a model's random numbers for a tensor, and the generator's increment."""
+def _stream(seed: int, key: str, model: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    """Return the first state of a model's random numbers for a tensor, and the generator's increment, in halves."""
     state: Any = np.random.PCG64DXSM(derive_seed(seed, "noise", key, model)).state["state"]
-    return int(state["state"]), int(state["inc"])
+    return np.array([half for name in ("state", "inc") for half in divmod(int(state[name]), 1 << 64)], np.uint64)
 
 
 def rounded(probability: float) -> float:
@@ -70,13 +66,25 @@ def kept(probability: float, seed: int, key: str, model: int, start: int, count:
     limit = int(rounded(probability) * _SCALE)
     if limit >= _SCALE:
         return np.ones(count, np.uint8)
-    return (random_bits(seed, key, model, start, count) < np.uint16(limit)).view(np.uint8)
+    return kept_each(np.array([limit], np.uint16), seed, key, model, start, count)
 
 
-def kept_each(limits: Tensor, seed: int, key: str, model: int, start: int) -> kernels.Mask:
-    """Return ones with probability `limits` / 2¹⁶ and zeros; the limits are int32 in 1 … 65535, flat, on the CPU."""
-    draw = random_bits(seed, key, model, start, limits.numel())
-    return (draw < limits.numpy().astype(np.uint16)).view(np.uint8)
+def kept_each(limits: kernels.Limits, seed: int, key: str, model: int, start: int, count: int) -> kernels.Mask:
+    """Return ones with probability `limits` / 2¹⁶ and zeros; there is one limit for all elements or one for each."""
+    if kernels.compiled(torch.float32, torch.device("cpu")):
+        return kernels.Draw(_stream(seed, key, model), start, limits).mask(count)
+    return (random_bits(seed, key, model, start, count) < limits).view(np.uint8)
+
+
+def to_draw(probability: float, seed: int, key: str, model: int, start: int) -> kernels.Draw | None:
+    """Return how compiled loops draw what `kept` returns; `None` if everything is kept."""
+    limit = int(rounded(probability) * _SCALE)
+    return None if limit >= _SCALE else to_draw_each(np.array([limit], np.uint16), seed, key, model, start)
+
+
+def to_draw_each(limits: kernels.Limits, seed: int, key: str, model: int, start: int) -> kernels.Draw:
+    """Return how compiled loops draw what `kept_each` returns."""
+    return kernels.Draw(_stream(seed, key, model), start, limits)
 
 
 def masked_(values: Tensor, mask: kernels.Mask) -> Tensor:

@@ -7,9 +7,9 @@ that need those. Whoever sums over a tensor sums block by block in order; this i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from soups.errors import WeightsError
 from soups.merging import kernels
 from soups.merging.buffers import buffer
-from soups.merging.kernels import LARGEST_BUFFER, absolute
+from soups.merging.kernels import LARGEST_BUFFER, Row, absolute
 from soups.stores.store import Store
 
 BLOCK = 16_384
@@ -33,18 +33,42 @@ class Source(NamedTuple):
     key: str
 
 
+class Reader(Protocol):
+    """Reads one stretch of a tensor, from every model."""
+
+    def read(self, model: int, shared: bool) -> Tensor:
+        """Return model i's stretch (the base's for −1), flat, in the compute dtype.
+
+        In memory of its own or, if told so, in memory that the next such call uses again.
+        """
+        ...
+
+    def subtract(self, base: Tensor) -> Tensor:
+        """Return all models' stretches less the base's, which it is handed, shape (models, n)."""
+        ...
+
+    def stored(self) -> list[Row] | None:
+        """Return all stretches as they are stored, the base's last; `None` unless compiled loops can read them."""
+        ...
+
+    def delta(self, model: int, base: Tensor) -> Tensor:
+        """Return model i's stretch less the base's, in memory that the next such call uses again."""
+        ...
+
+
 class Chunk:
     """One stretch of a tensor, from every model; each is read when it is first asked for.
 
     Args:
         key: the name of the tensor that is being made.
         start: the first element's place in the whole tensor, row-major.
+        size: how many elements.
         shape: the whole tensor's shape.
         count: the number of models.
-        read: gives model i's stretch (the base's for −1), flat, in the compute dtype, in memory of its own or, if told so, in
-            memory that the next such call uses again.
-        subtract: gives all models' stretches less the base's, which it is handed, shape (models, n).
+        reader: reads them.
         has_base: whether there is a base model.
+        compiled: whether loops over it are compiled (`soups.merging.kernels`).
+        into: the dtype that the result will be kept in; it may be returned in that already.
         deltas: the task vectors, shape (models, n), where they are there already.
     """
 
@@ -52,37 +76,61 @@ class Chunk:
         self,
         key: str,
         start: int,
+        size: int,
         shape: tuple[int, ...],
         count: int,
-        read: Callable[[int, bool], Tensor],
-        subtract: Callable[[Tensor], Tensor],
+        reader: Reader,
         *,
         has_base: bool,
+        compiled: bool = False,
+        into: torch.dtype = torch.float32,
         deltas: Tensor | None = None,
     ) -> None:
-        self.key, self.start, self.shape = key, start, shape
-        self.count, self._read, self._subtract, self._has_base = count, read, subtract, has_base
-        self._deltas = deltas
+        self.key, self.start, self.size, self.shape, self.count = key, start, size, shape, count
+        self.compiled, self.into = compiled, into
+        self._reader, self._has_base, self._deltas = reader, has_base, deltas
         self._models: list[Tensor] | None = None
         self._base: Tensor | None = None
+        self._raw: list[Row] | None = None
+
+    def stored(self) -> tuple[list[Row], Row | None] | None:
+        """Return the models and the base as they are stored, not to be overwritten; `None` unless loops are compiled for them."""
+        if self._raw is None:
+            self._raw = self._reader.stored()
+        if self._raw is None:
+            return None
+        return self._raw[: self.count], self._raw[-1] if self._has_base else None
+
+    def for_loops(self) -> tuple[Sequence[Row], Row | None]:
+        """Return what compiled loops make task vectors of, not to be overwritten: see `stored`; or those, and no base."""
+        found = self.stored() if self._deltas is None else None
+        return found or (self.deltas(), None)
+
+    def delta(self, model: int) -> Tensor:
+        """Return one task vector, flat, not to be overwritten; it holds until the next is asked for."""
+        if self._deltas is not None:
+            return self._deltas[model]
+        base = self.base
+        assert base is not None
+        return self._reader.delta(model, base)
 
     @property
     def models(self) -> list[Tensor]:
         """One flat tensor a model, in the compute dtype; the method's to overwrite, but not to keep."""
         if self._models is None:
-            self._models = [self._read(model, False) for model in range(self.count)]
+            self._models = [self._reader.read(model, False) for model in range(self.count)]
         return self._models
 
     @property
     def base(self) -> Tensor | None:
         """The base model's, or `None`."""
         if self._base is None and self._has_base:
-            self._base = self._read(-1, False)
+            self._base = self._reader.read(-1, False)
         return self._base
 
     def each(self) -> Iterator[Tensor]:
         """Yield the models one by one, in memory that is used again: a sum of many models then stays in a core's cache."""
-        return (self._read(model, True) for model in range(self.count))
+        return (self._reader.read(model, True) for model in range(self.count))
 
     @property
     def width(self) -> int:
@@ -96,7 +144,7 @@ class Chunk:
         base = self.base
         if base is None:
             raise WeightsError(f"{self.key!r}: task vectors need a base model.")
-        return self._subtract(base)
+        return self._reader.subtract(base)
 
     def deltas(self) -> list[Tensor]:
         """Return `rows` one by one, flat."""
@@ -125,6 +173,7 @@ class Operands:
         device: where to compute.
         room: elements that a look at the tensor may hold, four bytes each; more must be streamed.
         holding: bytes that the tensor's task vectors may take, so that they are read and transformed once.
+        into: the dtype that the result will be kept in; the one to compute in when `None`.
     """
 
     held = False
@@ -143,6 +192,7 @@ class Operands:
         device: torch.device | str = "cpu",
         room: int = 0,
         holding: int = 0,
+        into: torch.dtype | None = None,
     ) -> None:
         self.key = key
         self.shape = shape
@@ -153,6 +203,7 @@ class Operands:
         self.device = torch.device(device)
         self.room = room
         self.holding = holding
+        self.into = into
         self.numel = math.prod(shape)
         width = shape[-1] if len(shape) > 1 else max(1, self.numel)
         # Chunks are whole blocks, and who sums does so block by block: the cuts then leave no trace.
@@ -169,22 +220,17 @@ class Operands:
     def at(self, start: int, stop: int) -> Chunk:
         """Read one chunk. Its tensors are this thread's buffers: they hold until the thread reads the next chunk."""
 
-        def read(model: int, shared: bool) -> Tensor:
-            source = self.base if model < 0 else self.models[model]
-            assert source is not None
-            return self._read(source, start, stop, -2 if shared else model)
-
-        def subtract(base: Tensor) -> Tensor:
-            size, count = base.numel(), len(self.models)
-            small = size <= LARGEST_BUFFER and self.device.type == "cpu"
-            rows = (buffer("deltas", self.dtype, count * size) if small else base.new_empty(count * size)).view(
-                count, size
-            )
-            for source, row in zip(self.models, rows, strict=True):
-                self._subtract(source, base, start, row)
-            return rows
-
-        return Chunk(self.key, start, self.shape, len(self.models), read, subtract, has_base=self.base is not None)
+        return Chunk(
+            self.key,
+            start,
+            stop - start,
+            self.shape,
+            len(self.models),
+            _Stretch(self, start, stop),
+            has_base=self.base is not None,
+            compiled=self.compiled,
+            into=self.into or self.dtype,
+        )
 
     def only(self, model: int) -> Operands:
         """Return the same tensor with one of the models alone."""
@@ -216,32 +262,79 @@ class Operands:
             base, start = chunk.base, chunk.start
             assert base is not None
             for whole, source in zip(held, self.models, strict=True):
-                self._subtract(source, base, start, whole[start : start + base.numel()])
+                self.subtract(source, base, start, whole[start : start + base.numel()])
         return HeldOperands(self, held)
 
-    def _raw(self, source: Source, start: int, stop: int) -> Tensor:
-        """Read elements as they are stored, into memory that the next such call uses again."""
+    def raw(self, source: Source, start: int, stop: int, slot: str = "raw") -> Tensor:
+        """Read elements as they are stored, into memory that the next such call with this slot uses again."""
         store, key = source
         small = stop - start <= LARGEST_BUFFER
-        raw = store.read_flat(key, start, stop, buffer("raw", store.meta(key).dtype, stop - start) if small else None)
-        if stop < self.numel and start // self.step % _HINT_CHUNKS == 0:
-            store.will_need(key, stop, min(stop + _HINT_CHUNKS * self.step, self.numel))
+        raw = store.read_flat(key, start, stop, buffer(slot, store.meta(key).dtype, stop - start) if small else None)
+        self.hint(source, start, stop)
         return raw
 
-    def _read(self, source: Source, start: int, stop: int, slot: int) -> Tensor:
-        raw = self._raw(source, start, stop)
-        # A copy even where the dtype fits: weights in memory are never touched.
-        if self.device.type != "cpu" or stop - start > LARGEST_BUFFER:
-            return raw.to(self.device, self.dtype, copy=True)
-        return buffer(slot, self.dtype, stop - start).copy_(raw)
+    def hint(self, source: Source, start: int, stop: int) -> None:
+        """Tell the system what comes after a chunk."""
+        if stop < self.numel and start // self.step % _HINT_CHUNKS == 0:
+            source.store.will_need(source.key, stop, min(stop + _HINT_CHUNKS * self.step, self.numel))
 
-    def _subtract(self, source: Source, base: Tensor, start: int, out: Tensor) -> Tensor:
+    def subtract(self, source: Source, base: Tensor, start: int, out: Tensor) -> None:
         """Put a model's elements from `start` on, less the base's, into `out`."""
-        return kernels.difference(self._raw(source, start, start + base.numel()), base, out)
+        kernels.difference(self.raw(source, start, start + base.numel()), base, out)
 
     def __iter__(self) -> Iterator[Chunk]:
         for start, stop in self.spans():
             yield self.at(start, stop)
+
+
+class _Stretch(NamedTuple):
+    """Elements `start:stop` of every model."""
+
+    operands: Operands
+    start: int
+    stop: int
+
+    def read(self, model: int, shared: bool) -> Tensor:
+        whole, size = self.operands, self.stop - self.start
+        source = whole.base if model < 0 else whole.models[model]
+        assert source is not None
+        raw = whole.raw(source, self.start, self.stop)
+        # A copy even where the dtype fits: weights in memory are never touched.
+        if whole.device.type != "cpu" or size > LARGEST_BUFFER:
+            return raw.to(whole.device, whole.dtype, copy=True)
+        return buffer(-2 if shared else model, whole.dtype, size).copy_(raw)
+
+    def subtract(self, base: Tensor) -> Tensor:
+        whole = self.operands
+        size, count = base.numel(), len(whole.models)
+        small = size <= LARGEST_BUFFER and whole.device.type == "cpu"
+        rows = buffer("deltas", whole.dtype, count * size) if small else base.new_empty(count * size)
+        rows = rows.view(count, size)
+        for source, row in zip(whole.models, rows, strict=True):
+            whole.subtract(source, base, self.start, row)
+        return rows
+
+    def delta(self, model: int, base: Tensor) -> Tensor:
+        out = buffer("delta", base.dtype, base.numel()) if base.device.type == "cpu" else torch.empty_like(base)
+        self.operands.subtract(self.operands.models[model], base, self.start, out)
+        return out
+
+    def stored(self) -> list[Row] | None:
+        whole = self.operands
+        sources = [*whole.models, *([whole.base] if whole.base is not None else [])]
+        if not whole.compiled or not all(kernels.readable(one.store.meta(one.key).dtype) for one in sources):
+            return None
+        found: list[Row] = []
+        for number, source in enumerate(sources):
+            row = source.store.place(source.key, self.start)
+            if row is None:
+                row = whole.raw(source, self.start, self.stop, f"raw {number}")
+                if not row.is_contiguous():
+                    return None
+            else:
+                whole.hint(source, self.start, self.stop)
+            found.append(row)
+        return found
 
 
 class HeldOperands(Operands):
@@ -265,17 +358,37 @@ class HeldOperands(Operands):
     def at(self, start: int, stop: int) -> Chunk:
         """Return one chunk."""
 
-        def read(*_: Any) -> Tensor:
-            raise AssertionError(f"{self.key!r} is held as task vectors")
+        return Chunk(
+            self.key,
+            start,
+            stop - start,
+            self.shape,
+            len(self.models),
+            _Held(),
+            has_base=True,
+            compiled=self.compiled,
+            deltas=self.rows[:, start:stop],
+        )
 
-        rows = self.rows[:, start:stop]
-        return Chunk(self.key, start, self.shape, len(self.models), read, read, has_base=True, deltas=rows)
+
+class _Held(NamedTuple):
+    def read(self, model: int, shared: bool) -> Tensor:
+        raise AssertionError(f"the tensor is held as task vectors; model {model} is not")
+
+    def subtract(self, base: Tensor) -> Tensor:
+        raise AssertionError("the task vectors are there")
+
+    def stored(self) -> list[Row] | None:
+        return None
+
+    def delta(self, model: int, base: Tensor) -> Tensor:
+        raise AssertionError(f"the task vectors are there, model {model}'s too")
 
 
 class BlockSum:
     """A sum over a tensor that comes out the same bits however the tensor is cut at multiples of `BLOCK`.
 
-    Each block is summed in float64 by itself; the partial sums are added without rounding error (`math.fsum`).
+    Each block is summed by itself, in float64; the partial sums are added without rounding error (`math.fsum`).
 
     Args:
         block: elements in a partial sum: `Operands.block`.
@@ -290,15 +403,19 @@ class BlockSum:
 
     def add_magnitudes(self, values: Tensor) -> None:
         """Add the absolute values of a chunk; within a block in the chunk's own dtype, which is enough for a ratio."""
-        self.add(absolute(values), values.dtype)
+        self.extend(kernels.block_sums(absolute(values), self._block))
 
-    def add(self, values: Tensor, dtype: torch.dtype = torch.float64) -> None:
-        """Add a chunk's values, a block in `dtype`; all chunks but the last have a multiple of `block` elements."""
+    def extend(self, sums: Tensor) -> None:
+        """Add the sums of a chunk's blocks."""
+        self._parts.extend(sums.tolist())
+
+    def add(self, values: Tensor) -> None:
+        """Add a chunk's values; all chunks but the last have a multiple of `block` elements."""
         whole = values.numel() // self._block * self._block
         if whole:
-            self._parts.extend(values[:whole].view(-1, self._block).sum(1, dtype=dtype).tolist())
+            self.extend(values[:whole].view(-1, self._block).sum(1, dtype=torch.float64))
         if whole < values.numel():
-            self._parts.append(float(values[whole:].sum(dtype=dtype)))
+            self._parts.append(float(values[whole:].sum(dtype=torch.float64)))
 
     def value(self) -> float:
         """Return the sum of everything that was added."""

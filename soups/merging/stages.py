@@ -30,6 +30,8 @@ class Transform(ABC):
     """What is done to each task vector by itself."""
 
     unit: Unit = "element"
+    revisits: ClassVar[bool] = True
+    """Whether it looks at a task vector more often than it changes it, so that keeping one in memory pays."""
 
     @property
     def scope(self) -> Scope:
@@ -45,8 +47,22 @@ class Transform(ABC):
         """Return the transformed stretch of a task vector; `delta` may be overwritten."""
 
     def choice(self, seen: Any, chunk: Chunk, count: int, model: int) -> Choice | None:
-        """Return what `apply` does to the `count` elements of a chunk, if a compiled loop can do that, else `None`."""
+        """Return what `apply` does to the `count` elements of a chunk, if a compiled loop can do that, else `None`.
+
+        The task vector, if it is needed, is `chunk.delta(model)`.
+        """
         return None
+
+
+def choices_of(transform: Transform, states: Sequence[Any], chunk: Chunk) -> list[Choice] | None:
+    """Return each model's `Transform.choice`, or `None` if there is one that a compiled loop cannot do."""
+    choices: list[Choice] = []
+    for model, state in enumerate(states):
+        choice = transform.choice(state, chunk, chunk.size, model)
+        if choice is None:
+            return None
+        choices.append(choice)
+    return choices
 
 
 class WholeModelTransform(Transform):
@@ -60,6 +76,8 @@ class WholeModelTransform(Transform):
 @dataclass(frozen=True)
 class Keep(Transform):
     """Leave task vectors as they are."""
+
+    revisits = False
 
     def apply(self, delta: Tensor, seen: Any, chunk: Chunk, model: int) -> Tensor:
         """Return the task vector."""
@@ -156,6 +174,11 @@ class KeepNorm(Transform):
         return self.inner.unit
 
     @property
+    def revisits(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the inner transform does."""
+        return self.inner.revisits
+
+    @property
     def scope(self) -> Scope:
         """A tensor: its norms decide."""
         return "tensor"
@@ -170,17 +193,18 @@ class KeepNorm(Transform):
         room = operands.held or operands.numel <= 4 * operands.room
         masks: list[Masks] = [{} for _ in range(count)]
         for chunk in operands:
+            if operands.compiled and (choices := choices_of(self.inner, states, chunk)) is not None:
+                rows, base = chunk.for_loops()
+                remember = room and any(choice.mask is not None for choice in choices)
+                kept = np.empty((count if remember else 0, -(-chunk.size // 8)), np.uint8)
+                sums = kernels.block_norms(rows, base, choices, chunk.size, operands.block, list(kept))
+                for model, (whole, left) in enumerate(zip(*sums, strict=True)):
+                    before[model].extend(whole)
+                    after[model].extend(left)
+                    if remember and choices[model].mask is not None:
+                        masks[model][chunk.start] = kept[model]
+                continue
             for model, delta in enumerate(chunk.deltas()):
-                choice = None
-                if operands.compiled:
-                    choice = self.inner.choice(states[model], chunk, delta.numel(), model)
-                if choice is not None:
-                    whole, left = kernels.magnitudes(delta, choice)
-                    before[model].add(whole, whole.dtype)
-                    after[model].add(left, left.dtype)
-                    if room and len(choice.mask):
-                        masks[model][chunk.start] = np.packbits(choice.mask)
-                    continue
                 before[model].add_magnitudes(delta)
                 left = self.inner.apply(delta, states[model], chunk, model)
                 after[model].add_magnitudes(left)
@@ -188,7 +212,7 @@ class KeepNorm(Transform):
                     delta.copy_(left)
                     masks[model][chunk.start] = None
                 elif room:
-                    masks[model][chunk.start] = np.packbits(left.cpu().numpy() != 0)
+                    masks[model][chunk.start] = np.packbits(left.cpu().numpy() != 0, bitorder="little")
         ratios = [a.value() / b.value() if b.value() > 0 else 1.0 for a, b in zip(before, after, strict=True)]
         return [Rescaled(*one) for one in zip(states, ratios, masks, strict=True)]
 
@@ -197,19 +221,19 @@ class KeepNorm(Transform):
         if chunk.start not in seen.masks:
             delta = self.inner.apply(delta, seen.state, chunk, model)
         elif (mask := seen.masks[chunk.start]) is not None:
-            delta = masked_(delta, np.unpackbits(mask, count=delta.numel()))
+            delta = masked_(delta, np.unpackbits(mask, count=delta.numel(), bitorder="little"))
         return delta.mul_(seen.ratio)
 
     def choice(self, seen: Rescaled, chunk: Chunk, count: int, model: int) -> Choice | None:
         """Transform, then multiply by the ratio."""
         mask = seen.masks.get(chunk.start)
         if mask is not None:
-            return Choice(mask=np.unpackbits(mask, count=count), factor=seen.ratio)
+            return Choice(mask=mask, factor=seen.ratio)
         choice = self.inner.choice(seen.state, chunk, count, model)
         return choice and choice._replace(factor=seen.ratio)
 
 
-Masks = dict[int, kernels.Mask | None]
+Masks = dict[int, kernels.Bits | None]
 """Which elements were left, by where a chunk begins, packed; `None` where that was done in place."""
 
 
@@ -274,6 +298,7 @@ class TaskVectors(WholeModelMethod):
     """
 
     base: ClassVar[Literal["required", "optional", "none"]] = "required"
+    loops: ClassVar[bool] = True
     transform: Transform = field(default_factory=Keep)
     weight: float | tuple[float, ...] = 1.0
     consensus: Elect | None = None
@@ -293,7 +318,7 @@ class TaskVectors(WholeModelMethod):
 
     def observe(self, operands: Operands) -> Seen:
         """Look at each model's tensor by itself, and transform it at once where there is room to keep it."""
-        source = operands.hold()
+        source = operands.hold() if self.transform.revisits or not operands.compiled else None
         if source is None:
             return Seen(self.transform.observe(operands))
         states = self.transform.observe(source)
@@ -321,8 +346,7 @@ class TaskVectors(WholeModelMethod):
     def _transformed(self, chunk: Chunk, seen: Seen | None) -> list[Tensor]:
         states = seen.states if seen is not None else [None] * chunk.count
         if seen is not None and seen.held is not None:
-            assert chunk.base is not None
-            taus = list(seen.held[:, chunk.start : chunk.start + chunk.base.numel()])
+            taus = list(seen.held[:, chunk.start : chunk.start + chunk.size])
             if seen.transformed:
                 return taus
             return [self.transform.apply(tau.clone(), states[i], chunk, i) for i, tau in enumerate(taus)]
@@ -357,37 +381,33 @@ class TaskVectors(WholeModelMethod):
 
     def _choices(self, chunk: Chunk, seen: Seen | None) -> list[Choice] | None:
         """Return what the transform does to each model's chunk, if all that can be one compiled loop."""
-        base = chunk.base
-        assert base is not None
-        done = seen is not None and seen.held is not None and seen.transformed
-        if done or not base.numel() or not kernels.compiled(base.dtype, base.device):
+        if not chunk.compiled or (seen is not None and seen.held is not None and seen.transformed):
             return None
-        choices: list[Choice] = []
-        for model in range(chunk.count):
-            state = seen.states[model] if seen is not None else None
-            choice = self.transform.choice(state, chunk, base.numel(), model)
-            if choice is None:
-                return None
-            choices.append(choice)
-        return choices
+        return choices_of(self.transform, [None] * chunk.count if seen is None else seen.states, chunk)
 
     def _compiled(self, chunk: Chunk, seen: Seen | None, choices: list[Choice], weights: list[float]) -> Tensor:
-        assert chunk.base is not None
-        held = seen.held if seen is not None else None
+        if seen is not None and seen.held is not None:
+            rows, base = list(seen.held[:, chunk.start : chunk.start + chunk.size]), None
+        else:
+            rows, base = chunk.for_loops()
         elect, total = self.consensus, sum(weights)
         ties = {"plus": 1, "none": 0, "majority": int(seen.majority) if seen is not None else 1}
         mean = self.reduce == "mean" and elect is None and abs(total) >= 1e-8
+        origin = chunk.base if base is None else base
+        assert origin is not None
         return kernels.task_vectors(
-            chunk.rows() if held is None else held,
-            0 if held is None else chunk.start,
-            chunk.base,
+            rows,
+            origin,
             choices,
             weights,
+            chunk.size,
+            deltas=base is None,
             vote=None if elect is None else elect.weighted,
             tie=ties[elect.zero] if elect is not None else 0,
             reduce=2 if self.reduce == "count" else int(self.reduce == "mean" and elect is not None),
             denominator=total if mean else 1.0,
             factor=self.scale,
+            into=chunk.into,
         )
 
     def _plain(self, taus: list[Tensor], weights: list[float]) -> Tensor:

@@ -27,13 +27,12 @@ from soups.merging.operands import BLOCK, Chunk, Operands, Source
 from soups.stores.store import TensorMeta
 
 DEFAULT_BUDGET = 512 * 2**20
-# Enough to hide the cost of Python calls, for which workers wait for one another, little enough for the outer caches;
-# twice as much where loops are compiled, because those work on pieces that fit into the innermost.
+# Enough to hide the cost of Python calls, for which workers wait for one another, little enough for the outer caches.
 _BEST_CHUNK = 1 << 19
+# Compiled loops read files in batches of their own, so that a chunk is only what is worth a call.
+_BEST_COMPILED_CHUNK = 1 << 20
 # What a look at a tensor takes for each element it holds: the element, a copy to select in, masks.
 _HELD_BYTES = 12
-# numba's import and first call take a little under a second, which small merges do not win back.
-_WORTH_COMPILING = 512 * 2**20
 # Chunks that a worker takes at once where a tensor can be split between workers.
 _STRIDE = 8
 
@@ -114,8 +113,8 @@ def run(
         threads: workers; as many as the process may use cores when `None`.
         device: where to compute.
         chunk: elements of one model in a chunk, instead of what the budget and the cache suggest.
-        compiled: use compiled loops where there are such (`soups.merging.kernels`); the bits are the same. `None`: if numba is
-            installed and the models are large enough that this saves more than numba's start.
+        compiled: use compiled loops where there are such (`soups.merging.kernels`); the bits are the same. `None`: if they were
+            built.
         finished: names of tensors that the sink has already; they are looked at where a method needs the whole model, and
             not made.
         part: the part of the output (a shard) that a tensor is in; parts are made one after another.
@@ -127,14 +126,14 @@ def run(
     threads = threads or available_cores()
     check_device(device)
     if compiled is None:
-        compiled = kernels.can_compile() and sum(job.nbytes() for job in jobs) >= _WORTH_COMPILING
+        compiled = not kernels.unavailable()
     gate = _Gate(budget)
 
     def operands(job: Job, method: Method) -> Operands:
         count = len(job.models) + (job.base is not None)
         dtype = job.compute_dtype()
         room = budget // (threads * dtype.itemsize * (2 * count + 6))
-        size = chunk or max(BLOCK, min(room, _BEST_CHUNK << compiled))
+        size = chunk or max(BLOCK, min(room, _BEST_COMPILED_CHUNK if compiled and method.loops else _BEST_CHUNK))
         return Operands(
             job.key,
             job.meta.shape,
@@ -147,6 +146,7 @@ def run(
             # One half for task vectors that stay, one for what a look at a tensor holds.
             room=0 if chunk else budget // (2 * threads * _HELD_BYTES),
             holding=0 if chunk else budget // (2 * threads),
+            into=job.meta.dtype,
         )
 
     with _one_thread_each(), kernels.compiling(compiled), _pool(threads) as (pool, stopped):

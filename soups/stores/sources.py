@@ -12,7 +12,7 @@ import os
 import weakref
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class ByteSource(ABC):
     size: int
     identity: str
     """Text that changes when the file does: its place, its size, and when it was last changed."""
+    descriptor: int | None = None
+    """An open file's number, where others may read by it until `close`."""
 
     @abstractmethod
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -78,6 +80,20 @@ class ByteSource(ABC):
         )
 
 
+class Place(NamedTuple):
+    """Where elements begin in a file that has a descriptor.
+
+    Attributes:
+        source: the file.
+        offset: in bytes.
+        dtype: the elements'.
+    """
+
+    source: ByteSource
+    offset: int
+    dtype: torch.dtype
+
+
 class LocalBytes(ByteSource):
     """A local file.
 
@@ -96,6 +112,7 @@ class LocalBytes(ByteSource):
                 f"Cannot read {self.location}: {error.strerror}. Check the file's permissions."
             ) from error
         self._finalizer = weakref.finalize(self, os.close, self._descriptor)
+        self.descriptor = self._descriptor
         status = os.fstat(self._descriptor)
         self.size = status.st_size
         self.identity = f"{Path(path).resolve()}|{status.st_size}|{status.st_mtime_ns}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from soups.errors import WeightsError, did_you_mean
-from soups.stores.sources import ByteSource
+from soups.stores.sources import ByteSource, Place
 from soups.weights import Weights, tied_names
 
 
@@ -80,6 +80,10 @@ class Store(ABC):
 
     def identity(self, key: str) -> str | None:
         """Return text that changes when the tensor's file does; `None` where nothing but the contents could tell."""
+        return None
+
+    def place(self, key: str, start: int) -> Place | None:
+        """Return where a tensor's elements from `start` on lie in a local file; `None` if they do not, one after another."""
         return None
 
     def will_need(self, key: str, start: int, stop: int) -> None:
@@ -154,6 +158,11 @@ class ExtentStore(Store):
         """Return the file's place, size and time of change, and the offset in it."""
         source, offset, _ = self.extent(key)
         return f"{source.identity}@{offset}"
+
+    def place(self, key: str, start: int) -> Place | None:
+        """Return where a tensor's elements from `start` on lie."""
+        source, offset, meta = self.extent(key)
+        return None if source.descriptor is None else Place(source, offset + start * meta.dtype.itemsize, meta.dtype)
 
     def will_need(self, key: str, start: int, stop: int) -> None:
         """Ask the system to read ahead."""
@@ -251,6 +260,10 @@ class RenamedStore(Store):
     def identity(self, key: str) -> str | None:
         """Return the identity of the tensor underneath."""
         return self._store.identity(self._old(key))
+
+    def place(self, key: str, start: int) -> Place | None:
+        """Return where a tensor's elements from `start` on lie."""
+        return self._store.place(self._old(key), start)
 
     def will_need(self, key: str, start: int, stop: int) -> None:
         """Pass the hint on."""

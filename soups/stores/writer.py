@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from soups.errors import StorageError, WeightsError
-from soups.stores.files import fsync_file, fsync_folder, storage_errors
+from soups.stores.files import fsync_file, fsync_folder, storage_errors, write_behind
 from soups.stores.safetensors import DTYPE_NAMES, TIED, SafetensorsStore
 from soups.stores.store import TensorMeta
 
@@ -205,6 +205,7 @@ def write_at(descriptor: int, offset: int, data: memoryview) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done:], offset + done)
+    write_behind(descriptor, offset, len(data))
 
 
 class FileWriter(Writer):

@@ -1,6 +1,7 @@
 """Compiled loops give the bits of the torch operations in whose place they are."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +9,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from soups.errors import ConfigError, WeightsError
+from soups.errors import ConfigError, StorageError, WeightsError
 from soups.merging import kernels, make_method, merge
 from soups.merging.kernels import compiling, count_digits_, difference, place_of
-from soups.merging.noise import random_bits
+from soups.merging.noise import kept, kept_each
 from soups.merging.operands import BLOCK
 from soups.merging.stages import TaskVectors
+from soups.stores import open_store
 
-pytest.importorskip("numba")
+if reason := kernels.unavailable():
+    pytest.skip(reason, allow_module_level=True)
 
 
 def rows_of_task_vectors():
@@ -89,9 +93,11 @@ def test_a_nan_is_still_found(method):
 @settings(max_examples=30, deadline=None)
 @given(start=st.integers(0, 10**7), count=st.integers(1, 3000), seed=st.integers(0, 5))
 def test_random_numbers_are_numpys(start, count, seed):
-    plain = random_bits(seed, "w", 1, start, count)
+    limits = np.random.default_rng(seed).integers(0, 1 << 16, count).astype(np.uint16)
+    plain = kept(0.3, seed, "w", 1, start, count), kept_each(limits, seed, "w", 1, start, count)
     with compiling():
-        assert np.array_equal(random_bits(seed, "w", 1, start, count), plain)
+        assert np.array_equal(kept(0.3, seed, "w", 1, start, count), plain[0])
+        assert np.array_equal(kept_each(limits, seed, "w", 1, start, count), plain[1])
 
 
 magnitudes = st.lists(st.floats(0, 100, width=32), min_size=1, max_size=60)
@@ -123,26 +129,112 @@ def test_a_difference_is_rounded_once():
         assert torch.equal(out, model.to(dtype).float() - base)
 
 
-def test_without_numba_a_merge_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(kernels, "can_compile", lambda: False)
+def test_without_the_loops_a_merge_says_how_to_get_them(monkeypatch):
     base, *experts = family(1, torch.float32, coarse=False)
-    with pytest.raises(ConfigError, match=r"soups\[fast\]"):
+    with_them = merge("ties", experts, base=base)
+    monkeypatch.setattr(kernels, "_loops", None)
+    monkeypatch.setattr(kernels, "_missing", "No module named '_loops'")
+    with pytest.raises(ConfigError, match=r"_loops.*C compiler.*--no-compiled"):
+        merge("ties", experts, base=base, compiled=True)
+    without = merge("ties", experts, base=base)
+    assert all(torch.equal(with_them[name], without[name]) for name in without)
+
+
+def test_loops_of_another_version_are_not_used(monkeypatch):
+    monkeypatch.setattr(kernels, "_VERSION", -1)
+    base, *experts = family(1, torch.float32, coarse=False)
+    with pytest.raises(ConfigError, match=r"another version.*pip install"):
         merge("ties", experts, base=base, compiled=True)
     assert merge("ties", experts, base=base)["row"].shape == (1500,)
 
 
-def test_a_numba_that_cannot_be_imported_is_named(monkeypatch):
-    def fail(name):
-        raise ImportError("Numba needs NumPy 2.2 or less")
-
-    monkeypatch.setattr(kernels.importlib, "import_module", fail)
-    base, *experts = family(1, torch.float32, coarse=False)
-    with pytest.raises(ConfigError, match=r"needs NumPy 2.2 or less.*--no-compiled"):
-        merge("ties", experts, base=base, compiled=True)
-
-
 def test_a_loop_that_has_begun_outlives_the_switch():
     # Another merge in this process may end between the question whether to compile and the loop.
-    before, after = kernels.magnitudes(torch.tensor([-2.0, 1.0]), kernels.Choice(factor=3.0))
-    assert before.tolist() == [2.0, 1.0]
-    assert after.tolist() == [6.0, 3.0]
+    rows = [torch.tensor([-2.0, 1.0])]
+    before, after = kernels.block_norms(rows, None, [kernels.Choice(factor=3.0)], 2, BLOCK)
+    assert before.tolist() == [[3.0]]
+    assert after.tolist() == [[9.0]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(0, 5000), block=st.integers(1, 3000), narrow=st.booleans())
+def test_sums_of_blocks(count, block, narrow):
+    values = torch.randn(count, generator=torch.Generator().manual_seed(count)).abs()
+    if narrow:
+        values = values.bfloat16().float()
+    plain = kernels.block_sums(values, block)
+    with compiling():
+        assert torch.equal(kernels.block_sums(values, block), plain)
+    exact = [float(part.double().sum()) for part in values.split(block)] if count else []
+    assert plain.tolist() == pytest.approx(exact, rel=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50))
+def test_narrowing_is_torchs(bits):
+    wide = torch.tensor(np.array(bits, np.uint32).view(np.float32))
+    found = kernels.weighted_sum([wide], [1.0], len(bits), factor=1.0, divisor=1.0, into=torch.bfloat16)
+    expected = wide.bfloat16()
+    number = ~expected.isnan()
+    assert torch.equal(found.isnan(), ~number)
+    assert torch.equal(found[number].view(torch.int16), expected[number].view(torch.int16))
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "dare_ties.mergekit", "della.mergekit"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=lambda dtype: str(dtype)[6:])
+def test_files_are_read_to_the_same_bits(tmp_path, method, dtype):
+    paths = []
+    for number, weights in enumerate(family(3, dtype, coarse=False)):
+        # Batches are of 32,768 elements; this one ends within one, and begins at an odd place.
+        paths.append(tmp_path / f"{number}.safetensors")
+        generator = torch.Generator().manual_seed(number)
+        save_file({**weights, "long": torch.randn(70_003, generator=generator).to(dtype)}, paths[-1])
+    base = paths[0] if make_method(method).base == "required" else None
+    found = [merge(method, paths[1:], base=base, compiled=choice) for choice in (False, True)]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("weights", [(1.0, 2.0, -0.5), (0.25, 0.25, 0.25), (1.0, 1.0, 1.0)])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("into", [torch.float32, torch.bfloat16, torch.float16])
+def test_sums_have_the_same_bits(weights, normalize, into):
+    models = family(2, torch.float32, coarse=False)
+    models[1] = {name: tensor.bfloat16() for name, tensor in models[1].items()}
+    method = make_method("linear", weight=weights, normalize=normalize)
+    plain, compiled = (merge(method, models, dtype=into, compiled=choice) for choice in (False, True))
+    assert all(torch.equal(plain[name], compiled[name]) for name in plain)
+
+
+def test_a_file_cut_short_under_a_loop_is_named(tmp_path):
+    paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    for path in paths:
+        save_file({"w": torch.randn(300_000)}, path)
+    with open_store(paths[0]) as whole, open_store(paths[1]) as cut:
+        os.truncate(paths[1], 400_000)
+        with pytest.raises(StorageError, match=r"1\.safetensors ends before its contents do"):
+            merge("linear", [whole, cut], compiled=True)
+
+
+def test_a_mistake_is_an_error_and_no_access_outside():
+    loops = kernels._module()
+    three, four = np.zeros(3, np.float32), np.zeros(4, np.float32)
+    room = np.zeros(3 * 32 * 4 + 3 * 1024 * 4 + 32, np.uint8)
+    wrong = [
+        lambda: loops.difference(three, four, four),
+        lambda: loops.difference(np.zeros(4, np.float64), four, four),
+        lambda: loops.weighted_sum([three], np.ones(1, np.float32), 1.0, 1.0, 32, room, four),
+        lambda: loops.weighted_sum([four], np.ones(2, np.float32), 1.0, 1.0, 32, room, four),
+        lambda: loops.weighted_sum([four], np.ones(1, np.float32), 1.0, 1.0, 32, room[1:].copy(), four),
+        lambda: loops.weighted_sum([(-1, 0, 4)], np.ones(1, np.float32), 1.0, 1.0, 32, room, four),
+        lambda: loops.weighted_sum([(0, 0, 8)], np.ones(1, np.float32), 1.0, 1.0, 32, room, four),
+        lambda: loops.draw((np.zeros(3, np.uint64), 0, np.zeros(1, np.uint16)), np.zeros(4, np.uint8)),
+        lambda: loops.draw((np.zeros(4, np.uint64), 0, np.zeros(3, np.uint16)), np.zeros(4, np.uint8)),
+        lambda: loops.count_digits(four, 0, False, 0, np.zeros(1 << 16, np.int64)),
+        lambda: loops.pack_places(three, 2, np.zeros(3, np.int64)),
+        lambda: loops.unpack_places(np.array([0, 5], np.int64), np.zeros(2, np.int32), np.zeros(2, np.int32)),
+    ]
+    for call in wrong:
+        with pytest.raises(ValueError, match=":"):
+            call()
+    with pytest.raises((TypeError, BufferError)):
+        loops.difference(four, four, b"read-only memory")

@@ -64,8 +64,8 @@ def test_noise_is_uniform_and_differs_by_key():
         assert ((counts - expected) ** 2 / expected).sum() < 70  # chi-square with 31 degrees of freedom
     assert abs(np.corrcoef(bits[:-1], bits[1:])[0, 1]) < 0.01
     assert rounded(0.25) == 0.25 and rounded(1e-9) == 2**-16 and rounded(0) == 0
-    limits = torch.tensor([1, 16_384, 65_535], dtype=torch.int32).repeat(20_000)
-    share = torch.from_numpy(kept_each(limits, 0, "w", 0, 0)).double().view(-1, 3).mean(0)
+    limits = np.tile(np.array([1, 16_384, 65_535], np.uint16), 20_000)
+    share = torch.from_numpy(kept_each(limits, 0, "w", 0, 0, 60_000)).double().view(-1, 3).mean(0)
     assert share.tolist() == pytest.approx([0, 0.25, 1], abs=0.01)
     mask = torch.from_numpy(kept(0.1, 0, "w", 0, 0, 100_000)).double()
     assert float(mask.mean()) == pytest.approx(0.1, abs=0.005)

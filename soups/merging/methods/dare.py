@@ -7,13 +7,13 @@ density is 1 − p. The mask is a function of (seed, tensor, model, element) and
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from soups.merging.kernels import Choice
 from soups.merging.method import one_of
-from soups.merging.noise import kept, masked_, rounded
+from soups.merging.noise import kept, masked_, rounded, to_draw
 from soups.merging.operands import Chunk
 from soups.merging.stages import Elect, TaskVectors, Transform, mergekit_form
 
@@ -30,6 +30,7 @@ class Drop(Transform):
         seed: of the masks.
     """
 
+    revisits: ClassVar[bool] = False
     density: Several
     rescale: bool = True
     seed: int = 0
@@ -47,7 +48,7 @@ class Drop(Transform):
         density = one_of(self.density, model, share="density")
         if density >= 1:
             return Choice()
-        mask = kept(density, self.seed, chunk.key, model, chunk.start, count)
+        mask = to_draw(density, self.seed, chunk.key, model, chunk.start)
         return Choice(mask=mask, divisor=rounded(density) if self.rescale and density > 0 else 1.0)
 
 

@@ -7,15 +7,16 @@ p_i = d − ε + 2ε · rank_i / (n − 1), rank 0 for the smallest magnitude, a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from soups.errors import ConfigError
-from soups.merging.kernels import by_rank
+from soups.merging.kernels import Choice, Limits, by_rank
 from soups.merging.method import one_of
-from soups.merging.noise import kept_each, masked_
+from soups.merging.noise import kept_each, masked_, to_draw_each
 from soups.merging.operands import Chunk, Unit
 from soups.merging.stages import Elect, TaskVectors, Transform, mergekit_form
 
@@ -33,6 +34,7 @@ class MagnitudeDrop(Transform):
         seed: of the masks.
     """
 
+    revisits: ClassVar[bool] = False
     density: Several
     epsilon: Several = 0.15
     rescale: bool = True
@@ -45,11 +47,25 @@ class MagnitudeDrop(Transform):
 
     def apply(self, delta: Tensor, seen: Any, chunk: Chunk, model: int) -> Tensor:
         """Drop."""
-        density, epsilon = one_of(self.density, model), one_of(self.epsilon, model)
+        density = one_of(self.density, model)
         if density >= 1:
             return delta
         if density <= 0:
             return delta.zero_()
+        limits = self._limits(delta, chunk, model)
+        masked_(delta, kept_each(_narrow(limits), self.seed, chunk.key, model, chunk.start, limits.numel()))
+        return delta.div_(limits.to(delta.device, delta.dtype).mul_(2.0**-16)) if self.rescale else delta
+
+    def choice(self, seen: Any, chunk: Chunk, count: int, model: int) -> Choice | None:
+        """Drop, where that is all."""
+        if self.rescale or not 0 < one_of(self.density, model) < 1:
+            return None
+        limits = self._limits(chunk.delta(model), chunk, model)
+        return Choice(mask=to_draw_each(_narrow(limits), self.seed, chunk.key, model, chunk.start))
+
+    def _limits(self, delta: Tensor, chunk: Chunk, model: int) -> Tensor:
+        """Return each element's probability of being kept, times 2¹⁶."""
+        density, epsilon = one_of(self.density, model), one_of(self.epsilon, model)
         if not 0 < density - epsilon <= density + epsilon < 1:
             raise ConfigError(
                 f"density={density} and epsilon={epsilon} give probabilities outside 0 … 1; epsilon must be smaller "
@@ -60,9 +76,11 @@ class MagnitudeDrop(Transform):
             torch.linspace(0, 1, width, dtype=torch.float64) if width > 1 else torch.tensor([0.5], dtype=torch.float64)
         )
         limits = ((density - epsilon + 2 * epsilon * share) * 2**16).round_().clamp_(1, 2**16 - 1).to(torch.int32)
-        chosen = by_rank(delta.view(-1, width), limits).view(-1)
-        masked_(delta, kept_each(chosen, self.seed, chunk.key, model, chunk.start))
-        return delta.div_(chosen.to(delta.device, delta.dtype).mul_(2.0**-16)) if self.rescale else delta
+        return by_rank(delta.view(-1, width), limits).view(-1)
+
+
+def _narrow(limits: Tensor) -> Limits:
+    return limits.numpy().astype(np.uint16)
 
 
 def della(

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from soups.errors import ConfigError
+from soups.merging import kernels
 from soups.merging.method import Method, per_model, running_sum
 from soups.merging.operands import Chunk
 
@@ -25,6 +26,7 @@ class Linear(Method):
         normalize: divide by the sum of the weights.
     """
 
+    loops: ClassVar[bool] = True
     weight: float | Sequence[float] = 1.0
     normalize: bool = True
 
@@ -34,15 +36,24 @@ class Linear(Method):
         divisor = sum(weights)
         if len(set(weights)) == 1 and divisor != 0:  # one multiplication, not one a model
             factor = 1 / len(weights) if self.normalize else weights[0]
-            total = running_sum([1.0] * len(weights), chunk.each())
-            return total if factor == 1 else total.mul_(factor)
+            return _sum(chunk, [1.0] * len(weights), factor=factor)
         if not self.normalize or divisor == 1:
-            return running_sum(weights, chunk.each())
+            return _sum(chunk, weights)
         if divisor == 0:
             raise ConfigError(
                 f"The weights {weights} sum to zero, so they cannot be normalised. Set normalize=false for a difference."
             )
-        return running_sum(weights, chunk.each()).div_(divisor)
+        return _sum(chunk, weights, divisor=divisor)
+
+
+def _sum(chunk: Chunk, weights: Sequence[float], *, factor: float = 1.0, divisor: float = 1.0) -> Tensor:
+    """Return Σ w_i θ_i · factor / divisor."""
+    if (stored := chunk.stored()) is not None:
+        return kernels.weighted_sum(stored[0], weights, chunk.size, factor=factor, divisor=divisor, into=chunk.into)
+    total = running_sum(weights, chunk.each())
+    if factor != 1:
+        total.mul_(factor)
+    return total if divisor == 1 else total.div_(divisor)
 
 
 @dataclass(frozen=True)
