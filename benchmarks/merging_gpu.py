@@ -4,7 +4,7 @@
     python -m benchmarks.merging_gpu --size 1 --methods tsv,iso_c --threads 4
 
 Wall seconds of `soups.merging.merge` from files to a file, in one process, after a small merge has started what starts once
-(CUDA, its libraries, numba's loops); the best of `--repeats`. Inputs are in the page cache: a base and fine-tunes of it, a Llama's
+(CUDA and its libraries); the best of `--repeats`. Inputs are in the page cache: a base and fine-tunes of it, a Llama's
 tensors in bfloat16, drawn on the GPU. The last column is the largest difference between the two results, in units of a tensor's
 largest element.
 """
@@ -65,7 +65,8 @@ def timed(name: str, paths: list[Path], out: Path, device: str, threads: int, re
         out.unlink(missing_ok=True)
         base = None if name in NO_BASE else paths[0]
         begin = time.perf_counter()
-        merge(make_method(name, **METHODS[name]), paths[1:], base=base, out=out, device=device, threads=threads)
+        method = make_method(name, **METHODS[name])
+        merge(method, paths[1:], base=base, out=out, device=device, threads=threads)
         best = min(best, time.perf_counter() - begin)
     return best
 
@@ -106,7 +107,8 @@ def main() -> None:
             outs = [work / f"{device}.safetensors" for device in devices]
             found: list[str] = []
             for device, out in zip(devices, outs, strict=True):
-                timed(name, small, work / "small" / "out.safetensors", device, arguments.threads, 1)
+                warm = work / "small" / "out.safetensors"
+                timed(name, small, warm, device, arguments.threads, 1)
                 found.append(f"{timed(name, paths, out, device, arguments.threads, arguments.repeats):.2f}")
             apart = f"{difference(*outs):.1e}" if len(outs) == 2 else ""
             print(f"| {name} | {' | '.join(found)} | {apart} |", flush=True)

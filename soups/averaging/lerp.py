@@ -6,15 +6,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from soups.averaging.mean import Keep, Mean
-from soups.averaging.rounding import round_stochastically_
-from soups.seeding import generator
+from soups.averaging.rounding import noise_like, round_stochastically_
+from soups.seeding import derive_seed, generator
 from soups.weights import Weights
+
+# Elements that are rounded at once on a GPU; some five temporaries of four bytes each, 80 MiB.
+AT_ONCE = 1 << 22
 
 
 class Lerp(Mean):
@@ -65,13 +69,49 @@ class Lerp(Mean):
 
     def _apply_rounded(self, index: int, mean: list[Tensor], theta: list[Tensor]) -> None:
         assert self._pass is not None
-        for (name, _), target, source in zip(self._pass.members[index], mean, theta, strict=True):
+        names = [name for name, _ in self._pass.members[index]]
+        if mean[0].device.type != "cpu":
+            self._apply_rounded_at_once(names, mean, theta)
+            return
+        for name, target, source in zip(names, mean, theta, strict=True):
             # Seeded by the number of the update and the tensor's name: a resumed run, every rank and every grouping
             # draw the same bits. The parts of a large tensor share one generator, in order.
             if name not in self._generators:
                 self._generators[name] = generator(self.seed, "rounding", self._before, name, device=target.device)
             moved = source if self._weight == 1.0 else torch.lerp(target.float(), source, self._weight)
-            round_stochastically_(target, moved, self._generators[name])
+            round_stochastically_(target, moved, noise_like(moved, self._generators[name]))
+
+    def _apply_rounded_at_once(self, names: list[str], mean: list[Tensor], theta: list[Tensor]) -> None:
+        """Do the same to many tensors side by side: on a GPU each operation on each tensor would be a launch of its own."""
+        draw = torch.Generator(mean[0].device)
+        for batch in _batches([tensor.numel() for tensor in mean]):
+            targets = [mean[n] for n in batch]
+            sizes = [target.numel() for target in targets]
+            moved = torch.cat([theta[n].reshape(-1) for n in batch])
+            if self._weight != 1.0:
+                moved = torch.cat([target.reshape(-1) for target in targets]).float().lerp_(moved, self._weight)
+            noise = torch.empty_like(moved, dtype=torch.int32)
+            for n, part in zip(batch, noise.split(sizes), strict=True):
+                draw.manual_seed(derive_seed(self.seed, "rounding", self._before, names[n]))
+                part.random_(0, 1 << 16, generator=draw)
+            rounded = torch.empty_like(moved, dtype=torch.bfloat16)
+            round_stochastically_(rounded, moved, noise)
+            parts = [part.view(target.shape) for part, target in zip(rounded.split(sizes), targets, strict=True)]
+            torch._foreach_copy_(targets, parts)
+
+
+def _batches(sizes: list[int]) -> Iterator[list[int]]:
+    """Cut numbers of elements into stretches of about `AT_ONCE` elements; yield their places."""
+    batch: list[int] = []
+    filled = 0
+    for place, size in enumerate(sizes):
+        batch.append(place)
+        filled += size
+        if filled >= AT_ONCE:
+            yield batch
+            batch, filled = [], 0
+    if batch:
+        yield batch
 
 
 @torch.no_grad()

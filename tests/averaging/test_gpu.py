@@ -10,7 +10,7 @@ import torch
 
 from soups.averaging import EMA, LAWA, SWA, PowerEMA, release, update
 from soups.averaging import mean as mean_module
-from soups.averaging.rounding import round_stochastically_
+from soups.averaging.rounding import noise_like, round_stochastically_
 from tests.averaging.test_means import KINDS, run, trajectory
 
 pytestmark = pytest.mark.gpu
@@ -123,7 +123,7 @@ def test_stochastic_rounding_is_unbiased_and_repeatable_there():
     source = torch.full((200_000,), 1.0 + 1 / 512, device="cuda")
     first, second = (torch.empty_like(source, dtype=torch.bfloat16) for _ in range(2))
     for target in (first, second):
-        round_stochastically_(target, source, torch.Generator("cuda").manual_seed(0))
+        round_stochastically_(target, source, noise_like(source, torch.Generator("cuda").manual_seed(0)))
     assert torch.equal(first, second) and set(first.unique().tolist()) == {1.0, 1.0078125}
     assert float(first.float().mean()) == pytest.approx(float(source[0]), abs=2e-5)
 

@@ -25,10 +25,11 @@ from soups.averaging import (
     swa_update_,
     update,
 )
+from soups.averaging import lerp as lerp_module
 from soups.averaging import mean as mean_module
 from soups.averaging.ema import decay_of, ema_weight
 from soups.averaging.power import gamma_of
-from soups.averaging.rounding import round_stochastically_
+from soups.averaging.rounding import noise_like, round_stochastically_
 from soups.errors import ConfigError, WeightsError
 
 
@@ -327,13 +328,26 @@ def test_half_precision_weights_are_averaged_in_float32():
 def test_stochastic_rounding_is_unbiased_and_keeps_what_is_exact():
     source = torch.full((200_000,), 1.0 + 1 / 512)  # a quarter of the way from 1 to the next bfloat16
     target = torch.empty_like(source, dtype=torch.bfloat16)
-    round_stochastically_(target, source, torch.Generator().manual_seed(0))
+    round_stochastically_(target, source, noise_like(source, torch.Generator().manual_seed(0)))
     assert set(target.unique().tolist()) == {1.0, 1.0078125}
     assert float(target.float().mean()) == pytest.approx(float(source[0]), abs=2e-5)
     special = torch.tensor([0.0, -1.5, float("inf"), float("-inf"), float("nan"), 3e38])
     target = torch.empty_like(special, dtype=torch.bfloat16)
-    round_stochastically_(target, special, torch.Generator().manual_seed(0))
+    round_stochastically_(target, special, noise_like(special, torch.Generator().manual_seed(0)))
     assert target[:4].tolist() == special[:4].tolist() and torch.isnan(target[4])
+
+
+def test_rounding_side_by_side_gives_the_bits_of_one_by_one(monkeypatch):
+    class SideBySide(EMA):  # as on a GPU
+        def _apply_rounded(self, index, mean, theta):
+            self._apply_rounded_at_once([name for name, _ in self._pass.members[index]], mean, theta)
+
+    points = trajectory(6, torch.float32)
+    wanted = run(KINDS["ema-bfloat16"](), points)
+    for at_once in (1, 100, 1 << 22):
+        monkeypatch.setattr(lerp_module, "AT_ONCE", at_once)
+        found = run(SideBySide(0.9, dtype="bfloat16"), points)
+        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
 def test_complex_weights():

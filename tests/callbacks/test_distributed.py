@@ -173,7 +173,8 @@ def sharded_run(folder, distributed):
     left, right = shards(first[0]), shards(second[0])
     assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
     # test on the average, from the file
-    tester = make_trainer(folder, EMA(test="average"), distributed=distributed)
+    # torch 2.11's fully_shard on one process cannot take tensors of inference mode
+    tester = make_trainer(folder, EMA(test="average"), distributed=distributed, inference_mode=trainer.world_size > 1)
     found = tester.validate(Sharded(), ckpt_path=path, verbose=False)[0]["val/loss"]
     assert found == pytest.approx(float(trainer.callback_metrics["val/loss_ema"]), rel=1e-5)
     if trainer.is_global_zero:

@@ -27,8 +27,8 @@ def run(row, base, experts, **options):
 # Methods that choose elements by comparing numbers that were rounded on the way: in bfloat16, where many are equal or cancel,
 # the last bit decides for a few.
 CHOOSE = ("dare_ties", "sce", "arcee_fusion")
-# Methods that sum float32 numbers over stretches or rows: CUDA's sums depend in the last bit on how many are summed at once.
-SUM = ("rescale", "dare_linear.mergekit", "della.mergekit", "filter_wise", "flatten")
+# Methods that sum float32 numbers over rows: CUDA's sums depend in the last bit on how many rows there are.
+SUM = ("filter_wise", "flatten")
 
 
 def differences(left, right):

@@ -13,6 +13,7 @@ Each matrix is needed whole. Tensors that are no matrices (biases, norms, convol
 
 from __future__ import annotations
 
+import threading
 from abc import abstractmethod
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -85,11 +86,23 @@ def svd(matrix: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tenso
     dtype = dtype or matrix.dtype
     if not matrix.is_cuda:
         u, s, vt = torch.linalg.svd(matrix.to(dtype), full_matrices=False)
-    elif matrix.dtype == torch.float64:
-        u, s, vt = torch.linalg.svd(matrix, full_matrices=False, driver="gesvd")
     else:
-        u, s, vt = _svd_by_gram(matrix)
+        _load_linalg(matrix.device)
+        wide = matrix.dtype == torch.float64
+        u, s, vt = torch.linalg.svd(matrix, full_matrices=False, driver="gesvd") if wide else _svd_by_gram(matrix)
     return u.to(dtype), s.to(dtype), vt.to(dtype)
+
+
+_loading = threading.Lock()
+_loaded: set[torch.device] = set()
+
+
+def _load_linalg(device: torch.device) -> None:
+    """Let torch load its CUDA library of linear algebra: it does so at the first call, and fails if two threads make it."""
+    with _loading:
+        if device not in _loaded:
+            torch.linalg.eigh(torch.eye(2, device=device))
+            _loaded.add(device)
 
 
 def _svd_by_gram(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
