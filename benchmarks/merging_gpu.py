@@ -2,6 +2,7 @@
 
     python -m benchmarks.merging_gpu --size 1
     python -m benchmarks.merging_gpu --size 1 --methods tsv,iso_c --threads 4
+    python -m benchmarks.merging_gpu --svd               (singular values of one matrix: torch's ways, and ours)
 
 Wall seconds of `soups.merging.merge` from files to a file, in one process, after a small merge has started what starts once
 (CUDA and its libraries); the best of `--repeats`. Inputs are in the page cache: a base and fine-tunes of it, a Llama's
@@ -15,6 +16,7 @@ import argparse
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch
 
 from benchmarks.merging import shapes
 from soups.merging import make_method, merge
+from soups.merging.methods.svd import svd
 from soups.merging.stream import available_cores
 from soups.stores import open_store, write_safetensors
 
@@ -81,6 +84,31 @@ def difference(left: Path, right: Path) -> float:
     return largest
 
 
+def decompositions() -> None:
+    """Print what a thin SVD of a float32 matrix costs on a GPU, and how far its product is from the matrix."""
+    print(
+        f"torch {torch.__version__}, {torch.cuda.get_device_name()}\n\n| matrix | way | ms | relative error | orthonormal to |"
+    )
+    print("|---|---|---|---|---|")
+    for shape in ((768, 768), (1024, 1024), (1024, 2816), (4096, 1024)):
+        matrix = 0.002 * torch.randn(shape, generator=torch.Generator("cuda").manual_seed(0), device="cuda")
+        ways: dict[str, Callable[[], tuple[torch.Tensor, ...]]] = {
+            "torch, its choice": lambda matrix=matrix: torch.linalg.svd(matrix, full_matrices=False),
+            "torch, gesvd": lambda matrix=matrix: torch.linalg.svd(matrix, full_matrices=False, driver="gesvd"),
+            "here": lambda matrix=matrix: svd(matrix),
+        }
+        for name, way in ways.items():
+            way()
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            u, s, vt = way()
+            torch.cuda.synchronize()
+            taken = time.perf_counter() - begin
+            error = float(((u * s) @ vt - matrix).norm() / matrix.norm())
+            apart = float((vt @ vt.T - torch.eye(len(vt), device="cuda")).abs().max())
+            print(f"| {shape[0]} × {shape[1]} | {name} | {1e3 * taken:.1f} | {error:.1e} | {apart:.1e} |", flush=True)
+
+
 def main() -> None:
     """Parse the arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -90,7 +118,11 @@ def main() -> None:
     parser.add_argument("--devices", default="cpu,cuda", help="comma-separated")
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--svd", action="store_true")
     arguments = parser.parse_args()
+    if arguments.svd:
+        decompositions()
+        return
     devices = arguments.devices.split(",")
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -82,6 +84,18 @@ def test_singular_vectors_are_orthonormal_and_give_the_matrix_back(shape, rank):
     assert u.dtype == torch.float32 and float(((u * s) @ vt - matrix).abs().max()) < 1e-6 * scale
     assert float((s - exact).abs().max()) < 1e-6 * scale
     assert float((u.T @ u - eye).abs().max()) < 1e-5 and float((vt @ vt.T - eye).abs().max()) < 1e-5
+
+
+def test_several_workers_may_be_the_first_to_need_linear_algebra():
+    """torch loads its CUDA library for that at the first call, and fails if two threads make it: hence a process of its own."""
+    program = (
+        "import torch; from soups.merging import merge;"
+        "base = {str(n): torch.randn(64, 64) for n in range(32)};"
+        "experts = [{n: t + torch.randn(64, 64) for n, t in base.items()} for _ in range(2)];"
+        "merge('iso_c', experts, base=base, device='cuda', threads=8)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_command_line_takes_a_device(tmp_path):

@@ -76,8 +76,8 @@ def average(tensors: list[Tensor]) -> Tensor:
 def svd(matrix: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return the thin SVD: U (m, r), S (r,), Vᵀ (r, n), r = min(m, n).
 
-    On a GPU that of float32 matrices is not torch's: cuSOLVER's Jacobi method, torch's choice there, is off by 3e-4 of the
-    largest singular value in float32, and its other one takes ten times as long as `_svd_by_gram`.
+    On a GPU that of float32 matrices is not torch's: cuSOLVER's Jacobi method, torch's choice there, is off by 3e-4 in
+    float32, and its other one is slow (`python -m benchmarks.merging_gpu --svd`).
 
     Args:
         matrix: float32 or float64.
