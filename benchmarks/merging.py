@@ -2,11 +2,15 @@
 
     python benchmarks/merging.py --size 0.25                     # five fine-tunes and a base of 0.25 GB each, bfloat16
     python benchmarks/merging.py --size 1 --methods linear,ties --mergekit /path/to/python
+    python benchmarks/merging.py --paired --methods linear       # beside the plain copy, by turns in one process
     python benchmarks/merging.py --scaling                       # time and memory against model size and number of models
 
 Every run is a process of its own, start-up included, its inputs in the page cache. The floor reads the same inputs and
-writes one output in pieces of 1 MiB. CPU seconds are user + system; RSS is the process's peak, mapped files included (torch's
+writes one output, in pieces of 1 MiB, which stays in the page cache. CPU seconds are user + system; RSS is the process's peak, mapped files included (torch's
 libraries; the models where mergekit and torch.load map them), and beside it the part that is no mapped file. `--mergekit` is a Python that has it: pip install mergekit==0.1.5.
+
+`--paired` is for ratios to the copy: copy and merge run by turns in one process, whose start is not counted. A copy in a process
+of its own is no steady measure where unused memory goes back to a virtual machine's host and is slow to come again.
 """
 
 from __future__ import annotations
@@ -16,10 +20,12 @@ import json
 import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,14 +46,17 @@ PARAMETERS = {
 }
 
 COPY = """
-import sys
-*sources, target = sys.argv[1:]
+import os, sys
+*sources, target, flush = sys.argv[1:]
 with open(target, "wb") as out:
     for number, source in enumerate(sources):
         with open(source, "rb") as file:
             while piece := file.read(1 << 20):
                 if number == 0:
                     out.write(piece)
+    if flush == "flush":
+        out.flush()
+        os.fsync(out.fileno())
 """
 
 NAIVE = """
@@ -189,10 +198,11 @@ def best(command: list[str], threads: int, repeats: int, output: Path) -> Cost:
     return min(costs, key=lambda cost: cost.wall)
 
 
-def floor(paths: list[Path], models: int, base: bool, output: Path, repeats: int) -> Cost:
-    """Return the cost of reading the same inputs and writing one output."""
+def floor(paths: list[Path], models: int, base: bool, output: Path, repeats: int, flush: bool = False) -> Cost:
+    """Return the cost of reading the same inputs and writing one output, to the page cache or to the disk."""
     inputs = [str(path / "model.safetensors") for path in paths[0 if base else 1 : models + 1]]
-    return best([sys.executable, "-c", COPY, *inputs, str(output.with_suffix(".safetensors"))], 1, repeats, output)
+    how = "flush" if flush else "leave"
+    return best([sys.executable, "-c", COPY, *inputs, str(output.with_suffix(".safetensors")), how], 1, repeats, output)
 
 
 def soups_run(method: str, paths: list[Path], models: int, work: Path, threads: int, repeats: int) -> Cost:
@@ -236,6 +246,8 @@ def compare(arguments: argparse.Namespace, work: Path) -> None:
     floors = {base: floor(paths, arguments.models, base, work / "out", arguments.repeats) for base in (False, True)}
     show("floor, no base", floors[False], floors[False])
     show("floor, with base", floors[True], floors[True])
+    flushed = floor(paths, arguments.models, False, work / "out", arguments.repeats, flush=True)
+    show("floor, no base, flushed to the disk as a merge is", flushed, floors[False])
     start = best([sys.executable, "-c", "import torch"], 1, arguments.repeats, work / "out")
     show("import torch", start, floors[False])
     if not arguments.skip_naive:
@@ -254,6 +266,54 @@ def compare(arguments: argparse.Namespace, work: Path) -> None:
         if arguments.mergekit:
             theirs = mergekit_run(arguments.mergekit, method, paths, arguments.models, work, arguments.threads, 1)
             show(f"mergekit {method} ({theirs.wall / ours.wall:.1f}× the wall time)", theirs, against)
+
+
+def copy(sources: list[Path], target: Path, *, flush: bool) -> None:
+    """Read files in pieces of 1 MiB and write the first one's."""
+    with target.open("wb") as out:
+        for number, source in enumerate(sources):
+            with source.open("rb") as file:
+                while piece := file.read(1 << 20):
+                    if number == 0:
+                        out.write(piece)
+        if flush:
+            out.flush()
+            os.fsync(out.fileno())
+
+
+def paired(arguments: argparse.Namespace, work: Path) -> None:
+    """Print the seconds of copies and merges that took turns, the median of several, and their ratios."""
+    paths = prepared(work / f"{arguments.size}", arguments.size, arguments.models, False)
+    from soups.merging.mergekit import merge_recipe
+
+    def timed(run: Callable[[], object]) -> tuple[float, float]:
+        shutil.rmtree(work / "out", ignore_errors=True)
+        (work / "copy").unlink(missing_ok=True)
+        wall, cpu = time.perf_counter(), time.process_time()
+        run()
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+    print(
+        f"{arguments.models} models of {arguments.size} GB, {arguments.threads} threads, medians of {arguments.repeats} turns\n"
+    )
+    print("| | wall s | CPU s | wall / copy | CPU / copy |\n|---|---|---|---|---|")
+    for method in arguments.methods.split(",") if arguments.methods else ("linear", "task_arithmetic"):
+        (work / "merge.yml").write_text(configuration(method, paths, arguments.models))
+        inputs = [
+            path / "model.safetensors" for path in paths[0 if PARAMETERS[method][2] else 1 : arguments.models + 1]
+        ]
+        runs: dict[str, Callable[[], object]] = {
+            f"{method}: copy": lambda inputs=inputs: copy(inputs, work / "copy", flush=False),
+            f"{method}: copy, flushed": lambda inputs=inputs: copy(inputs, work / "copy", flush=True),
+            f"{method}: merge": lambda: merge_recipe(work / "merge.yml", work / "out", threads=arguments.threads),
+        }
+        turns = [[timed(run) for run in runs.values()] for _ in range(arguments.repeats + 1)][1:]  # the first warms up
+        medians = [tuple(map(statistics.median, zip(*times, strict=True))) for times in zip(*turns, strict=True)]
+        for name, (wall, cpu) in zip(runs, medians, strict=True):
+            print(
+                f"| {name} | {wall:.2f} | {cpu:.2f} | {wall / medians[0][0]:.1f} | {cpu / medians[0][1]:.1f} |",
+                flush=True,
+            )
 
 
 def scaling(arguments: argparse.Namespace, work: Path) -> None:
@@ -284,6 +344,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--mergekit", default="", help="a Python that has mergekit")
     parser.add_argument("--skip-naive", action="store_true")
+    parser.add_argument("--paired", action="store_true", help="merges and the plain copy by turns in one process")
     parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--largest", type=float, default=math.inf, help="largest model of --scaling")
     parser.add_argument("--prepare", action="store_true", help="only generate the models, in --work")
@@ -292,7 +353,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        (scaling if arguments.scaling else compare)(arguments, work)
+        (scaling if arguments.scaling else paired if arguments.paired else compare)(arguments, work)
 
 
 if __name__ == "__main__":

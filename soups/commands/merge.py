@@ -73,6 +73,7 @@ def merge(
         if out is None:
             raise ConfigError("Name the folder or file to make: soups merge CONFIG OUT.")
         with quick_imports():
+            from soups.merging.kernels import unavailable
             from soups.merging.mergekit import merge_recipe
 
         start = time.perf_counter()
@@ -115,6 +116,8 @@ def merge(
         seconds = time.perf_counter() - start
         if not quiet:
             console.print(f"{path}: {readable(done)} read in {seconds:.1f} s, {readable(done / seconds)}/s")
+            if compiled is None and device == "cpu" and not cuda and (reason := unavailable()):
+                console.print(f"[dim]Compiled loops would have been faster, but there are none: {reason}.[/]")
         if report is not None:
             from soups.commands.inspect import layer_of
             from soups.reporting.html import write_html

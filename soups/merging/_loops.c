@@ -11,6 +11,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(_MSC_VER)
+#define restrict __restrict
+#endif
 #if defined(_WIN32)
 #define HAS_PREAD 0
 #else
@@ -151,13 +154,21 @@ INLINE Py_ssize_t within(int64_t place, Py_ssize_t start, Py_ssize_t count) {
     return here < 0 ? 0 : here > (int64_t)count ? count : (Py_ssize_t)here;
 }
 
+INLINE int keeps_all(const Choice *choice) {
+    return choice->limits[0] < 0 && choice->limits[1] < 0 && choice->limits[2] == INFINITY;
+}
+
+INLINE int does_nothing(const Choice *choice, float weight) {
+    return keeps_all(choice) && !choice->mask && choice->divisor == 1.0f && choice->factor == 1.0f && weight == 1.0f;
+}
+
 /* `out` may not be `source`; `start` is the piece's place in its chunk. */
 INLINE void transform(const float *restrict source, const Choice *choice, float weight, Py_ssize_t start,
                       float *restrict out, Py_ssize_t count) {
     const float *limits = choice->limits;
     const uint8_t *restrict mask = choice->mask ? choice->mask + start : NULL;
     const float divisor = choice->divisor, factor = choice->factor;
-    if (limits[0] < 0 && limits[1] < 0 && limits[2] == INFINITY) {
+    if (keeps_all(choice)) {
         if (mask)
             for (Py_ssize_t i = 0; i < count; i++) out[i] = source[i] * (float)mask[i];
         else
@@ -248,9 +259,11 @@ typedef struct {
 
 static const float SMALLEST_DIVISOR = 1e-8f;
 
-/* out = base + factor · reduce(consensus(transform(task vectors))); `work` has room for models + 2 pieces. */
+/* out = base + factor · reduce(consensus(transform(task vectors))); `work` has room for models + 2 pieces, `taus` for as many
+   pointers as there are models. */
 CLONES void soups_task_vectors(const Stored *models, Py_ssize_t number, Stored base, int deltas, const Choice *choices,
-                               const float *weights, const Merge *merge, float *work, float *out, Py_ssize_t count) {
+                               const float *weights, const Merge *merge, const float **taus, float *work, float *out,
+                               Py_ssize_t count) {
     float room[PIECE], reference[PIECE];
     float *restrict divisor = work, *restrict sign = work + PIECE;
     for (Py_ssize_t start = 0; start < count; start += PIECE) {
@@ -259,10 +272,12 @@ CLONES void soups_task_vectors(const Stored *models, Py_ssize_t number, Stored b
         float *restrict total = out + start;
         for (Py_ssize_t i = 0; i < size; i++) total[i] = divisor[i] = 0.0f;
         for (Py_ssize_t model = 0; model < number; model++) {
-            float *restrict tau = work + (model + 2) * PIECE;
-            const float weight = weights[model];
-            const float *source = task_vector(models[model], deltas ? NULL : origin, start, size, room);
-            transform(source, &choices[model], merge->elect && merge->vote ? weight : 1.0f, start, tau, size);
+            float *own = work + (model + 2) * PIECE;
+            const float weight = weights[model], voting = merge->elect && merge->vote ? weight : 1.0f;
+            const int as_it_is = does_nothing(&choices[model], voting);
+            const float *source = task_vector(models[model], deltas ? NULL : origin, start, size, as_it_is ? own : room);
+            if (!as_it_is) transform(source, &choices[model], voting, start, own, size);
+            const float *restrict tau = taus[model] = as_it_is ? source : own;
             if (merge->elect) {
                 if (model)
                     for (Py_ssize_t i = 0; i < size; i++) sign[i] += tau[i];
@@ -281,7 +296,7 @@ CLONES void soups_task_vectors(const Stored *models, Py_ssize_t number, Stored b
             const float tie = merge->tie;
             for (Py_ssize_t i = 0; i < size; i++) sign[i] = sign[i] > 0.0f ? 1.0f : sign[i] < 0.0f ? -1.0f : tie;
             for (Py_ssize_t model = 0; model < number; model++) {
-                const float *restrict tau = work + (model + 2) * PIECE;
+                const float *restrict tau = taus[model];
                 const float weight = merge->vote ? 1.0f : weights[model];
                 const float share = merge->reduce == 2 ? 1.0f : weights[model];
                 if (merge->reduce) {
@@ -834,7 +849,8 @@ static PyObject *py_task_vectors(PyObject *module, PyObject *arguments) {
     if (fine) {
         float *work = pieces_in(room.buf, number, batch);
         Choice *choices = PyMem_Malloc((size_t)(number + 1) * sizeof(Choice));
-        if (!choices) {
+        const float **taus = PyMem_Malloc((size_t)(number + 1) * sizeof(float *));
+        if (!choices || !taus) {
             PyErr_NoMemory();
             fine = 0;
         } else {
@@ -845,13 +861,14 @@ static PyObject *py_task_vectors(PyObject *module, PyObject *arguments) {
                 if (bad >= 0) break;
                 for (Py_ssize_t i = 0; i < number; i++) choices[i] = in_batch(&models, i, start, size, batch, room.buf);
                 float *result = result_in(&out, start, room.buf, number, batch);
-                soups_task_vectors(models.batch, number, models.batch[number], deltas, choices, weights.buf, &merge, work,
-                                   result, size);
+                soups_task_vectors(models.batch, number, models.batch[number], deltas, choices, weights.buf, &merge, taus,
+                                   work, result, size);
                 keep_result(&out, start, result, size);
             }
             Py_END_ALLOW_THREADS;
-            PyMem_Free(choices);
         }
+        PyMem_Free(choices);
+        PyMem_Free(taus);
     }
     release_models(&models);
     PyBuffer_Release(&weights);

@@ -193,15 +193,13 @@ class KeepNorm(Transform):
         room = operands.held or operands.numel <= 4 * operands.room
         masks: list[Masks] = [{} for _ in range(count)]
         for chunk in operands:
-            if operands.compiled and (choices := choices_of(self.inner, states, chunk)) is not None:
-                rows, base = chunk.for_loops()
-                remember = room and any(choice.mask is not None for choice in choices)
-                kept = np.empty((count if remember else 0, -(-chunk.size // 8)), np.uint8)
-                sums = kernels.block_norms(rows, base, choices, chunk.size, operands.block, list(kept))
-                for model, (whole, left) in enumerate(zip(*sums, strict=True)):
+            choices = choices_of(self.inner, states, chunk) if operands.compiled else None
+            if choices is not None:
+                wholes, lefts, kept = _norms(chunk, choices, operands.block, remember=room)
+                for model, (whole, left) in enumerate(zip(wholes, lefts, strict=True)):
                     before[model].extend(whole)
                     after[model].extend(left)
-                    if remember and choices[model].mask is not None:
+                    if len(kept) and choices[model].mask is not None:
                         masks[model][chunk.start] = kept[model]
                 continue
             for model, delta in enumerate(chunk.deltas()):
@@ -231,6 +229,14 @@ class KeepNorm(Transform):
             return Choice(mask=mask, factor=seen.ratio)
         choice = self.inner.choice(seen.state, chunk, count, model)
         return choice and choice._replace(factor=seen.ratio)
+
+
+def _norms(chunk: Chunk, choices: Sequence[Choice], block: int, *, remember: bool) -> tuple[Tensor, Tensor, list[Any]]:
+    """Return the sums of |τ| of a chunk's blocks before and after, and the masks if they are wanted and there are any."""
+    rows, base = chunk.for_loops()
+    wanted = remember and any(choice.mask is not None for choice in choices)
+    kept = list(np.empty((chunk.count if wanted else 0, -(-chunk.size // 8)), np.uint8))
+    return (*kernels.block_norms(rows, base, choices, chunk.size, block, kept), kept)
 
 
 Masks = dict[int, kernels.Bits | None]

@@ -31,6 +31,9 @@ DEFAULT_BUDGET = 512 * 2**20
 _BEST_CHUNK = 1 << 19
 # Compiled loops read files in batches of their own, so that a chunk is only what is worth a call.
 _BEST_COMPILED_CHUNK = 1 << 20
+# On a device every operation is a launch: fewer, larger ones; and more workers than these wait for one another.
+_BEST_DEVICE_CHUNK = 1 << 21
+_MOST_DEVICE_WORKERS = 4
 # What a look at a tensor takes for each element it holds: the element, a copy to select in, masks.
 _HELD_BYTES = 12
 # Chunks that a worker takes at once where a tensor can be split between workers.
@@ -110,7 +113,7 @@ def run(
         sink: where results go.
         budget: bytes of working memory, for all workers together. A method that needs whole tensors (the SVD family) takes
             more where its largest tensor does.
-        threads: workers; as many as the process may use cores when `None`.
+        threads: workers; as many as the process may use cores when `None`, but at most four on a device.
         device: where to compute.
         chunk: elements of one model in a chunk, instead of what the budget and the cache suggest.
         compiled: use compiled loops where there are such (`soups.merging.kernels`); the bits are the same. `None`: if they were
@@ -123,8 +126,9 @@ def run(
     Raises:
         WeightsError: a result is not finite, with the model that is to blame where there is one.
     """
-    threads = threads or available_cores()
     check_device(device)
+    on_cpu = torch.device(device).type == "cpu"
+    threads = threads or (available_cores() if on_cpu else min(available_cores(), _MOST_DEVICE_WORKERS))
     if compiled is None:
         compiled = not kernels.unavailable()
     gate = _Gate(budget)
@@ -133,7 +137,8 @@ def run(
         count = len(job.models) + (job.base is not None)
         dtype = job.compute_dtype()
         room = budget // (threads * dtype.itemsize * (2 * count + 6))
-        size = chunk or max(BLOCK, min(room, _BEST_COMPILED_CHUNK if compiled and method.loops else _BEST_CHUNK))
+        best = _BEST_COMPILED_CHUNK if compiled and method.loops else _BEST_CHUNK
+        size = chunk or max(BLOCK, min(room, best if on_cpu else _BEST_DEVICE_CHUNK))
         return Operands(
             job.key,
             job.meta.shape,

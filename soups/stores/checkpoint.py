@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -130,9 +130,9 @@ class TorchStore(ExtentStore):
         return self._archive.root
 
     @property
-    def strided(self) -> list[str]:
+    def strided(self) -> Collection[str]:
         """Names of the tensors that were saved as strided views."""
-        return list(self._strided)
+        return self._strided.keys()
 
     def read_flat(self, key: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
         """Return elements `start:stop` of a tensor; one that was saved as a strided view is read whole first."""

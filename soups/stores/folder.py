@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from soups.errors import StorageError
 from soups.stores.checkpoint import TorchStore
 from soups.stores.safetensors import SafetensorsStore
-from soups.stores.sources import Place, file_system, is_remote
+from soups.stores.sources import file_system, is_remote
 from soups.stores.store import Extent, ExtentStore, Store
 
 _SINGLE = (
@@ -174,9 +174,10 @@ class FolderStore(ExtentStore):
         store = self._strided.get(self._tied.get(key, key))
         return store.read_flat(key, start, stop, out) if store else super().read_flat(key, start, stop, out)
 
-    def place(self, key: str, start: int) -> Place | None:
-        """Return where a tensor's elements from `start` on lie."""
-        return None if self._tied.get(key, key) in self._strided else super().place(key, start)
+    @property
+    def strided(self) -> Collection[str]:
+        """Names of tensors whose elements lie in another order than row-major."""
+        return self._strided
 
     def close(self) -> None:
         """Close every shard."""

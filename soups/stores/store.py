@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple, Self
 
 import torch
@@ -162,7 +162,14 @@ class ExtentStore(Store):
     def place(self, key: str, start: int) -> Place | None:
         """Return where a tensor's elements from `start` on lie."""
         source, offset, meta = self.extent(key)
-        return None if source.descriptor is None else Place(source, offset + start * meta.dtype.itemsize, meta.dtype)
+        if source.descriptor is None or self._tied.get(key, key) in self.strided:
+            return None
+        return Place(source, offset + start * meta.dtype.itemsize, meta.dtype)
+
+    @property
+    def strided(self) -> Collection[str]:
+        """Names of tensors whose elements lie in another order than row-major."""
+        return ()
 
     def will_need(self, key: str, start: int, stop: int) -> None:
         """Ask the system to read ahead."""
@@ -303,6 +310,10 @@ class AliasedStore(Store):
     def read_flat(self, key: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
         """Return elements `start:stop` of a tensor."""
         return self.store.read_flat(self.aliases.get(key, key), start, stop, out)
+
+    def place(self, key: str, start: int) -> Place | None:
+        """Return where a tensor's elements from `start` on lie."""
+        return self.store.place(self.aliases.get(key, key), start)
 
     def will_need(self, key: str, start: int, stop: int) -> None:
         """Pass the hint on."""

@@ -194,6 +194,18 @@ def test_files_are_read_to_the_same_bits(tmp_path, method, dtype):
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+def test_a_transposed_tensor_in_a_file_is_read_in_its_order(tmp_path):
+    models = [{"w": torch.randn(40, 30).T, "v": torch.randn(7)} for _ in range(2)]
+    assert not models[0]["w"].is_contiguous()
+    for number, weights in enumerate(models):
+        (tmp_path / str(number)).mkdir()
+        torch.save(weights, tmp_path / f"{number}.pt")
+        torch.save(weights, tmp_path / str(number) / "pytorch_model.bin")
+    for places in ([tmp_path / "0.pt", tmp_path / "1.pt"], [tmp_path / "0", tmp_path / "1"]):
+        merged = merge("linear", places, compiled=True)
+        assert torch.equal(merged["w"], (models[0]["w"] + models[1]["w"]) * 0.5)
+
+
 @pytest.mark.parametrize("weights", [(1.0, 2.0, -0.5), (0.25, 0.25, 0.25), (1.0, 1.0, 1.0)])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("into", [torch.float32, torch.bfloat16, torch.float16])
