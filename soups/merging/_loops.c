@@ -1,9 +1,9 @@
 /* Loops over elements for which torch needs several passes over memory.
 
-   On elements of float32, or of bfloat16 where they may be "stored" ones, in memory or in a file; without the interpreter's
-   lock. A file's are read a batch at a time into memory that stays in a core's cache. No operation is contracted or
-   reordered, so the bits are those of the torch operations in whose place they are, whatever the processor.
-   soups/merging/kernels.py is the only caller and says what the functions are for. */
+   On elements of float32, or of bfloat16 where they may be "stored" ones, in memory or in a file; without the
+   interpreter's lock. A file's are read a batch at a time into memory that stays in a core's cache. No operation is
+   contracted or reordered, so the bits are those of the torch operations in whose place they are, whatever the
+   processor. soups/merging/kernels.py is the only caller and says what the functions are for. */
 
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
@@ -37,8 +37,8 @@
 #define INLINE static inline
 #endif
 
-/* Elements of a model that are worked on at a time: with those of some ten models they stay in a core's nearest cache. The
-   lanes of a sum of magnitudes, too, so this is a part of what sums are (see soups.merging.operands.block_sums). */
+/* Elements of a model that are worked on at a time: with those of some ten models they stay in a core's nearest cache.
+   The lanes of a sum of magnitudes, too, so this is a part of what sums are (see soups.merging.kernels.block_sums). */
 enum { PIECE = 1024 };
 
 /* To be raised with every change of what a function takes or means; kernels.py knows the one it is written for. */
@@ -101,13 +101,15 @@ INLINE const float *floats(Stored source, Py_ssize_t start, Py_ssize_t count, fl
 }
 
 /* Round to the nearest bfloat16, to even halfway. */
-CLONES void soups_narrow(const float *restrict from, uint16_t *restrict to, Py_ssize_t count) {
+INLINE void narrow(const float *restrict from, uint16_t *restrict to, Py_ssize_t count) {
     for (Py_ssize_t i = 0; i < count; i++) {
         Float value = {.number = from[i]};
         const uint32_t rounded = (value.bits + 0x7FFFu + (value.bits >> 16 & 1u)) >> 16;
         to[i] = (uint16_t)((value.bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
     }
 }
+
+CLONES void soups_narrow(const float *from, uint16_t *to, Py_ssize_t count) { narrow(from, to, count); }
 
 INLINE void subtract_narrow(const uint16_t *restrict model, const float *restrict base, float *restrict out,
                             Py_ssize_t count) {
@@ -151,7 +153,7 @@ INLINE void subtract_outliers(const float *source, float limit, float *out, Py_s
 
 INLINE Py_ssize_t within(int64_t place, Py_ssize_t start, Py_ssize_t count) {
     int64_t here = place - (int64_t)start;
-    return here < 0 ? 0 : here > (int64_t)count ? count : (Py_ssize_t)here;
+    return here < 0 ? 0 : (here > (int64_t)count ? count : (Py_ssize_t)here);
 }
 
 INLINE int keeps_all(const Choice *choice) {
@@ -201,26 +203,56 @@ CLONES void soups_difference(Stored model, const float *base, float *out, Py_ssi
         subtract_wide((const float *)model.data, base, out, count);
 }
 
-/* out = (Σ weight · model) · factor / divisor, added from the left. */
-CLONES void soups_weighted_sum(const Stored *models, Py_ssize_t number, const float *weights, float factor, float divisor,
-                               float *out, Py_ssize_t count) {
-    float room[PIECE];
-    for (Py_ssize_t start = 0; start < count; start += PIECE) {
-        const Py_ssize_t size = count - start < PIECE ? count - start : PIECE;
-        float *restrict total = out + start;
-        for (Py_ssize_t model = 0; model < number; model++) {
-            const float *restrict term = floats(models[model], start, size, room);
-            const float weight = weights[model];
-            if (model)
-                for (Py_ssize_t i = 0; i < size; i++) total[i] += term[i] * weight;
-            else
-                for (Py_ssize_t i = 0; i < size; i++) total[i] = term[i] * weight;
-        }
-        if (factor != 1.0f)
-            for (Py_ssize_t i = 0; i < size; i++) total[i] *= factor;
-        if (divisor != 1.0f)
-            for (Py_ssize_t i = 0; i < size; i++) total[i] /= divisor;
+/* Elements whose sum stays in registers while the models are gone through. */
+enum { STRIP = 64 };
+
+INLINE void add_strip(Stored model, Stored base, const float *restrict origin, float weight, int first,
+                      Py_ssize_t start, float *restrict total, Py_ssize_t count) {
+    float term[STRIP];
+    if (model.narrow)
+        widen((const uint16_t *)model.data + start, term, count);
+    else
+        memcpy(term, (const float *)model.data + start, (size_t)count * sizeof *term);
+    if (base.data)
+        for (Py_ssize_t i = 0; i < count; i++) term[i] -= origin[i];
+    if (first)
+        for (Py_ssize_t i = 0; i < count; i++) total[i] = term[i] * weight;
+    else
+        for (Py_ssize_t i = 0; i < count; i++) total[i] += term[i] * weight;
+}
+
+INLINE void sum_strip(const Stored *models, Py_ssize_t number, Stored base, const float *weights, float divisor,
+                      float factor, Py_ssize_t start, void *out, int out_narrow, Py_ssize_t count) {
+    float total[STRIP], origin[STRIP];
+    if (base.data) {
+        if (base.narrow)
+            widen((const uint16_t *)base.data + start, origin, count);
+        else
+            memcpy(origin, (const float *)base.data + start, (size_t)count * sizeof *origin);
     }
+    add_strip(models[0], base, origin, weights[0], 1, start, total, count);
+    for (Py_ssize_t model = 1; model < number; model++)
+        add_strip(models[model], base, origin, weights[model], 0, start, total, count);
+    if (divisor != 1.0f)
+        for (Py_ssize_t i = 0; i < count; i++) total[i] /= divisor;
+    if (factor != 1.0f)
+        for (Py_ssize_t i = 0; i < count; i++) total[i] *= factor;
+    if (base.data)
+        for (Py_ssize_t i = 0; i < count; i++) total[i] += origin[i];
+    if (out_narrow)
+        narrow(total, (uint16_t *)out + start, count);
+    else
+        memcpy((float *)out + start, total, (size_t)count * sizeof *total);
+}
+
+/* out = Σ weight · model / divisor · factor, added from the left; with a base, of task vectors, and it is added. */
+CLONES void soups_sum(const Stored *models, Py_ssize_t number, Stored base, const float *weights, float divisor,
+                      float factor, void *out, int out_narrow, Py_ssize_t count) {
+    Py_ssize_t start = 0;
+    if (!number) return;
+    for (; start + STRIP <= count; start += STRIP)
+        sum_strip(models, number, base, weights, divisor, factor, start, out, out_narrow, STRIP);
+    if (start < count) sum_strip(models, number, base, weights, divisor, factor, start, out, out_narrow, count - start);
 }
 
 INLINE float sum_of_lanes(float *lanes) {
@@ -229,7 +261,7 @@ INLINE float sum_of_lanes(float *lanes) {
     return lanes[0];
 }
 
-/* Sums of magnitudes before and after a transform, one of each for each block: soups.merging.operands.block_sums. */
+/* Sums of magnitudes before and after a transform, one of each for each block: soups.merging.kernels.block_sums. */
 CLONES void soups_block_norms(Stored model, Stored base, const Choice *choice, Py_ssize_t block, float *before,
                               float *after, Py_ssize_t count) {
     float reference[PIECE], room[PIECE], left[PIECE], whole[PIECE], rest[PIECE];
@@ -259,8 +291,8 @@ typedef struct {
 
 static const float SMALLEST_DIVISOR = 1e-8f;
 
-/* out = base + factor · reduce(consensus(transform(task vectors))); `work` has room for models + 2 pieces, `taus` for as many
-   pointers as there are models. */
+/* out = base + factor · reduce(consensus(transform(task vectors))); `work` has room for models + 2 pieces, `taus` for
+   as many pointers as there are models. */
 CLONES void soups_task_vectors(const Stored *models, Py_ssize_t number, Stored base, int deltas, const Choice *choices,
                                const float *weights, const Merge *merge, const float **taus, float *work, float *out,
                                Py_ssize_t count) {
@@ -275,7 +307,8 @@ CLONES void soups_task_vectors(const Stored *models, Py_ssize_t number, Stored b
             float *own = work + (model + 2) * PIECE;
             const float weight = weights[model], voting = merge->elect && merge->vote ? weight : 1.0f;
             const int as_it_is = does_nothing(&choices[model], voting);
-            const float *source = task_vector(models[model], deltas ? NULL : origin, start, size, as_it_is ? own : room);
+            const float *source =
+                task_vector(models[model], deltas ? NULL : origin, start, size, as_it_is ? own : room);
             if (!as_it_is) transform(source, &choices[model], voting, start, own, size);
             const float *restrict tau = taus[model] = as_it_is ? source : own;
             if (merge->elect) {
@@ -317,8 +350,7 @@ CLONES void soups_task_vectors(const Stored *models, Py_ssize_t number, Stored b
         if (merge->reduce == 2) {
             for (Py_ssize_t i = 0; i < size; i++) total[i] /= divisor[i] < 1.0f ? 1.0f : divisor[i];
         } else if (merge->reduce == 1) {
-            for (Py_ssize_t i = 0; i < size; i++)
-                total[i] /= fabsf(divisor[i]) < SMALLEST_DIVISOR ? 1.0f : divisor[i];
+            for (Py_ssize_t i = 0; i < size; i++) total[i] /= fabsf(divisor[i]) < SMALLEST_DIVISOR ? 1.0f : divisor[i];
         } else if (merge->denominator != 1.0f) {
             const float denominator = merge->denominator;
             for (Py_ssize_t i = 0; i < size; i++) total[i] /= denominator;
@@ -431,7 +463,7 @@ CLONES void soups_draw(const Draw *draw, Py_ssize_t start, uint8_t *out, Py_ssiz
     }
 }
 
-/* ---- masks: bytes of 0 or 1 where they are used, eight to a byte, the first the lowest bit, where they are kept ---- */
+/* ---- masks: bytes of 0 or 1 where they are used; eight to a byte, the first the lowest bit, where they are kept ---- */
 
 static void pack(const uint8_t *bytes, uint8_t *bits, Py_ssize_t count) {
     Py_ssize_t i = 0;
@@ -506,7 +538,8 @@ CLONES void soups_pack_places(const float *values, Py_ssize_t width, int64_t *ou
 }
 
 /* Return whether every place was in its row. */
-static int unpack_places(const int64_t *packed, const int32_t *table, Py_ssize_t width, int32_t *out, Py_ssize_t count) {
+static int unpack_places(const int64_t *packed, const int32_t *table, Py_ssize_t width, int32_t *out,
+                         Py_ssize_t count) {
     int fine = 1;
     for (Py_ssize_t start = 0; start < count; start += width)
         for (Py_ssize_t rank = 0; rank < width; rank++) {
@@ -544,7 +577,8 @@ static int acquire_all(PyObject *sequence, Views *views) {
     }
     for (; views->count < count; views->count++) {
         PyObject *item = PySequence_GetItem(sequence, views->count);
-        const int failed = !item || PyObject_GetBuffer(item, &views->views[views->count], PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE) < 0;
+        const int failed =
+            !item || PyObject_GetBuffer(item, &views->views[views->count], PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE) < 0;
         Py_XDECREF(item);
         if (failed) return 0;
     }
@@ -675,7 +709,8 @@ static int parse_models(PyObject *sequence, PyObject *base, PyObject *transforms
     return 1;
 }
 
-/* Bytes of working memory for a batch: elements of the models, of the base and of the result, pieces of task vectors, masks. */
+/* Bytes of working memory for a batch: elements of the models, of the base and of the result, pieces of task vectors,
+ * masks. */
 static Py_ssize_t working(Py_ssize_t number, Py_ssize_t batch) {
     return (number + 2) * batch * 4 + (number + 2) * PIECE * 4 + number * batch;
 }
@@ -757,19 +792,20 @@ static PyObject *py_weighted_sum(PyObject *module, PyObject *arguments) {
     float factor, divisor;
     Py_ssize_t batch, bad = -1;
     Models models = {0};
-    if (!PyArg_ParseTuple(arguments, "Oy*ffnw*w*", &sequence, &weights, &factor, &divisor, &batch, &room, &out)) return NULL;
+    if (!PyArg_ParseTuple(arguments, "Oy*ffnw*w*", &sequence, &weights, &factor, &divisor, &batch, &room, &out))
+        return NULL;
     const Py_ssize_t count = result_size(&out);
-    const int fine = count >= 0 && parse_models(sequence, NULL, NULL, count, &models) && holds(&weights, models.number * 4, "weights") &&
-                     batch > 0 && holds(&room, working(models.number, batch), "room");
+    const int fine = count >= 0 && parse_models(sequence, NULL, NULL, count, &models) &&
+                     holds(&weights, models.number * 4, "weights") && batch > 0 &&
+                     holds(&room, working(models.number, batch), "room");
     if (fine) {
         Py_BEGIN_ALLOW_THREADS;
         for (Py_ssize_t start = 0; start < count && bad < 0; start += batch) {
             const Py_ssize_t size = count - start < batch ? count - start : batch;
-            float *result = result_in(&out, start, room.buf, models.number, batch);
             bad = load_batch(&models, start, size, batch, room.buf);
             if (bad >= 0) break;
-            soups_weighted_sum(models.batch, models.number, weights.buf, factor, divisor, result, size);
-            keep_result(&out, start, result, size);
+            soups_sum(models.batch, models.number, models.batch[models.number], weights.buf, divisor, factor,
+                      (char *)out.buf + start * out.itemsize, out.itemsize == 2, size);
         }
         Py_END_ALLOW_THREADS;
     }
@@ -787,8 +823,8 @@ static PyObject *py_block_norms(PyObject *module, PyObject *arguments) {
     Py_ssize_t count, block, batch, bad = -1;
     Models models = {0};
     Views kept = {NULL, 0};
-    if (!PyArg_ParseTuple(arguments, "OOO!Onnnw*w*w*", &sequence, &base, &PyTuple_Type, &transforms, &kept_items, &count,
-                          &block, &batch, &before, &after, &room))
+    if (!PyArg_ParseTuple(arguments, "OOO!Onnnw*w*w*", &sequence, &base, &PyTuple_Type, &transforms, &kept_items,
+                          &count, &block, &batch, &before, &after, &room))
         return NULL;
     int fine = parse_models(sequence, base, transforms, count, &models) && acquire_all(kept_items, &kept);
     if (fine && (count < 0 || block < 1 || batch < 1 || batch % block || batch % 8)) {
@@ -796,8 +832,8 @@ static PyObject *py_block_norms(PyObject *module, PyObject *arguments) {
         fine = 0;
     }
     const Py_ssize_t blocks = fine ? (count + block - 1) / block : 0;
-    fine = fine && holds(&before, models.number * blocks * 4, "before") && holds(&after, models.number * blocks * 4, "after") &&
-           holds(&room, working(models.number, batch), "room");
+    fine = fine && holds(&before, models.number * blocks * 4, "before") &&
+           holds(&after, models.number * blocks * 4, "after") && holds(&room, working(models.number, batch), "room");
     if (fine && kept.count && kept.count != models.number) {
         PyErr_SetString(PyExc_ValueError, "kept: expected one for each model");
         fine = 0;
@@ -811,8 +847,8 @@ static PyObject *py_block_norms(PyObject *module, PyObject *arguments) {
             for (Py_ssize_t i = 0; bad < 0 && i < models.number; i++) {
                 const Choice choice = in_batch(&models, i, start, size, batch, room.buf);
                 const Py_ssize_t place = i * blocks + start / block;
-                soups_block_norms(models.batch[i], models.batch[models.number], &choice, block, (float *)before.buf + place,
-                                  (float *)after.buf + place, size);
+                soups_block_norms(models.batch[i], models.batch[models.number], &choice, block,
+                                  (float *)before.buf + place, (float *)after.buf + place, size);
                 if (kept.count && choice.mask) pack(choice.mask, (uint8_t *)kept.views[i].buf + start / 8, size);
             }
         }
@@ -834,12 +870,13 @@ static PyObject *py_task_vectors(PyObject *module, PyObject *arguments) {
     Py_ssize_t batch, bad = -1;
     int deltas;
     Models models = {0};
-    if (!PyArg_ParseTuple(arguments, "OOpO!y*ppfiffnw*w*", &sequence, &base, &deltas, &PyTuple_Type, &transforms, &weights,
-                          &merge.elect, &merge.vote, &merge.tie, &merge.reduce, &merge.denominator, &merge.factor, &batch,
-                          &room, &out))
+    if (!PyArg_ParseTuple(arguments, "OOpO!y*ppfiffnw*w*", &sequence, &base, &deltas, &PyTuple_Type, &transforms,
+                          &weights, &merge.elect, &merge.vote, &merge.tie, &merge.reduce, &merge.denominator,
+                          &merge.factor, &batch, &room, &out))
         return NULL;
     const Py_ssize_t count = result_size(&out);
-    int fine = count >= 0 && parse_models(sequence, base, transforms, count, &models) && holds(&weights, models.number * 4, "weights");
+    int fine = count >= 0 && parse_models(sequence, base, transforms, count, &models) &&
+               holds(&weights, models.number * 4, "weights");
     if (fine && (batch < 1 || batch % 8)) {
         PyErr_SetString(PyExc_ValueError, "batch: expected a multiple of eight");
         fine = 0;
@@ -848,6 +885,9 @@ static PyObject *py_task_vectors(PyObject *module, PyObject *arguments) {
     fine = fine && holds(&room, working(number, batch), "room");
     if (fine) {
         float *work = pieces_in(room.buf, number, batch);
+        int plain = number > 0 && !deltas && !merge.elect && merge.reduce == 0; /* a sum of task vectors as they are */
+        for (Py_ssize_t i = 0; i < number; i++)
+            plain = plain && !models.masks[i].bits && !models.masks[i].drawn && does_nothing(&models.choices[i], 1.0f);
         Choice *choices = PyMem_Malloc((size_t)(number + 1) * sizeof(Choice));
         const float **taus = PyMem_Malloc((size_t)(number + 1) * sizeof(float *));
         if (!choices || !taus) {
@@ -859,10 +899,15 @@ static PyObject *py_task_vectors(PyObject *module, PyObject *arguments) {
                 const Py_ssize_t size = count - start < batch ? count - start : batch;
                 bad = load_batch(&models, start, size, batch, room.buf);
                 if (bad >= 0) break;
+                if (plain) {
+                    soups_sum(models.batch, number, models.batch[number], weights.buf, merge.denominator, merge.factor,
+                              (char *)out.buf + start * out.itemsize, out.itemsize == 2, size);
+                    continue;
+                }
                 for (Py_ssize_t i = 0; i < number; i++) choices[i] = in_batch(&models, i, start, size, batch, room.buf);
                 float *result = result_in(&out, start, room.buf, number, batch);
-                soups_task_vectors(models.batch, number, models.batch[number], deltas, choices, weights.buf, &merge, taus,
-                                   work, result, size);
+                soups_task_vectors(models.batch, number, models.batch[number], deltas, choices, weights.buf, &merge,
+                                   taus, work, result, size);
                 keep_result(&out, start, result, size);
             }
             Py_END_ALLOW_THREADS;
@@ -985,11 +1030,16 @@ static PyObject *py_unpack_places(PyObject *module, PyObject *arguments) {
 }
 
 static PyMethodDef METHODS[] = {
-    {"difference", py_difference, METH_VARARGS, NULL},       {"weighted_sum", py_weighted_sum, METH_VARARGS, NULL},
-    {"block_norms", py_block_norms, METH_VARARGS, NULL},     {"task_vectors", py_task_vectors, METH_VARARGS, NULL},
-    {"draw", py_draw, METH_VARARGS, NULL},                   {"count_digits", py_count_digits, METH_VARARGS, NULL},
-    {"place_of", py_place_of, METH_VARARGS, NULL},           {"pack_places", py_pack_places, METH_VARARGS, NULL},
-    {"unpack_places", py_unpack_places, METH_VARARGS, NULL}, {NULL, NULL, 0, NULL},
+    {"difference", py_difference, METH_VARARGS, NULL},
+    {"weighted_sum", py_weighted_sum, METH_VARARGS, NULL},
+    {"block_norms", py_block_norms, METH_VARARGS, NULL},
+    {"task_vectors", py_task_vectors, METH_VARARGS, NULL},
+    {"draw", py_draw, METH_VARARGS, NULL},
+    {"count_digits", py_count_digits, METH_VARARGS, NULL},
+    {"place_of", py_place_of, METH_VARARGS, NULL},
+    {"pack_places", py_pack_places, METH_VARARGS, NULL},
+    {"unpack_places", py_unpack_places, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL},
 };
 
 static struct PyModuleDef MODULE = {
