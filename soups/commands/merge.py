@@ -117,7 +117,7 @@ def merge(
         if not quiet:
             console.print(f"{path}: {readable(done)} read in {seconds:.1f} s, {readable(done / seconds)}/s")
             if compiled is None and device == "cpu" and not cuda and (reason := unavailable()):
-                console.print(f"[dim]Compiled loops would have been faster, but there are none: {reason}.[/]")
+                console.print(f"[dim]With compiled loops it takes less time; {reason}.[/]")
         if report is not None:
             from soups.commands.inspect import layer_of
             from soups.reporting.html import write_html

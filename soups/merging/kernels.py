@@ -22,7 +22,9 @@ from soups.merging.buffers import buffer
 from soups.stores.sources import Place
 
 try:
-    from soups.merging import _loops
+    import soups.merging._loops as _loops
+except ModuleNotFoundError:
+    _loops, _missing = None, "they were not built"
 except ImportError as error:
     _loops, _missing = None, str(error)
 else:
