@@ -103,7 +103,7 @@ class Chunk:
 
     def for_loops(self) -> tuple[Sequence[Row], Row | None]:
         """Return what compiled loops make task vectors of, not to be overwritten: see `stored`; or those, and no base."""
-        found = self.stored() if self._deltas is None else None
+        found = self.stored() if self._deltas is None and self._has_base else None
         return found or (self.deltas(), None)
 
     def delta(self, model: int) -> Tensor:
