@@ -530,6 +530,18 @@ CLONES Py_ssize_t soups_how_many_equal(const float *values, float wanted, Py_ssi
     return (Py_ssize_t)found;
 }
 
+/* A number is finite unless all bits of its exponent are set. */
+CLONES int soups_all_finite(const void *values, int are_narrow, Py_ssize_t count) {
+    const uint16_t *restrict halves = values;
+    const uint32_t *restrict wholes = values;
+    uint32_t found = 0;
+    if (are_narrow)
+        for (Py_ssize_t i = 0; i < count; i++) found |= (halves[i] & 0x7F80u) == 0x7F80u;
+    else
+        for (Py_ssize_t i = 0; i < count; i++) found |= (wholes[i] & 0x7F800000u) == 0x7F800000u;
+    return !found;
+}
+
 /* Each row's magnitudes and places, packed into integers whose order is that of the magnitudes. */
 CLONES void soups_pack_places(const float *values, Py_ssize_t width, int64_t *out, Py_ssize_t count) {
     for (Py_ssize_t start = 0; start < count; start += width)
@@ -986,6 +998,23 @@ static PyObject *py_place_of(PyObject *module, PyObject *arguments) {
     return Py_BuildValue("nn", place, found);
 }
 
+static PyObject *py_all_finite(PyObject *module, PyObject *arguments) {
+    (void)module;
+    Py_buffer values;
+    Stored source;
+    if (!PyArg_ParseTuple(arguments, "y*", &values)) return NULL;
+    const Py_ssize_t count = values.itemsize ? values.len / values.itemsize : 0;
+    const int fine = stored(&values, count, "values", &source);
+    int finite = 0;
+    if (fine) {
+        Py_BEGIN_ALLOW_THREADS;
+        finite = soups_all_finite(source.data, source.narrow, count);
+        Py_END_ALLOW_THREADS;
+    }
+    PyBuffer_Release(&values);
+    return fine ? PyBool_FromLong(finite) : NULL;
+}
+
 static PyObject *py_pack_places(PyObject *module, PyObject *arguments) {
     (void)module;
     Py_buffer values, out;
@@ -1037,6 +1066,7 @@ static PyMethodDef METHODS[] = {
     {"draw", py_draw, METH_VARARGS, NULL},
     {"count_digits", py_count_digits, METH_VARARGS, NULL},
     {"place_of", py_place_of, METH_VARARGS, NULL},
+    {"all_finite", py_all_finite, METH_VARARGS, NULL},
     {"pack_places", py_pack_places, METH_VARARGS, NULL},
     {"unpack_places", py_unpack_places, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},

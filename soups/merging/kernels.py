@@ -7,6 +7,7 @@ process.
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Generator, Sequence
@@ -447,3 +448,11 @@ def place_of(values: Tensor, wanted: float, number: int) -> tuple[int, int]:
     equal = values == wanted
     count = int(torch.count_nonzero(equal))
     return (int(equal.nonzero().view(-1)[number - 1]) if number <= count else -1), count
+
+
+def all_finite(values: Tensor) -> bool:
+    """Tell whether no element is NaN or infinite."""
+    if _switch.count and readable(values.dtype) and values.device.type == "cpu" and values.is_contiguous():
+        return _module().all_finite(_row(values))
+    # One cheap pass; a sum that overflows is looked at closely.
+    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())

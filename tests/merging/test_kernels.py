@@ -169,6 +169,16 @@ def test_sums_of_blocks(count, block, narrow):
     assert plain.tolist() == pytest.approx(exact, rel=1e-5)
 
 
+@settings(max_examples=60, deadline=None)
+@given(bits=st.lists(st.integers(0, 2**32 - 1), max_size=200), narrow=st.booleans())
+def test_what_is_finite(bits, narrow):
+    values = torch.tensor(np.array(bits, np.uint32).view(np.float32))
+    values = values.bfloat16() if narrow else values
+    with compiling():
+        assert kernels.all_finite(values) == bool(torch.isfinite(values).all())
+    assert kernels.all_finite(values) == bool(torch.isfinite(values).all())
+
+
 @settings(max_examples=40, deadline=None)
 @given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50))
 def test_narrowing_is_torchs(bits):
