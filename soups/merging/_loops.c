@@ -41,7 +41,7 @@
    The lanes of a sum of magnitudes, too, so this is a part of what sums are (see soups.merging.kernels.block_sums). */
 enum { PIECE = 1024 };
 
-/* To be raised with every change of what a function takes or means; kernels.py knows the one it is written for. */
+/* To be raised when functions come or change; kernels.py knows the one it is written for. */
 enum { VERSION = 1 };
 
 typedef union {

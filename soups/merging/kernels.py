@@ -20,7 +20,7 @@ from torch import Tensor
 
 from soups.errors import ConfigError, StorageError
 from soups.merging.buffers import buffer
-from soups.stores.sources import Place
+from soups.stores.sources import FileRow
 
 try:
     import soups.merging._loops as _loops
@@ -36,7 +36,7 @@ Mask = np.ndarray[tuple[int], np.dtype[np.uint8]]
 Bits = np.ndarray[tuple[int], np.dtype[np.uint8]]
 """Ones and zeros, eight to a byte, the first the lowest bit."""
 Limits = np.ndarray[tuple[int], np.dtype[np.uint16]]
-Row = Tensor | Place
+Row = Tensor | FileRow
 """A flat stretch of elements, in memory or in a file."""
 
 _LOW_BITS = 16
@@ -121,7 +121,7 @@ def _loops_for(*tensors: Tensor) -> Any:
 
 def _row(row: Row) -> Any:
     """Return a flat tensor's memory (of bfloat16, its bits), or a place in a file as the loops want it."""
-    if isinstance(row, Place):
+    if isinstance(row, FileRow):
         return row.source.descriptor, row.offset, row.dtype.itemsize
     return (row.view(torch.uint16) if row.dtype == torch.bfloat16 else row).numpy()
 
@@ -131,7 +131,7 @@ def _check_read(bad: int | None, rows: Sequence[Row], count: int) -> None:
     if bad is None:
         return
     row = rows[bad]
-    assert isinstance(row, Place)
+    assert isinstance(row, FileRow)
     row.source.read_tensor(row.offset, row.dtype, count)
     raise StorageError(
         f"{row.source.location} could not be read for a moment. Check the disk, and start the merge again."
@@ -237,8 +237,8 @@ def block_sums(values: Tensor, block: int) -> Tensor:
     >>> block_sums(torch.ones(5), 2).tolist()
     [2.0, 2.0, 1.0]
     """
-    if loops := _loops_for(values):
-        return _block_norms(loops, [values], None, [Choice()], values.numel(), block)[0][0]
+    if _loops_for(values):
+        return block_norms([values], None, [Choice()], values.numel(), block)[0][0]
     whole = values.numel() // block * block
     parts = [_lane_sums(values[:whole].view(-1, block))] if whole else []
     if whole < values.numel():
@@ -271,23 +271,11 @@ def block_norms(
         block: elements in a block.
         kept: where to put each model's mask, if it has one; or nowhere.
     """
-    return _block_norms(_module(), rows, base, choices, count, block, kept)
-
-
-def _block_norms(
-    loops: Any,
-    rows: Sequence[Row],
-    base: Row | None,
-    choices: Sequence[Choice],
-    count: int,
-    block: int,
-    kept: Sequence[Bits] = (),
-) -> tuple[Tensor, Tensor]:
     before, after = torch.empty(2, len(rows), -(-count // block), dtype=torch.float32)
     batch = block * -(-_BATCH // block)
     while batch % 8:  # masks are kept as bits
         batch += block
-    bad = loops.block_norms(
+    bad = _module().block_norms(
         [_row(row) for row in rows],
         None if base is None else _row(base),
         _transforms(choices),

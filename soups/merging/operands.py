@@ -220,16 +220,20 @@ class Operands:
     def at(self, start: int, stop: int) -> Chunk:
         """Read one chunk. Its tensors are this thread's buffers: they hold until the thread reads the next chunk."""
 
+        return self._chunk(start, stop, _Stretch(self, start, stop))
+
+    def _chunk(self, start: int, stop: int, reader: Reader, deltas: Tensor | None = None) -> Chunk:
         return Chunk(
             self.key,
             start,
             stop - start,
             self.shape,
             len(self.models),
-            _Stretch(self, start, stop),
+            reader,
             has_base=self.base is not None,
             compiled=self.compiled,
             into=self.into or self.dtype,
+            deltas=deltas,
         )
 
     def only(self, model: int) -> Operands:
@@ -326,7 +330,7 @@ class _Stretch(NamedTuple):
             return None
         found: list[Row] = []
         for number, source in enumerate(sources):
-            row = source.store.place(source.key, self.start)
+            row = source.store.file_row(source.key, self.start)
             if row is None:
                 row = whole.raw(source, self.start, self.stop, f"raw {number}")
                 if not row.is_contiguous():
@@ -358,17 +362,7 @@ class HeldOperands(Operands):
     def at(self, start: int, stop: int) -> Chunk:
         """Return one chunk."""
 
-        return Chunk(
-            self.key,
-            start,
-            stop - start,
-            self.shape,
-            len(self.models),
-            _Held(),
-            has_base=True,
-            compiled=self.compiled,
-            deltas=self.rows[:, start:stop],
-        )
+        return self._chunk(start, stop, _Held(), self.rows[:, start:stop])
 
 
 class _Held(NamedTuple):

@@ -80,7 +80,7 @@ class ByteSource(ABC):
         )
 
 
-class Place(NamedTuple):
+class FileRow(NamedTuple):
     """Where elements begin in a file that has a descriptor.
 
     Attributes:

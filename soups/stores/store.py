@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from soups.errors import WeightsError, did_you_mean
-from soups.stores.sources import ByteSource, Place
+from soups.stores.sources import ByteSource, FileRow
 from soups.weights import Weights, tied_names
 
 
@@ -82,7 +82,7 @@ class Store(ABC):
         """Return text that changes when the tensor's file does; `None` where nothing but the contents could tell."""
         return None
 
-    def place(self, key: str, start: int) -> Place | None:
+    def file_row(self, key: str, start: int) -> FileRow | None:
         """Return where a tensor's elements from `start` on lie in a local file; `None` if they do not, one after another."""
         return None
 
@@ -159,12 +159,12 @@ class ExtentStore(Store):
         source, offset, _ = self.extent(key)
         return f"{source.identity}@{offset}"
 
-    def place(self, key: str, start: int) -> Place | None:
+    def file_row(self, key: str, start: int) -> FileRow | None:
         """Return where a tensor's elements from `start` on lie."""
         source, offset, meta = self.extent(key)
         if source.descriptor is None or self._tied.get(key, key) in self.strided:
             return None
-        return Place(source, offset + start * meta.dtype.itemsize, meta.dtype)
+        return FileRow(source, offset + start * meta.dtype.itemsize, meta.dtype)
 
     @property
     def strided(self) -> Collection[str]:
@@ -268,9 +268,9 @@ class RenamedStore(Store):
         """Return the identity of the tensor underneath."""
         return self._store.identity(self._old(key))
 
-    def place(self, key: str, start: int) -> Place | None:
+    def file_row(self, key: str, start: int) -> FileRow | None:
         """Return where a tensor's elements from `start` on lie."""
-        return self._store.place(self._old(key), start)
+        return self._store.file_row(self._old(key), start)
 
     def will_need(self, key: str, start: int, stop: int) -> None:
         """Pass the hint on."""
@@ -311,9 +311,9 @@ class AliasedStore(Store):
         """Return elements `start:stop` of a tensor."""
         return self.store.read_flat(self.aliases.get(key, key), start, stop, out)
 
-    def place(self, key: str, start: int) -> Place | None:
+    def file_row(self, key: str, start: int) -> FileRow | None:
         """Return where a tensor's elements from `start` on lie."""
-        return self.store.place(self.aliases.get(key, key), start)
+        return self.store.file_row(self.aliases.get(key, key), start)
 
     def will_need(self, key: str, start: int, stop: int) -> None:
         """Pass the hint on."""
