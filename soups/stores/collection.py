@@ -20,7 +20,8 @@ from soups.stores.checkpoint import TorchStore
 from soups.stores.folder import is_model_folder
 from soups.stores.opening import open_store
 from soups.stores.sources import is_remote
-from soups.stores.store import AliasedStore, RenamedStore, Store
+from soups.stores.store import Store
+from soups.stores.views import AliasedStore, RenamedStore
 from soups.weights import Weights, describe_mismatch, tied_names
 
 Place = str | os.PathLike[str]

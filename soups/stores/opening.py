@@ -12,9 +12,11 @@ from soups.errors import StorageError
 from soups.stores.checkpoint import TorchStore, strip_prefix
 from soups.stores.folder import FolderStore
 from soups.stores.lora import LoRAStore
+from soups.stores.memory import DictStore
 from soups.stores.safetensors import SafetensorsStore
 from soups.stores.sources import file_system, is_remote, open_bytes
-from soups.stores.store import DictStore, RenamedStore, Store
+from soups.stores.store import Store
+from soups.stores.views import RenamedStore
 
 _TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 

@@ -23,7 +23,8 @@ from soups.merging.operands import Source
 from soups.merging.stream import Job
 from soups.stores.folder import FolderStore
 from soups.stores.lora import LoRAStore
-from soups.stores.store import AliasedStore, Store, TensorMeta, headers
+from soups.stores.store import Store, TensorMeta, headers
+from soups.stores.views import AliasedStore
 from soups.weights import describe_mismatch
 
 # The two ends of a language model that may be one tensor.

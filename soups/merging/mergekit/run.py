@@ -19,9 +19,10 @@ from soups.merging.mergekit.files import folder_files
 from soups.merging.mergekit.planning import Planned, folder_of, plan_document, references
 from soups.merging.mergekit.schema import Document, Recipe, Reference, read_recipe
 from soups.stores.files import fingerprint, write_text
+from soups.stores.memory import HeaderStore
 from soups.stores.opening import open_store
 from soups.stores.sources import is_remote
-from soups.stores.store import HeaderStore, Store
+from soups.stores.store import Store
 from soups.stores.writer import DEFAULT_SHARD_BYTES
 from soups.weights import Weights
 

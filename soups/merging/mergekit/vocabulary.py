@@ -24,6 +24,7 @@ from soups.errors import ConfigError, WeightsError, did_you_mean
 from soups.merging.mergekit.schema import Document, ModelToken, Reference, TokenSpec, ZeroToken
 from soups.stores.store import Store, TensorMeta
 from soups.stores.tokenizer import TOKENIZER_FILES
+from soups.stores.views import StoreView
 
 # Tensors with a row for each token, in the architectures of the Hugging Face Hub.
 _BY_TOKEN = re.compile(
@@ -187,7 +188,7 @@ class Table:
         return bool((self.own == np.arange(len(self.own))).all())
 
 
-class VocabularyStore(Store):
+class VocabularyStore(StoreView):
     """A model seen with another vocabulary: tensors with a row for each token have their rows rearranged while reading.
 
     Args:
@@ -196,45 +197,37 @@ class VocabularyStore(Store):
     """
 
     def __init__(self, store: Store, tables: Mapping[str, Table]) -> None:
-        self.store = store
-        self.location, self.metadata = store.location, store.metadata
-        self._tables = dict(tables)
+        super().__init__(store)
+        self._tables = {self.source(key): table for key, table in tables.items()}
         self._means: dict[str, Tensor] = {}
         self._lock = threading.Lock()
 
-    def keys(self) -> list[str]:
-        """Return the names of all tensors."""
-        return self.store.keys()
+    def changes(self, name: str) -> bool:
+        """Tell whether a tensor has a row for each token."""
+        return name in self._tables
 
-    def meta(self, key: str) -> TensorMeta:
+    def changed_meta(self, name: str) -> TensorMeta:
         """Return shape and dtype of a tensor, as rearranged."""
-        meta = self.store.meta(key)
-        return TensorMeta((len(self._tables[key].own), *meta.shape[1:]), meta.dtype) if key in self._tables else meta
+        meta = self.store.meta(name)
+        return TensorMeta((len(self._tables[name].own), *meta.shape[1:]), meta.dtype)
 
-    def tied(self) -> dict[str, str]:
-        """Map each tied name to the name it repeats."""
-        return self.store.tied()
-
-    def identity(self, key: str) -> str | None:
-        """Return the identity of the tensor underneath, and of what is done to its rows."""
-        plain, table = self.store.identity(key), self._tables.get(key)
-        if plain is None or table is None:
-            return plain
+    def change(self, name: str) -> str | None:
+        """Return a hash of where each row comes from; None where the identity of another model is not known."""
+        table = self._tables[name]
         digest = hashlib.sha256(table.own.tobytes())
         for row, origin in sorted(table.others.items()):
-            digest.update(repr((row, [(store.identity(key), number) for store, number in origin])).encode())
-        return f"{plain}+{digest.hexdigest()}"
+            places = [(store.identity(name), number) for store, number in origin]
+            if any(place is None for place, _ in places):
+                return None
+            digest.update(repr((row, places)).encode())
+        return digest.hexdigest()
 
-    def read_flat(self, key: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
-        """Return elements `start:stop` of a tensor."""
-        table = self._tables.get(key)
-        if table is None:
-            return self.store.read_flat(key, start, stop, out)
-        meta = self.meta(key)
-        stop = meta.numel if stop is None else stop
+    def compute(self, name: str, start: int, stop: int) -> Tensor:
+        """Return elements `start:stop` of a rearranged tensor."""
+        table, meta = self._tables[name], self.changed_meta(name)
         width = max(1, meta.numel // max(1, meta.shape[0]))
         first, last = start // width, -(-stop // width)
-        rows = self._rows(key, table, first, last, width)
+        rows = self._rows(name, table, first, last, width)
         return rows.view(-1)[start - first * width : stop - first * width]
 
     def _rows(self, key: str, table: Table, first: int, last: int, width: int, padding: bool = True) -> Tensor:
@@ -265,15 +258,6 @@ class VocabularyStore(Store):
                 count = int((table.own >= 0).sum()) + len(table.others)
                 self._means[key] = (total / max(1, count)).float()
             return self._means[key]
-
-    def will_need(self, key: str, start: int, stop: int) -> None:
-        """Pass the hint on where rows stay in place."""
-        if key not in self._tables:
-            self.store.will_need(key, start, stop)
-
-    def close(self) -> None:
-        """Close the store underneath."""
-        self.store.close()
 
 
 def _mean_of(origin: Origin, key: str, width: int) -> Tensor:

@@ -17,9 +17,10 @@ from soups.merging import make_method
 from soups.merging.api import execute, plan_merge
 from soups.protocols.cold_fusion.records import Policy
 from soups.stores.store import Store, TensorMeta
+from soups.stores.views import StoreView
 
 
-class UpdateStore(Store):
+class UpdateStore(StoreView):
     """A contribution as it counts on the current base, in float64.
 
     Args:
@@ -31,25 +32,26 @@ class UpdateStore(Store):
     """
 
     def __init__(self, weights: Store, start: Store, current: Store, scale: float, *, fresh: bool) -> None:
-        self.location = weights.location
-        self._weights, self._start, self._current = weights, start, current
+        super().__init__(weights, start, current)
+        self._start, self._current = start, current
         self._scale, self._as_it_is = scale, fresh and scale == 1
 
-    def keys(self) -> list[str]:
-        """Return the names of all tensors."""
-        return self._weights.keys()
+    def changes(self, name: str) -> bool:
+        """Tell that every tensor is changed, if only to float64."""
+        del name
+        return True
 
-    def meta(self, key: str) -> TensorMeta:
+    def changed_meta(self, name: str) -> TensorMeta:
         """Return the shape, and float64."""
-        return TensorMeta(self._weights.meta(key).shape, torch.float64)
+        return TensorMeta(self.store.meta(name).shape, torch.float64)
 
-    def read_flat(self, key: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
+    def compute(self, name: str, start: int, stop: int) -> Tensor:
         """Return elements `start:stop` of B + s (θ − b)."""
-        value = self._weights.read_flat(key, start, stop).double()
+        value = self.store.read_flat(name, start, stop).double()
         if self._as_it_is:
             return value
-        update = value - self._start.read_flat(key, start, stop).double()
-        return update.mul_(self._scale).add_(self._current.read_flat(key, start, stop).double())
+        update = value - self._start.read_flat(name, start, stop).double()
+        return update.mul_(self._scale).add_(self._current.read_flat(name, start, stop).double())
 
 
 def update_norm(weights: Store, start: Store) -> float:

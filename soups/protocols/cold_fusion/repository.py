@@ -40,7 +40,7 @@ from soups.stores.opening import open_store
 from soups.stores.safetensors import DTYPE_NAMES, SafetensorsStore, write_safetensors
 from soups.stores.store import Store
 from soups.stores.tokenizer import tokenizer_hash
-from soups.weights import Weights, check_finite, hash_weights, is_averaged
+from soups.weights import Weights, check_finite, hash_weights, is_averaged, tied_names
 
 MANIFEST = "repository.json"
 
@@ -220,7 +220,7 @@ class Repository:
                     f"vocabulary and dtype; names under a prefix need prefix=…, such as 'model.' or 'bert.'."
                 )
             self._check_frozen(store)
-            shared = {name: store.read(name) for name in self.manifest.tensors}
+            shared = self._as_tied({name: store.read(name) for name in self.manifest.tensors})
         found = _tokenizer(weights)
         if found and self.manifest.tokenizer and found != self.manifest.tokenizer:
             raise WeightsError(
@@ -299,6 +299,14 @@ class Repository:
             return fuse_parts(policy, base, parts)
 
     # Parts
+
+    def _as_tied(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights that share tensors where base 0 does and the values are equal, so that equal weights are one file."""
+        with self._open(self.manifest.base) as base:
+            ties = base.tied()
+        kept = {name: first for name, first in ties.items() if torch.equal(weights[name], weights[first])}
+        own = {name: weights[name].clone() for name in tied_names(weights) if name not in kept}
+        return {**weights, **own, **{name: weights[first] for name, first in kept.items()}}
 
     def _base(self, base: Base | int | str) -> Base:
         bases = self.bases()

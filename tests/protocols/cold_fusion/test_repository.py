@@ -267,3 +267,22 @@ def test_damaged_records_name_the_file(tmp_path: Path) -> None:
     record.write_text(record.read_text()[:20])
     with pytest.raises(StorageError, match=f"{record.name} is not a whole record"):
         repository.pending()
+
+
+def test_tied_weights_stay_tied_through_rounds(url: str, tmp_path: Path) -> None:
+    """One tensor under two names is one tensor in every base, whether updates are rebased or taken as they are."""
+
+    def tied(value: float) -> dict[str, torch.Tensor]:
+        weights = {"embed.weight": torch.full((5, 3), value), "layer.weight": torch.full((4, 3), value)}
+        return {**weights, "head.weight": weights["embed.weight"]}
+
+    repository = Repository.create(url, tied(0.0), Policy(quorum=2, max_norm=None))
+    for number, (one, two) in enumerate([(1.0, 3.0), (4.0, 8.0)]):
+        write_safetensors(tmp_path / "one.safetensors", tied(one))
+        repository.push(str(tmp_path / "one.safetensors"), 0, "alice")
+        repository.push(tied(two), number, "bob")
+        assert repository.fuse() is not None
+        _, weights = Repository(url).pull()
+        assert weights["head.weight"] is weights["embed.weight"], f"round {number + 1}"
+    assert torch.equal(weights["embed.weight"], torch.full((5, 3), (2.0 + 4.0 + 8.0) / 2)), "alice's is rebased by 2"
+    assert all(row.same for row in replay(repository))
