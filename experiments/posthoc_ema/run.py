@@ -20,8 +20,6 @@ from typing import Unpack
 
 import torch
 
-from callbacks.base import Averaging
-from callbacks.settings import Common, settings_of
 from experiments.language_model import LanguageModel, quiet_trainer
 from soups.averaging import Exponential, PostHoc, Power, Window, averaged
 from soups.averaging.mean import Mean
@@ -29,6 +27,8 @@ from soups.averaging.power import PowerEMA
 from soups.averaging.profiles import Profile
 from soups.averaging.units import Plan
 from soups.callbacks import PostHocEMA
+from soups.callbacks.base import Averaging
+from soups.callbacks.settings import Common, settings_of
 
 HERE = Path(__file__).parent
 STEPS, PEAK = 2000, 4e-3

@@ -18,9 +18,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from callbacks.sharding import refuse_opaque
 from soups.averaging import PostHoc, Power, Snapshots, averages, load_averaged
 from soups.callbacks import EMA, LAWA, SWA, Averages, PostHocEMA, Trajectory
+from soups.callbacks.sharding import refuse_opaque
 from soups.errors import ConfigError
 from tests.devices import forks
 

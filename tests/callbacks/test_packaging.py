@@ -34,7 +34,7 @@ def test_import_beside_a_projects_own_callbacks(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "soups_callbacks.ema"
+    assert done.stdout.strip() == "soups.callbacks.ema"
 
 
 def test_one_class_whichever_way_it_is_imported():
