@@ -10,7 +10,18 @@ from torch import Tensor
 
 from soups.errors import ConfigError
 from soups.evaluation.flips import negative_flip_rate
-from soups.recipes.recipe import Candidate, Fisher, Point, Predict, Score, Soup, check_choice, grid, line, ranked
+from soups.recipes.recipe import (
+    Candidate,
+    Fisher,
+    Predict,
+    Score,
+    Soup,
+    check_choice,
+    grid,
+    line,
+    ranked,
+    walk,
+)
 from soups.recipes.uniform import uniform
 from soups.weights import Weights, accumulation_dtype, check_same, is_averaged, tied_names
 
@@ -74,12 +85,13 @@ def bcwi(
         return fisher_line(new, old, share, importance, where=start.name)
 
     before = predict(old)
-    path: list[Point] = []
     flips: list[float] = []
-    for position in positions:
-        made = between(position)
+
+    def scored(made: Weights) -> float:
         flips.append(negative_flip_rate(before, predict(made), labels))
-        path.append(Point(position, score(made), lambda position=position: between(position)))
+        return score(made)
+
+    _, path = walk(between, scored, positions, prefer=lambda position: -position)
     if alpha is None:
         enough = path[0].score - tolerance
         fine = [number for number, point in enumerate(path) if point.score >= enough]

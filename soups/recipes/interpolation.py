@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from soups.errors import ConfigError, did_you_mean
-from soups.recipes.recipe import Candidate, Point, Score, Soup, grid, line, ranked
+from soups.recipes.recipe import Candidate, Score, Soup, grid, line, ranked, walk
 
 
 def interpolation(
@@ -45,12 +45,9 @@ def interpolation(
     if first.name == second.name:
         raise ConfigError(f"between={names} names the ingredient {first.name} twice; give two different ones.")
     one, two = first.load(), second.load()
-    path = [
-        Point(share, score(made), lambda share=share: line(two, one, share, where=first.name))
-        for share in grid(points)
-        for made in (line(two, one, share, where=first.name),)
-    ]
-    best = max(path, key=lambda point: (point.score, -abs(point.position - 0.5)))
+    best, path = walk(
+        lambda share: line(two, one, share, where=first.name), score, grid(points), prefer=lambda at: -abs(at - 0.5)
+    )
     shares = {first.name: best.position, second.name: round(1 - best.position, 12)}
     return Soup(
         dict(best.load()),

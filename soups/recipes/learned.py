@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
-from torch import Tensor
 
+from soups.coefficients import Mixture, TemperedCrossEntropy, descend
 from soups.errors import ConfigError
 from soups.recipes.recipe import Candidate, Gradient, Score, Soup, check_choice, ranked
 from soups.seeding import generator
-from soups.stores import Store
-from soups.weights import accumulation_dtype, check_same, is_averaged
 
-GRANULARITIES = ("model", "tensor")
+PER = ("model", "tensor")
 
 
 def learned(
@@ -53,116 +52,30 @@ def learned(
         soups.errors.WeightsError: ingredients that do not fit each other.
     """
     order = ranked(candidates)
-    check_choice("per", per, GRANULARITIES)
+    check_choice("per", per, PER)
     if epochs < 1 or not lr > 0:
         raise ConfigError(f"epochs={epochs} must be at least 1 and lr={lr} positive.")
-    stores = [candidate.store() for candidate in order]
-    try:
-        mixture = _Mixture(order, stores, per)
-        factor = torch.ones((), dtype=torch.float64, requires_grad=True)
-        logits = mixture.logits
-        optimizer = torch.optim.AdamW([logits, factor] if beta else [logits], lr=lr, weight_decay=0.0)
-        losses: list[float] = []
-        weights = mixture.weights()
-        for epoch in range(epochs):
-            total = 0.0
-            for batch in torch.randperm(gradient.batches, generator=generator(seed, "learned", epoch)).tolist():
-                slope = gradient(weights, batch, float(factor.detach()))
-                optimizer.zero_grad()
-                mixture.backward(slope.by_tensor)
-                factor.grad = torch.tensor(slope.by_beta, dtype=torch.float64)
-                optimizer.step()
-                total += slope.loss
-                del slope
-                mixture.weights(into=weights)
-            losses.append(total / gradient.batches)
-        shares = mixture.shares()
-    finally:
-        for store in stores:
-            store.close()
-    names = [candidate.name for candidate in order]
-    overall = mixture.overall()
-    coefficients = dict(sorted(zip(names, overall, strict=True), key=lambda item: -item[1]))
-    by_tensor = {
-        key: dict(zip(names, row, strict=True)) for key, row in zip(mixture.groups, shares.tolist(), strict=True)
-    }
+    objective, count = TemperedCrossEntropy(gradient, fit_beta=beta), gradient.batches
+    with ExitStack() as stack:
+        stores = {candidate.name: stack.enter_context(candidate.store()) for candidate in order}
+        mixture = Mixture(None, stores, granularity=per, link="softmax")
+        weights, losses = descend(
+            mixture,
+            objective,
+            steps=epochs * count,
+            optimiser="adamw",
+            lr=lr,
+            order=lambda epoch: torch.randperm(count, generator=generator(seed, "learned", epoch)).tolist(),
+        )
+        by_epoch = [sum(losses[first : first + count]) / count for first in range(0, len(losses), count)]
+        shares = dict(zip(mixture.names, mixture.overall(), strict=True))
+        coefficients = dict(sorted(shares.items(), key=lambda item: -item[1]))
+        by_tensor = mixture.by_tensor() if per == "tensor" else {}
     return Soup(
         weights,
         list(coefficients),
         score(weights),
         coefficients=coefficients,
-        by_tensor=by_tensor if per == "tensor" else {},
-        details={"beta": float(factor.detach()), "loss_by_epoch": losses, "per": per},
+        by_tensor=by_tensor,
+        details={"beta": float(objective.beta.detach()), "loss_by_epoch": by_epoch, "per": per},
     )
-
-
-class _Mixture:
-    """Σᵢ αᵢ θᵢ over stores, tensor by tensor, and the derivative by the logits of α."""
-
-    def __init__(self, candidates: Sequence[Candidate], stores: Sequence[Store], per: str) -> None:
-        self.stores = stores
-        first = stores[0]
-        shapes = [
-            {
-                key: torch.empty(meta.shape, dtype=meta.dtype, device="meta")
-                for key in store
-                for meta in [store.meta(key)]
-            }
-            for store in stores
-        ]
-        for candidate, found in zip(candidates, shapes, strict=True):
-            check_same(shapes[0], found, where=candidate.name)
-        self.tied = first.tied()
-        self.keys = first.keys()
-        self.aliases: dict[str, list[str]] = {}
-        for name, key in self.tied.items():
-            self.aliases.setdefault(key, []).append(name)
-        self.averaged = [key for key in self.keys if key not in self.tied and is_averaged(shapes[0][key])]
-        self.sizes = {key: first.meta(key).numel for key in self.averaged}
-        self.groups = self.averaged if per == "tensor" else ["model"]
-        self.row = {key: number if per == "tensor" else 0 for number, key in enumerate(self.averaged)}
-        self.logits = torch.zeros(len(self.groups), len(stores), dtype=torch.float64, requires_grad=True)
-
-    def shares(self) -> Tensor:
-        """Return α, (groups, ingredients)."""
-        return self.logits.detach().softmax(dim=1)
-
-    def overall(self) -> list[float]:
-        """Return each ingredient's share of the whole, tensors weighed by their size."""
-        sizes = torch.tensor([self.sizes[key] for key in self.averaged], dtype=torch.float64)
-        rows = torch.tensor([self.row[key] for key in self.averaged])
-        return ((self.shares()[rows] * sizes[:, None]).sum(0) / sizes.sum()).tolist()
-
-    def weights(self, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Return the mixed weights, written over those of `into` when given."""
-        result = {} if into is None else into
-        shares = self.shares()
-        for key in self.keys:
-            if key in self.tied:
-                result[key] = result[self.tied[key]]
-            elif key not in self.row:
-                result.setdefault(key, self.stores[0].read(key).clone())
-            else:
-                row = shares[self.row[key]].tolist()
-                first = self.stores[0].read(key)
-                total = first.to(accumulation_dtype(first.dtype), copy=True).mul_(row[0])
-                for store, share in zip(self.stores[1:], row[1:], strict=True):
-                    total.add_(store.read(key), alpha=share)
-                if into is None:
-                    result[key] = total.to(first.dtype)
-                else:
-                    result[key].copy_(total)
-        return result
-
-    def backward(self, by_tensor: Mapping[str, Tensor]) -> None:
-        """Set the gradient of the logits of α from that of the loss by the mixed tensors."""
-        slope = torch.zeros_like(self.logits)
-        for key in self.averaged:
-            name = next((name for name in (key, *self.aliases.get(key, ())) if name in by_tensor), None)
-            if name is None:
-                continue
-            inner = by_tensor[name].detach().cpu().double().reshape(-1)
-            for number, store in enumerate(self.stores):
-                slope[self.row[key], number] += inner @ store.read_flat(key).double()
-        self.logits.grad = None
-        self.logits.softmax(dim=1).backward(slope)

@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from types import MappingProxyType
 from typing import Any
 
+from soups.coefficients import search_parameters
 from soups.errors import ConfigError
 from soups.merging import make_method
-from soups.merging.search import search_coefficients
 from soups.recipes.recipe import Candidate, Score, Soup, ranked
 
 
@@ -48,13 +48,12 @@ def merge(
     with ExitStack() as stack:
         stores = [stack.enter_context(candidate.store()) for candidate in order]
         base = stack.enter_context(start.store()) if start is not None and needs_base else None
-        found = search_coefficients(method, stores, score, dict(parameters), base=base)
-    trials = [{"parameters": trial.parameters, "score": trial.score} for trial in found.trials]
+        found = search_parameters(method, stores, score, dict(parameters), base=base)
+    trials = [{"parameters": trial.point, "score": trial.score} for trial in found.trials]
     return Soup(
         found.weights,
         [candidate.name for candidate in order],
         found.best.score,
-        details={"method": method, "parameters": found.best.parameters, "trials": trials},
-        note=f"{method} of {len(order)}"
-        + "".join(f", {name} {value}" for name, value in found.best.parameters.items()),
+        details={"method": method, "parameters": found.best.point, "trials": trials},
+        note=f"{method} of {len(order)}" + "".join(f", {name} {value}" for name, value in found.best.point.items()),
     )

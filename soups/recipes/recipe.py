@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from soups.coefficients import Mixture, Points, search
 from soups.errors import ConfigError, did_you_mean
 from soups.evaluation.gradients import Slope as Slope
 from soups.stores import DictStore, Store
@@ -150,6 +151,10 @@ def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
     """
     if not candidates:
         raise ConfigError("A soup needs at least one ingredient; the pool has none.")
+    names = [candidate.name for candidate in candidates]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"Two ingredients are called {twice!r}; give each a name of its own.")
     return sorted(candidates, key=lambda candidate: -candidate.score)
 
 
@@ -189,11 +194,8 @@ def mixed(parts: Sequence[tuple[str, Callable[[], Weights], float]]) -> dict[str
 
 
 def line(first: Weights, second: Weights, share: float, *, where: str = "the other end") -> dict[str, Tensor]:
-    """Return (1 - share) · first + share · second."""
-    total = RunningSum()
-    total.add(first, factor=1 - share)
-    total.add(second, where=where, factor=share)
-    return total.mean()
+    """Return (1 - share) · first + share · second, the mixture of two models with one coefficient each."""
+    return Mixture(None, {"the first end": first, where: second}).at((1 - share, share))
 
 
 def grid(points: int, alpha: float | None = None) -> list[float]:
@@ -211,6 +213,26 @@ def grid(points: int, alpha: float | None = None) -> list[float]:
         raise ConfigError(f"alpha={alpha} must be between 0 and 1, the ends of the path.")
     even = {round(number / (points - 1), 12) for number in range(points)}
     return sorted(even if alpha is None else even | {float(alpha)})
+
+
+def walk(
+    make: Callable[[float], dict[str, Tensor]],
+    score: Score,
+    positions: Sequence[float],
+    prefer: Callable[[float], float],
+) -> tuple[Point, list[Point]]:
+    """Return the best point of a path, and all of them.
+
+    Args:
+        make: from a position to the weights there.
+        score: held-out score of some weights; larger is better.
+        positions: of the points.
+        prefer: among equally good points the one of the larger value is the best.
+    """
+    points = Points([[position] for position in positions])
+    found = search(lambda point: make(point[0]), score, points, prefer=lambda point: prefer(point[0]))
+    path = [Point(at, trial.score, lambda at=at: make(at)) for trial in found.trials for at in trial.point]
+    return path[found.trials.index(found.best)], path
 
 
 # Parameters that are no options of a recipe: what it is given to work with.

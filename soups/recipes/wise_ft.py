@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from soups.recipes.greedy import greedy
-from soups.recipes.recipe import Candidate, Point, Score, Soup, check_choice, grid, line, ranked
+from soups.recipes.recipe import Candidate, Score, Soup, check_choice, grid, line, ranked, walk
 from soups.recipes.uniform import uniform
 
 ENDS = ("best", "greedy", "uniform")
@@ -47,12 +47,10 @@ def wise_ft(
         soup = greedy(candidates, score) if end == "greedy" else uniform(candidates, score)
         finish, shares, members = soup.weights, soup.coefficients, soup.members
     origin = start.load()
-    path = [
-        Point(position, score(made), lambda position=position: line(origin, finish, position, where=end))
-        for position in positions
-        for made in (line(origin, finish, position, where=end),)
-    ]
-    chosen = next(point for point in path if point.position == alpha) if alpha is not None else _best(path)
+    best_point, path = walk(
+        lambda position: line(origin, finish, position, where=end), score, positions, prefer=lambda position: -position
+    )
+    chosen = best_point if alpha is None else next(point for point in path if point.position == alpha)
     at = chosen.position
     coefficients = {"start": 1 - at} | {name: at * share for name, share in shares.items()}
     return Soup(
@@ -64,7 +62,3 @@ def wise_ft(
         path_label="α: share of the fine-tuned end",
         details={"alpha": at, "end": end},
     )
-
-
-def _best(path: Sequence[Point]) -> Point:
-    return max(path, key=lambda point: (point.score, -point.position))

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from soups.coefficients import Mixture
 from soups.errors import ConfigError, WeightsError
 from soups.evaluation import HeldoutGradient, diagonal_fisher
 from soups.recipes import Candidate, learned
-from soups.recipes.learned import _Mixture
 from soups.seeding import generator
 from soups.stores import DictStore
 
@@ -72,11 +72,13 @@ def in_memory(module: nn.Module, pool: list[Candidate], per: str, logits: Tensor
 @pytest.mark.parametrize("per", ["model", "tensor"])
 def test_the_streamed_gradient_is_autograds(per: str) -> None:
     module, pool, batches = setting()
-    mixture = _Mixture(pool, [DictStore(candidate.load(), candidate.name) for candidate in pool], per)
+    mixture = Mixture(
+        None, {one.name: DictStore(one.load(), one.name) for one in pool}, granularity=per, link="softmax"
+    )
     torch.manual_seed(1)
     with torch.no_grad():
-        mixture.logits.copy_(torch.randn_like(mixture.logits))
-    exact = mixture.logits.detach().clone().requires_grad_()
+        mixture.free.copy_(torch.randn_like(mixture.free))
+    exact = mixture.free.detach().clone().requires_grad_()
     beta = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
     loss = in_memory(module, pool, per, exact, beta, batches[0])
     expected, by_beta = torch.autograd.grad(loss, [exact, beta])
@@ -85,8 +87,8 @@ def test_the_streamed_gradient_is_autograds(per: str) -> None:
     mixture.backward(slope.by_tensor)
     assert slope.loss == pytest.approx(float(loss), rel=1e-13)
     assert slope.by_beta == pytest.approx(float(by_beta), rel=1e-12)
-    assert mixture.logits.grad is not None and expected.abs().max() > 1e-4
-    assert torch.allclose(mixture.logits.grad, expected, rtol=1e-11, atol=1e-15)
+    assert mixture.free.grad is not None and expected.abs().max() > 1e-4
+    assert torch.allclose(mixture.free.grad, expected, rtol=1e-11, atol=1e-15)
 
 
 @pytest.mark.parametrize("per", ["model", "tensor"])

@@ -294,7 +294,7 @@ def _validate(recipe: Recipe, number: int, content: Any) -> Document:
         raise ConfigError(
             f"{recipe.at(number, ('search',))}: a search needs a held-out score, which a file does not have. Lists of candidates "
             f"go to `python train.py +soup=merge soup.method=… +soup.parameters.NAME=[…]`, or to "
-            f"soups.merging.search.search_coefficients; lists in a file are gradients over the layers."
+            f"soups.coefficients.search_parameters; lists in a file are gradients over the layers."
         )
     try:
         return Document.model_validate(content)
