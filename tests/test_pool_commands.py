@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from soups.cli import app
 from soups.stores.files import write_json
 from soups.stores.garbage import leftovers, needed_by, remove
-from soups.stores.pool import Failure, Ingredient, Pool
+from soups.stores.pool import Pool
+from soups.stores.records import Failure, Ingredient
 
 NAMES = {"a1" + "0" * 62: (0.9, 1e-4), "a2" + "0" * 62: (0.95, 3e-4), "b1" + "0" * 62: (0.8, 1e-4)}
 FIRST, SECOND, THIRD = NAMES
@@ -81,7 +82,7 @@ def test_ls(pool: Pool) -> None:
 
 
 def test_a_damaged_record_hides_nothing_else(pool: Pool) -> None:
-    path = Path(pool.place("ingredients", SECOND, "record.json"))
+    path = Path(pool.folder.inner("ingredients", SECOND, "record.json"))
     path.write_text(path.read_text()[:50])
     shown = " ".join(run("ls", pool.url).split())
     assert "2 ingredients" in shown and "Warning:" in shown and "is not a whole ingredient record" in shown
@@ -150,7 +151,7 @@ def test_a_fault_while_removing_leaves_whole_ingredients(
 
 def litter(pool: Pool) -> set[Path]:
     """Leave in a pool what killed runs leave; return what nothing needs."""
-    root = Path(str(pool.root))
+    root = Path(str(pool.folder.root))
     pool.fail(Failure(fingerprint="f" * 64, error="still true", determinants={}))
     half = root / "ingredients" / ".ffff.12345678.tmp"
     upload = root / "starts" / ("e" * 64)
@@ -195,7 +196,7 @@ def test_gc_leaves_a_lock_that_is_held(pool: Pool) -> None:
     holder = subprocess.Popen([sys.executable, "-c", program, pool.url], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "in\n"
-        path = Path(pool.place("locks", "start.lock"))
+        path = Path(pool.folder.inner("locks", "start.lock"))
         age(path)
         assert leftovers(pool, None, age=-1)[0] == []
     finally:
@@ -207,11 +208,11 @@ def test_gc_leaves_a_lock_that_is_held(pool: Pool) -> None:
 def test_gc_keeps_predictions_when_it_cannot_know_whose_they_are(pool: Pool, tmp_path: Path) -> None:
     for path in litter(pool):
         age(path)
-    record = Path(pool.place("ingredients", SECOND, "record.json"))
+    record = Path(pool.folder.inner("ingredients", SECOND, "record.json"))
     record.write_text(record.read_text()[:50])
     said = " ".join(run("gc", pool.url, "--output", tmp_path / "outputs").split())
     assert "Predictions are left alone" in said and "left by a killed writer" in said
-    assert len(list(Path(pool.place("predictions")).iterdir())) == 4
+    assert len(list(Path(pool.folder.inner("predictions")).iterdir())) == 4
 
 
 def test_gc_stops_at_a_fault_and_goes_on_later(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +220,7 @@ def test_gc_stops_at_a_fault_and_goes_on_later(pool: Pool, monkeypatch: pytest.M
         age(path)
     items, _ = leftovers(pool, None, age=3600)
     whole = {name: pool.weights(name, verify=True)["w"] for name in pool.names()}
-    original, calls = type(pool.files).rm, []
+    original, calls = type(pool.folder.files).rm, []
 
     def fail_second(self, path, **options):
         calls.append(path)
@@ -227,7 +228,7 @@ def test_gc_stops_at_a_fault_and_goes_on_later(pool: Pool, monkeypatch: pytest.M
             raise OSError(errno.EROFS, "read-only")
         original(self, path, **options)
 
-    monkeypatch.setattr(type(pool.files), "rm", fail_second)
+    monkeypatch.setattr(type(pool.folder.files), "rm", fail_second)
     assert "disk is read-only" in " ".join(run("gc", pool.url, code=1).split())
     monkeypatch.undo()
     again, _ = leftovers(pool, None, age=3600)
@@ -239,10 +240,10 @@ def test_gc_stops_at_a_fault_and_goes_on_later(pool: Pool, monkeypatch: pytest.M
 
 def test_the_same_on_remote_storage() -> None:
     pool = fill(Pool("memory://pool-commands"))
-    pool.files.makedirs(pool.place("ingredients", "9" * 64))
-    pool.files.pipe_file(pool.place("ingredients", "9" * 64, "weights.safetensors"), b"half")
+    pool.folder.files.makedirs(pool.folder.inner("ingredients", "9" * 64))
+    pool.folder.files.pipe_file(pool.folder.inner("ingredients", "9" * 64, "weights.safetensors"), b"half")
     pool.remove(FIRST)
-    assert pool.names() == [SECOND, THIRD] and not pool.files.exists(pool.place("ingredients", FIRST))
+    assert pool.names() == [SECOND, THIRD] and not pool.folder.files.exists(pool.folder.inner("ingredients", FIRST))
     items, notes = leftovers(pool, None, age=-60)
     assert sorted(item.reason for item in items) == ["half uploaded", "predictions of absent weights"] and notes == []
     assert remove(pool, items) > 0 and leftovers(pool, None, age=-60)[0] == []

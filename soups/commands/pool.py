@@ -12,7 +12,8 @@ import typer
 from soups.commands.running import console, readable, reported, warn
 
 if TYPE_CHECKING:
-    from soups.stores.pool import Ingredient, Pool
+    from soups.stores.pool import Pool
+    from soups.stores.records import Ingredient
 
 app = typer.Typer(
     help="Look into a pool of ingredients and keep it tidy.",
@@ -20,12 +21,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Place = Annotated[str, typer.Argument(metavar="POOL", help="The pool: a folder, or an fsspec URL (s3://…).")]
+Where = Annotated[str, typer.Argument(metavar="POOL", help="The pool: a folder, or an fsspec URL (s3://…).")]
 Output = Annotated[Path, typer.Option(help="Where soups are kept (paths.output), to see what they came from.")]
 
 
 @app.command("ls")
-def list_(place: Place, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def list_(place: Where, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the ingredients, best first: held-out accuracy, the settings that differ, age, size; and what failed."""
     with reported():
         from soups.errors import StorageError
@@ -62,7 +63,7 @@ def list_(place: Place, as_json: Annotated[bool, typer.Option("--json", help="Pr
 
 @app.command()
 def show(
-    place: Place,
+    place: Where,
     name: Annotated[str, typer.Argument(help="An ingredient's fingerprint, or its first characters.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole record as JSON.")] = False,
 ) -> None:
@@ -97,7 +98,7 @@ def show(
 
 @app.command()
 def diff(
-    place: Place,
+    place: Where,
     first: Annotated[str, typer.Argument(help="An ingredient.")],
     second: Annotated[str, typer.Argument(help="Another one.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -135,7 +136,7 @@ def diff(
 
 @app.command()
 def rm(
-    place: Place,
+    place: Where,
     names: Annotated[list[str], typer.Argument(help="Ingredients: fingerprints, or their first characters.")],
     output: Output = Path("outputs"),
     force: Annotated[bool, typer.Option("--force", help="Also remove what a finished soup came from.")] = False,
@@ -171,7 +172,7 @@ def rm(
 
 @app.command()
 def gc(
-    place: Place,
+    place: Where,
     output: Output = Path("outputs"),
     older_than: Annotated[
         float, typer.Option(help="Hours since it was last written; runs may still need younger ones.")
@@ -208,7 +209,7 @@ def _open(place: str) -> Pool:
     from soups.stores.pool import Pool
 
     pool = Pool(place)
-    if not pool.files.exists(pool.place()):
+    if not pool.folder.exists():
         raise StorageError(f"There is no pool at {place}.")
     return pool
 

@@ -16,7 +16,8 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from soups.errors import StorageError
-from soups.stores.pool import RECORD, Ingredient, Pool
+from soups.stores.pool import Pool
+from soups.stores.records import RECORD, Ingredient
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp|\.writable-[0-9a-f]{8}")
 
@@ -83,14 +84,14 @@ def leftovers(pool: Pool, output: Path | None, age: float) -> tuple[list[Leftove
         if newest is not None and newest < before:
             found.append(Leftover(path, reason, size))
 
-    with pool.errors("read"):
+    with pool.folder.errors("read"):
         for kind in ("", "ingredients", "starts", "predictions", "failures", "locks", "progress"):
             for path in _entries(pool, kind):
                 if _TEMPORARY.fullmatch(_base(path)):
                     consider(path, "left by a killed writer")
         for kind in ("ingredients", "starts"):
             for path in _folders(pool, kind):
-                if not pool.files.exists(f"{path}/{RECORD}"):
+                if not pool.folder.files.exists(f"{path}/{RECORD}"):
                     consider(path, "half uploaded")
                     continue
                 for other in _second_uploads(pool, kind, path):
@@ -122,17 +123,17 @@ def remove(pool: Pool, items: Sequence[Leftover]) -> int:
     """
     freed = 0
     for item in items:
-        if item.reason == "half uploaded" and pool.files.exists(f"{item.path}/{RECORD}"):
+        if item.reason == "half uploaded" and pool.folder.files.exists(f"{item.path}/{RECORD}"):
             continue  # finished meanwhile
-        with pool.errors():
+        with pool.folder.errors():
             if item.path.endswith(".lock"):
                 with _held(item.path) as free:
                     if not free:
                         continue
                     Path(item.path).unlink()
             else:
-                with suppress(FileNotFoundError):  # another gc was faster
-                    pool.files.rm(item.path, recursive=True)
+                with suppress(FileNotFoundError):  # another collection was faster
+                    pool.folder.files.rm(item.path, recursive=True)
             freed += item.size
     return freed
 
@@ -168,7 +169,7 @@ def _second_uploads(pool: Pool, kind: str, folder: str) -> list[str]:
     if len(files) < 2:
         return []
     try:
-        named = Ingredient.model_validate_json(pool.files.cat_file(f"{folder}/{RECORD}")).file
+        named = Ingredient.model_validate_json(pool.folder.files.cat_file(f"{folder}/{RECORD}")).file
     except ValidationError:
         return []
     return [path for path in files if _base(path) != named]
@@ -179,10 +180,7 @@ def _base(path: str) -> str:
 
 
 def _list(pool: Pool, kind: str) -> list[dict[str, Any]]:
-    place = pool.place(kind) if kind else pool.place()
-    if not pool.files.exists(place):
-        return []
-    return sorted(pool.files.ls(place, detail=True), key=lambda entry: entry["name"])
+    return pool.folder.entries(kind)
 
 
 def _entries(pool: Pool, kind: str, suffix: str = "") -> list[str]:
@@ -199,11 +197,11 @@ def _folders(pool: Pool, kind: str) -> list[str]:
 def _measure(pool: Pool, path: str) -> tuple[float | None, int]:
     """Return when anything in a path was last written (None: not known, or gone), and its bytes."""
     try:
-        files = pool.files.find(path, withdirs=pool.local) or [path]
+        files = pool.folder.files.find(path, withdirs=pool.local) or [path]
         if pool.local:
             files = [*files, path]
         times = [_time(pool, file) for file in files]
-        size = sum(int(pool.files.size(file) or 0) for file in files if pool.files.isfile(file))
+        size = sum(int(pool.folder.files.size(file) or 0) for file in files if pool.folder.files.isfile(file))
     except FileNotFoundError:
         return None, 0
     known = [moment for moment in times if moment is not None]
@@ -212,7 +210,7 @@ def _measure(pool: Pool, path: str) -> tuple[float | None, int]:
 
 def _time(pool: Pool, path: str) -> float | None:
     try:
-        moment: datetime = pool.files.modified(path)
+        moment: datetime = pool.folder.files.modified(path)
     except (NotImplementedError, KeyError):  # this storage keeps no times
         return None
     return moment.timestamp()

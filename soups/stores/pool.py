@@ -23,120 +23,40 @@ import tempfile
 import uuid
 from collections.abc import Generator
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from pathlib import Path
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
-from soups.errors import SoupError, StorageError, WeightsError
-from soups.stores.files import fsync_folder, replacing_folder, sha256_file, storage_errors, write_json
+from soups.errors import StorageError, WeightsError
+from soups.stores.files import fsync_folder, replacing_folder, sha256_file, write_json
+from soups.stores.records import RECORD as RECORD
+from soups.stores.records import WEIGHTS as WEIGHTS
+from soups.stores.records import Failure as Failure
+from soups.stores.records import Ingredient as Ingredient
 from soups.stores.safetensors import SafetensorsStore, read_safetensors, write_safetensors
+from soups.stores.shared import NotExclusiveError, SharedFolder
 from soups.stores.store import Store
 from soups.weights import Weights, check_finite, hash_architecture, hash_weights
-
-WEIGHTS, RECORD = "weights.safetensors", "record.json"
-_OBJECT_STORES = frozenset({"s3", "gs", "az", "oci", "oss"})
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-class Ingredient(BaseModel):
-    """What the pool knows of a fine-tuned model.
-
-    Attributes:
-        fingerprint: hash of `determinants`; the ingredient's name.
-        determinants: the settings, data and start that decide the weights.
-        config: the whole resolved configuration, also what does not decide the weights.
-        start: weights hash of the model that fine-tuning started from.
-        architecture: hash of names, dtypes and shapes.
-        split: hash of the train, held-out and test splits and the class names.
-        weights: hash of the weights; `file` is the name of their file, `file_sha256` and `file_bytes` are that file's.
-        metrics: by split, then by name ("accuracy" in [0, 1], "loss" in nats, "count").
-        durations: in seconds, by phase.
-        versions: of the libraries and of this code.
-        layout: what the run ran on: devices, strategy, threads, host.
-        created: UTC, ISO 8601.
-        notes: anything else worth keeping (the probe's penalty, the averages' names).
-        history: values by epoch ("epoch", "step", "train/loss", "heldout/accuracy", "heldout/loss"), as far as measured.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    fingerprint: str
-    determinants: dict[str, Any]
-    config: dict[str, Any] = Field(default_factory=dict)
-    start: str | None = None
-    architecture: str = ""
-    split: str = ""
-    weights: str = ""
-    file: str = WEIGHTS
-    file_sha256: str = ""
-    file_bytes: int = 0
-    metrics: dict[str, dict[str, float]] = Field(default_factory=dict)
-    durations: dict[str, float] = Field(default_factory=dict)
-    versions: dict[str, str] = Field(default_factory=dict)
-    layout: dict[str, Any] = Field(default_factory=dict)
-    created: str = Field(default_factory=_now)
-    notes: dict[str, Any] = Field(default_factory=dict)
-    history: list[dict[str, float]] = Field(default_factory=list[dict[str, float]])
-
-    @property
-    def short(self) -> str:
-        """What people are shown: the name of a checkpoint from elsewhere, else eight characters of the fingerprint."""
-        return str(self.notes.get("name", self.fingerprint[:8]))
-
-    def heldout(self, metric: str = "accuracy") -> float:
-        """Return a metric on the held-out split."""
-        return self.metrics["heldout"][metric]
-
-
-class Failure(BaseModel):
-    """Why a run failed."""
-
-    fingerprint: str
-    error: str
-    determinants: dict[str, Any]
-    created: str = Field(default_factory=_now)
 
 
 class Pool:
     """Ingredients at a path or an fsspec URL (`s3://bucket/pool`, `memory://pool`).
+
+    Attributes:
+        folder: the place itself.
+        url, local: where it is, and whether that is a disk of this machine.
 
     Raises:
         StorageError: the place cannot be reached.
     """
 
     def __init__(self, url: str | Path) -> None:
-        self.url = str(url)
-        try:
-            # Other machines write to a remote pool, so listings are never remembered.
-            options = {"use_listings_cache": False} if "://" in self.url else {}
-            self._files, root = cast(tuple[Any, str], fsspec.url_to_fs(self.url, **options))
-        except (ImportError, ValueError) as error:
-            raise StorageError(
-                f"Cannot open the pool {self.url}: {error}. Install what the protocol needs (for s3:// that is `pip "
-                f"install 'soups[s3]'`), or use a local folder: pool.path=…"
-            ) from error
-        self.root = PurePosixPath(root)
-        self.local = isinstance(self._files, LocalFileSystem)
+        self.folder = SharedFolder(url, "pool")
+        self.url, self.local = str(url), self.folder.local
 
     def __contains__(self, fingerprint: str) -> bool:
         return self._exists("ingredients", fingerprint, RECORD)
-
-    @property
-    def files(self) -> Any:
-        """The fsspec file system that the pool is on."""
-        return self._files
-
-    def place(self, *parts: str) -> str:
-        """Return a path of the pool on its file system."""
-        return self._path(*parts)
 
     def check_writable(self) -> None:
         """Write and remove a small file, so that a full or read-only place shows before work is spent.
@@ -144,12 +64,7 @@ class Pool:
         Raises:
             StorageError: naming the place and the way out.
         """
-        probe = self._path(f".writable-{uuid.uuid4().hex[:8]}")
-        with self._errors():
-            self._make_folder(str(self.root))
-            with self._files.open(probe, "wb") as file:
-                file.write(b"\0" * 4096)
-            self._files.rm(probe)
+        self.folder.check_writable()
 
     def ingredients(self) -> list[Ingredient]:
         """Return the records of all finished ingredients, in the order of their fingerprints."""
@@ -205,7 +120,7 @@ class Pool:
             StorageError: the file is absent, truncated or damaged.
         """
         path = self._path("ingredients", fingerprint, self.ingredient(fingerprint).file)
-        return SafetensorsStore(path if self.local else self._files.unstrip_protocol(path))
+        return SafetensorsStore(path if self.local else self.folder.files.unstrip_protocol(path))
 
     def weights_file(self, fingerprint: str) -> Path | None:
         """Return where an ingredient's weights are, for reading a part of them; None on storage that is not local.
@@ -232,10 +147,7 @@ class Pool:
             StorageError: the place is full, read-only or out of reach; nothing half-written is left behind.
         """
         added = self._add("ingredients", record, weights)
-        failure = self._path("failures", f"{record.fingerprint}.json")
-        with self._errors():
-            if self._files.exists(failure):
-                self._files.rm(failure)
+        self.folder.remove(f"failures/{record.fingerprint}.json")
         return added
 
     def remove(self, fingerprint: str) -> None:
@@ -247,15 +159,15 @@ class Pool:
         if fingerprint not in self:
             self._record("ingredients", fingerprint)  # tells which there are
         folder = self._path("ingredients", fingerprint)
-        with self._errors():
+        with self.folder.errors():
             if self.local:
                 hidden = Path(folder).with_name(f".{fingerprint}.{uuid.uuid4().hex[:8]}.tmp")
                 Path(folder).rename(hidden)
                 fsync_folder(hidden.parent)
                 shutil.rmtree(hidden)
             else:
-                self._files.rm(f"{folder}/{RECORD}")  # without it the ingredient is not there
-                self._files.rm(folder, recursive=True)
+                self.folder.files.rm(f"{folder}/{RECORD}")  # without it the ingredient is not there
+                self.folder.files.rm(folder, recursive=True)
 
     def start(self, fingerprint: str) -> tuple[Ingredient, dict[str, Tensor]] | None:
         """Return a shared start by the fingerprint of what determines it, or None."""
@@ -279,7 +191,7 @@ class Pool:
             return
         from filelock import FileLock
 
-        with self._errors():
+        with self.folder.errors():
             folder = Path(self._path("locks"))
             folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(folder / f"{name}.lock")
@@ -291,16 +203,13 @@ class Pool:
 
     def fail(self, failure: Failure) -> None:
         """Record why a run failed, for those who will look."""
-        with self._errors():
-            self._make_folder(self._path("failures"))
-            self._put_text(self._path("failures", f"{failure.fingerprint}.json"), failure.model_dump_json(indent=2))
+        self.folder.write(f"failures/{failure.fingerprint}.json", failure.model_dump_json(indent=2).encode() + b"\n")
 
     def failure(self, fingerprint: str) -> Failure | None:
         """Return why the last run of this ingredient failed, if it did."""
         if fingerprint in self or not self._exists("failures", f"{fingerprint}.json"):
             return None
-        with self._errors("read"):
-            return Failure.model_validate_json(self._files.cat_file(self._path("failures", f"{fingerprint}.json")))
+        return Failure.model_validate_json(self.folder.read(f"failures/{fingerprint}.json"))
 
     def report_progress(self, name: str, done: dict[str, int]) -> None:
         """Say how far the run of an ingredient is, for displays on any machine; not kept safe, and overwritten often.
@@ -309,44 +218,36 @@ class Pool:
             StorageError: the place cannot be written.
         """
         path = self._path("progress", f"{name}.json")
-        with self._errors():
+        with self.folder.errors():
             if self.local:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
                 Path(path).write_text(json.dumps(done))
             else:
-                self._files.pipe_file(path, json.dumps(done).encode())
+                self.folder.files.pipe_file(path, json.dumps(done).encode())
 
     def progress(self, name: str) -> dict[str, int] | None:
         """Return how far the run of an ingredient is, or None when nothing is known."""
-        with self._errors("read"):
-            try:
-                return json.loads(self._files.cat_file(self._path("progress", f"{name}.json")))
-            except (FileNotFoundError, json.JSONDecodeError):  # not begun, or just being written
-                return None
+        try:
+            return json.loads(self.folder.read(f"progress/{name}.json"))
+        except (FileNotFoundError, json.JSONDecodeError):  # not begun, or just being written
+            return None
 
     def forget_progress(self, name: str) -> None:
         """Remove what `report_progress` left."""
-        path = self._path("progress", f"{name}.json")
-        with self._errors():
-            if self._files.exists(path):
-                self._files.rm(path)
+        self.folder.remove(f"progress/{name}.json")
 
     def failures(self) -> list[Failure]:
         """Return why runs failed whose ingredients are still missing, in the order of their fingerprints."""
-        folder = self._path("failures")
-        with self._errors("read"):
-            if not self._files.exists(folder):
-                return []
-            names = sorted(PurePosixPath(str(place)).name for place in self._files.ls(folder, detail=False))
-        whole = [name.removesuffix(".json") for name in names if name.endswith(".json") and not name.startswith(".")]
+        names = self.folder.names("failures")
+        whole = [name.removesuffix(".json") for name in names if name.endswith(".json")]
         return [failure for name in whole if (failure := self.failure(name))]
 
     def predictions(self, weights_hash: str, split_hash: str) -> Tensor | None:
         """Return stored logits, float32 (N, classes), of some weights on a split, or None."""
-        path = self._path("predictions", f"{weights_hash[:24]}-{split_hash[:24]}.safetensors")
-        if not self._exists("predictions", PurePosixPath(path).name):
+        name = _predictions(weights_hash, split_hash)
+        if not self._exists(name):
             return None
-        with self._as_local(path) as local:
+        with self.folder.fetched(name) as local:
             try:
                 return read_safetensors(local)["logits"]
             except StorageError:  # cut off by a crash of the machine: worth a recomputation, not an error
@@ -354,14 +255,12 @@ class Pool:
 
     def add_predictions(self, weights_hash: str, split_hash: str, logits: Tensor) -> None:
         """Store logits of some weights on a split."""
-        path = self._path("predictions", f"{weights_hash[:24]}-{split_hash[:24]}.safetensors")
-        with self._errors():
-            if self.local:
-                write_safetensors(path, {"logits": logits})
-                return
-            with tempfile.TemporaryDirectory() as scratch:
-                write_safetensors(Path(scratch) / "logits", {"logits": logits})
-                self._files.put_file(str(Path(scratch) / "logits"), path)
+        name = _predictions(weights_hash, split_hash)
+        with self.folder.errors(), tempfile.TemporaryDirectory() as scratch:
+            file = Path(self.folder.inner(name)) if self.local else Path(scratch) / "logits"
+            write_safetensors(file, {"logits": logits})
+            if not self.local:
+                self.folder.put(name, file)
 
     def _add(self, kind: str, record: Ingredient, weights: Weights) -> Ingredient:
         where = f"ingredient {record.short}"
@@ -371,33 +270,24 @@ class Pool:
         )
         if self._exists(kind, record.fingerprint, RECORD):
             return self._record(kind, record.fingerprint)
-        target = self._path(kind, record.fingerprint)
-        with self._errors():
-            if self.local:
-                with replacing_folder(Path(target)) as folder:
-                    record = self._fill(folder, record, weights)
-            else:
-                record = record.model_copy(update={"file": f"weights-{record.weights[:16]}.safetensors"})
-                with tempfile.TemporaryDirectory() as scratch:
-                    record = self._fill(Path(scratch), record, weights)
-                    self._make_folder(target)
-                    self._files.put_file(str(Path(scratch) / record.file), f"{target}/{record.file}")
-                    self._create(f"{target}/{RECORD}", (Path(scratch) / RECORD).read_bytes())
+        target = f"{kind}/{record.fingerprint}"
+        if self.local:
+            with self.folder.errors(), replacing_folder(Path(self.folder.inner(target))) as folder:
+                self._fill(folder, record, weights)
+        else:
+            record = record.model_copy(update={"file": f"weights-{record.weights[:16]}.safetensors"})
+            with tempfile.TemporaryDirectory() as scratch:
+                self._fill(Path(scratch), record, weights)
+                self.folder.put(f"{target}/{record.file}", Path(scratch) / record.file)
+                self._publish(f"{target}/{RECORD}", (Path(scratch) / RECORD).read_bytes())
         return self._record(kind, record.fingerprint)
 
-    def _make_folder(self, path: str) -> None:
-        # Object stores have no folders; asked for one, their clients would make the bucket, also a misspelt one.
-        if not _OBJECT_STORES.intersection(self._files.protocol if isinstance(self._files.protocol, tuple) else ()):
-            self._files.makedirs(path, exist_ok=True)
-
-    def _create(self, path: str, content: bytes) -> None:
-        """Make a remote file whole, unless it is there; where the store cannot tell, replace it whole."""
+    def _publish(self, name: str, content: bytes) -> None:
+        """Make a record if there is none; where the storage cannot promise that, replace it whole."""
         try:
-            self._files.pipe_file(path, content, mode="create")
-        except FileExistsError:  # another machine was faster, and its weights lie beside ours
-            return
-        except (NotImplementedError, TypeError, ValueError):
-            self._files.pipe_file(path, content)
+            self.folder.create(name, content)
+        except NotExclusiveError:
+            self.folder.write(name, content)
 
     @staticmethod
     def _fill(folder: Path, record: Ingredient, weights: Weights) -> Ingredient:
@@ -408,23 +298,21 @@ class Pool:
         return record
 
     def _record(self, kind: str, name: str) -> Ingredient:
-        path = self._path(kind, name, RECORD)
-        with self._errors("read"):
-            try:
-                return Ingredient.model_validate_json(self._files.cat_file(path))
-            except FileNotFoundError:
-                known = ", ".join(other[:8] for other in self._names(kind)[:8]) or "none"
-                raise StorageError(f"The pool {self.url} holds no ingredient {name[:8]}; it has: {known}.") from None
-            except ValidationError as error:
-                raise StorageError(
-                    f"{path} is not a whole ingredient record ({error.error_count()} faults, the first: "
-                    f"{error.errors()[0]['msg']}). Remove the folder {self._path(kind, name)} and run the sweep again: "
-                    f"only this ingredient is made anew."
-                ) from error
+        try:
+            return Ingredient.model_validate_json(self.folder.read(f"{kind}/{name}/{RECORD}"))
+        except FileNotFoundError:
+            known = ", ".join(other[:8] for other in self._names(kind)[:8]) or "none"
+            raise StorageError(f"The pool {self.url} holds no ingredient {name[:8]}; it has: {known}.") from None
+        except ValidationError as error:
+            raise StorageError(
+                f"{self._path(kind, name, RECORD)} is not a whole ingredient record ({error.error_count()} faults, the first: "
+                f"{error.errors()[0]['msg']}). Remove the folder {self._path(kind, name)} and run the sweep again: "
+                f"only this ingredient is made anew."
+            ) from error
 
     def _weights(self, kind: str, record: Ingredient, verify: bool = False) -> dict[str, Tensor]:
         path, again = self._path(kind, record.fingerprint, record.file), self._again(kind, record.fingerprint)
-        with self._as_local(path) as local:
+        with self.folder.fetched(f"{kind}/{record.fingerprint}/{record.file}") as local:
             self._check_size(path, local, record, again)
             try:
                 weights = read_safetensors(local)
@@ -455,55 +343,15 @@ class Pool:
             found = "is absent" if size < 0 else f"has {size} bytes"
             raise StorageError(f"{path} {found}; {record.file_bytes} were written. {again}")
 
-    @contextmanager
-    def _as_local(self, path: str) -> Generator[Path]:
-        if self.local:
-            yield Path(path)
-            return
-        with tempfile.TemporaryDirectory() as scratch:
-            target = Path(scratch) / "file.safetensors"
-            with self._errors("read"):
-                if self._files.exists(path):
-                    self._files.get_file(path, str(target))
-            yield target
-
-    def _put_text(self, path: str, text: str) -> None:
-        if self.local:
-            write_json(Path(path), json.loads(text))
-        else:
-            self._files.pipe_file(path, text.encode())
-
     def _names(self, kind: str) -> list[str]:
-        folder = self._path(kind)
-        with self._errors("read"):
-            if not self._files.exists(folder):
-                return []
-            names = sorted(PurePosixPath(place).name for place in self._files.ls(folder, detail=False))
-            return [name for name in names if not name.startswith(".") and self._exists(kind, name, RECORD)]
+        return [name for name in self.folder.names(kind) if self._exists(kind, name, RECORD)]
 
     def _exists(self, *parts: str) -> bool:
-        with self._errors("read"):
-            return bool(self._files.exists(self._path(*parts)))
+        return self.folder.exists("/".join(parts))
 
     def _path(self, *parts: str) -> str:
-        return str(self.root.joinpath(*parts))
+        return self.folder.inner(*parts)
 
-    def errors(self, doing: str = "write"):
-        """Within the block, what the storage raises becomes a `StorageError` that names the pool and the way out."""
-        return self._errors(doing)
 
-    @contextmanager
-    def _errors(self, doing: str = "write") -> Generator[None]:
-        if self.local:
-            with storage_errors(f"the pool {self.url}", doing):
-                yield
-            return
-        try:
-            yield
-        except SoupError:
-            raise
-        except Exception as error:  # each storage's library has errors of its own, and few are OSErrors
-            raise StorageError(
-                f"Cannot {doing} the pool {self.url}: {type(error).__name__}: {error}. Check the address, the credentials "
-                f"and the connection, then run the same command again: what the pool holds is whole and is not made anew."
-            ) from error
+def _predictions(weights_hash: str, split_hash: str) -> str:
+    return f"predictions/{weights_hash[:24]}-{split_hash[:24]}.safetensors"

@@ -7,7 +7,7 @@ not complete.
 
 from __future__ import annotations
 
-import os
+import re
 import tempfile
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -15,26 +15,13 @@ from pathlib import Path
 
 from soups.errors import StorageError
 from soups.stores.safetensors import SafetensorsStore
-from soups.stores.sources import file_system
+from soups.stores.shared import SharedFolder
 from soups.stores.store import TensorMeta
 from soups.stores.writer import DEFAULT_SHARD_BYTES, INDEX, Shard, Writer, name_shards, shard_index
 
 # In the header of each shard: which attempt it belongs to.
 _MARK = "soups.fingerprint"
-
-
-@contextmanager
-def remote_errors(url: str, doing: str = "write") -> Generator[None]:
-    """Turn whatever a storage's library raises into a `StorageError` that names the URL."""
-    try:
-        yield
-    except (StorageError, KeyboardInterrupt, SystemExit):
-        raise
-    except Exception as error:  # each protocol's library has errors of its own
-        raise StorageError(
-            f"Cannot {doing} {url}: {type(error).__name__}: {error}. Check the address, the credentials and the connection, "
-            f"then run the same command again: shards that were uploaded are not made again."
-        ) from error
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 class RemoteFolderWriter(Writer):
@@ -70,8 +57,8 @@ class RemoteFolderWriter(Writer):
         overwrite: bool = False,
         fingerprint: str | None = None,
     ) -> None:
-        self.url = url.rstrip("/")
-        self._system, self._root = file_system(self.url)
+        self.folder = SharedFolder(url)
+        self.url = self.folder.url
         self._fingerprint = fingerprint
         self._metadata = {**(metadata or {}), **({_MARK: fingerprint} if fingerprint else {})}
         self._tied, self._files = dict(tied or {}), dict(files or {})
@@ -94,20 +81,18 @@ class RemoteFolderWriter(Writer):
         }
 
     def _clear(self, overwrite: bool) -> None:
-        with remote_errors(self.url):
-            self._system.invalidate_cache()
-            self._system.makedirs(self._root, exist_ok=True)
-            taken = [name for name in (INDEX, "model.safetensors") if self._system.exists(f"{self._root}/{name}")]
-            if taken and not overwrite:
-                raise StorageError(
-                    f"There is a model at {self.url} already. Choose another place, or allow overwriting (--overwrite)."
-                )
-            if INDEX in taken or (taken and len(self._parts) > 1):
-                for name in taken:
-                    self._system.rm_file(f"{self._root}/{name}")
+        self.folder.make()
+        taken = [name for name in (INDEX, "model.safetensors") if self.folder.exists(name)]
+        if taken and not overwrite:
+            raise StorageError(
+                f"There is a model at {self.url} already. Choose another place, or allow overwriting (--overwrite)."
+            )
+        if INDEX in taken or (taken and len(self._parts) > 1):
+            for name in taken:
+                self.folder.remove(name)
 
     def _is_there(self, name: str, part: Mapping[str, TensorMeta]) -> bool:
-        if self._fingerprint is None or not self._system.exists(f"{self._root}/{name}"):
+        if self._fingerprint is None or not self.folder.exists(name):
             return False
         try:
             with SafetensorsStore(f"{self.url}/{name}") as store:
@@ -147,28 +132,21 @@ class RemoteFolderWriter(Writer):
     def _upload(self, name: str) -> None:
         shard = self._shard(name)
         shard.close()
-        with remote_errors(f"{self.url}/{name}"):
-            self._system.put_file(os.fspath(shard.path), f"{self._root}/{name}")
+        self.folder.put(name, shard.path)
         shard.path.unlink()
         with self._lock:
             del self._shards[name], self._left[name]
 
     def _finish(self) -> None:
         for name, content in self._files.items():
-            with remote_errors(f"{self.url}/{name}"):
-                if isinstance(content, bytes):
-                    self._system.pipe_file(f"{self._root}/{name}", content)
-                else:
-                    self._system.put_file(os.fspath(content), f"{self._root}/{name}")
+            self.folder.write(name, content if isinstance(content, bytes) else content.read_bytes())
         for name in list(self._left):
             self._upload(name)
-        with remote_errors(f"{self.url}/{self._commit}"):
-            if len(self._parts) > 1:
-                self._system.pipe_file(f"{self._root}/{INDEX}", shard_index(self._parts).encode())
-            for entry in self._system.ls(self._root, detail=False):
-                name = str(entry).rpartition("/")[2]
-                if name.startswith("model-") and name.endswith(".safetensors") and name not in self._parts:
-                    self._system.rm_file(entry)  # of the model that was replaced
+        if len(self._parts) > 1:
+            self.folder.write(INDEX, shard_index(self._parts).encode())
+        for name in self.folder.names():
+            if _SHARD.fullmatch(name) and name not in self._parts:
+                self.folder.remove(name)  # of the model that was replaced
 
     def abort(self) -> None:
         """Remove what is on this machine. Uploaded shards stay for the next attempt; without an index they are no model."""
@@ -184,15 +162,13 @@ def uploaded(url: str, *, overwrite: bool) -> Generator[Path]:
     Raises:
         StorageError: something is at the URL already, before any work; or the place is out of reach.
     """
-    system, path = file_system(url)
-    with remote_errors(url):
-        system.invalidate_cache()
-        if system.exists(path) and not overwrite:
-            raise StorageError(
-                f"There is something at {url} already. Choose another place, or allow overwriting (--overwrite)."
-            )
+    parent, _, name = url.rstrip("/").rpartition("/")
+    folder = SharedFolder(parent)
+    if folder.exists(name) and not overwrite:
+        raise StorageError(
+            f"There is something at {url} already. Choose another place, or allow overwriting (--overwrite)."
+        )
     with tempfile.TemporaryDirectory(prefix="soups-") as scratch:
-        local = Path(scratch) / path.rpartition("/")[2]
+        local = Path(scratch) / name
         yield local
-        with remote_errors(url):
-            system.put_file(os.fspath(local), path)
+        folder.put(name, local)

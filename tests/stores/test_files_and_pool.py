@@ -17,7 +17,8 @@ import torch
 from soups.errors import StorageError, WeightsError
 from soups.stores import SafetensorsStore, read_safetensors, write_safetensors
 from soups.stores.files import replacing, replacing_folder, write_text
-from soups.stores.pool import Failure, Ingredient, Pool
+from soups.stores.pool import Pool
+from soups.stores.records import Failure, Ingredient
 from soups.weights import tied_names
 
 WEIGHTS = {"layer.weight": torch.arange(6.0).reshape(2, 3), "layer.count": torch.tensor(3)}
@@ -275,7 +276,7 @@ def test_locks_let_one_process_in(tmp_path: Path) -> None:
         from soups.stores.pool import Pool
         pool = Pool(sys.argv[1])
         with pool.lock("start"):
-            made = pool.root / "made"
+            made = pool.folder.root / "made"
             with open(made, "a") as file:
                 file.write("in ")
                 file.flush()

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from soups.errors import StorageError
-from soups.stores.pool import Failure, Ingredient, Pool
+from soups.stores.pool import Pool
+from soups.stores.records import Failure, Ingredient
+from soups.stores.shared import SharedFolder
 from soups.weights import hash_weights
 from tests.stores.s3 import bucket_url, s3_server
 
@@ -74,14 +76,14 @@ def test_two_machines_that_make_the_same_ingredient_cannot_mix(
     """Each has looked before the other wrote; their bits differ, as on other hardware. One whole ingredient is kept."""
     first, second = Pool(bucket_url), other_machine
     ours, theirs = WEIGHTS, {**WEIGHTS, "layer.weight": WEIGHTS["layer.weight"] + 1e-6}
-    create = Pool._create
+    create = SharedFolder.create
 
-    def after_the_other(self: Pool, path: str, content: bytes) -> None:
-        monkeypatch.setattr(Pool, "_create", create)
+    def after_the_other(self: SharedFolder, name: str, content: bytes) -> bool:
+        monkeypatch.setattr(SharedFolder, "create", create)
         second.add(record(), theirs)
-        create(self, path, content)
+        return create(self, name, content)
 
-    monkeypatch.setattr(Pool, "_create", after_the_other)
+    monkeypatch.setattr(SharedFolder, "create", after_the_other)
     kept = first.add(record(), ours)
     assert kept.weights == hash_weights(theirs), "who creates the record first, exclusively, is whom the store keeps"
     assert hash_weights(first.weights("a" * 64, verify=True)) == kept.weights
@@ -97,7 +99,7 @@ def test_a_storage_that_fails_half_way_leaves_no_ingredient(
     def lost(*arguments: Any, **options: Any) -> None:
         raise ConnectionResetError("the connection was lost")
 
-    monkeypatch.setattr(pool._files, broken, lost)
+    monkeypatch.setattr(pool.folder.files, broken, lost)
     with pytest.raises(
         StorageError, match=rf"Cannot write the pool {bucket_url}.*the connection was lost.*same command"
     ):
@@ -112,8 +114,8 @@ def test_a_storage_that_fails_half_way_leaves_no_ingredient(
 def test_a_cut_off_object_is_named(bucket_url: str, other_machine: Pool) -> None:
     pool = Pool(bucket_url)
     added = pool.add(record(), WEIGHTS)
-    path = f"{pool.root}/ingredients/{added.fingerprint}/{added.file}"
-    pool._files.pipe_file(path, pool._files.cat_file(path)[:-9])
+    path = f"{pool.folder.root}/ingredients/{added.fingerprint}/{added.file}"
+    pool.folder.files.pipe_file(path, pool.folder.files.cat_file(path)[:-9])
     with pytest.raises(StorageError, match=r"bytes; \d+ were written. Remove the folder"):
         other_machine.weights(added.fingerprint)
 
@@ -128,7 +130,7 @@ def test_unreachable_and_unknown_places(bucket_url: str, monkeypatch: pytest.Mon
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     fsspec.filesystem("s3").clear_instance_cache()
     silent = Pool("s3://bucket/elsewhere")
-    silent._files.retries = 1
+    silent.folder.files.retries = 1
     with pytest.raises(StorageError, match=r"Cannot read the pool s3://bucket/elsewhere: .*127\.0\.0\.1:9"):
         silent.ingredients()
     fsspec.filesystem("s3").clear_instance_cache()
@@ -138,5 +140,5 @@ def test_credentials_are_not_in_the_pool(bucket_url: str, tmp_path: Path) -> Non
     pool = Pool(bucket_url)
     pool.add(record(), WEIGHTS)
     secret = os.environ["AWS_SECRET_ACCESS_KEY"].encode()
-    for path in pool._files.find(str(pool.root)):
-        assert secret not in pool._files.cat_file(path)
+    for path in pool.folder.files.find(str(pool.folder.root)):
+        assert secret not in pool.folder.files.cat_file(path)

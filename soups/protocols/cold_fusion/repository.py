@@ -31,13 +31,13 @@ from torch import Tensor
 
 from soups.errors import SoupError, StorageError, WeightsError
 from soups.merging import make_method
-from soups.protocols.cold_fusion.place import Place
 from soups.protocols.cold_fusion.records import Contribution, Manifest, Policy, Round
 from soups.protocols.cold_fusion.reduction import Part, fuse_parts
 from soups.protocols.cold_fusion.screening import Candidate, accepted_norms, misfit, screen
 from soups.stores.files import fingerprint
 from soups.stores.opening import open_store
 from soups.stores.safetensors import DTYPE_NAMES, SafetensorsStore, write_safetensors
+from soups.stores.shared import SharedFolder
 from soups.stores.store import Store
 from soups.stores.tokenizer import tokenizer_hash
 from soups.weights import Weights, check_finite, hash_weights, is_averaged, tied_names
@@ -67,7 +67,7 @@ class Repository:
     """
 
     def __init__(self, url: str | Path) -> None:
-        self.place = Place(url)
+        self.place = SharedFolder(url, "repository")
         try:
             self.manifest = self._parse(Manifest, MANIFEST)
         except FileNotFoundError:
@@ -101,7 +101,7 @@ class Repository:
         """
         policy = policy or Policy()
         make_method(policy.method, **policy.parameters)
-        place = Place(url)
+        place = SharedFolder(url, "repository")
         with open_store(base) as store:
             weights, where = store.load(), store.location
         check_finite(weights, where=where)
@@ -387,7 +387,7 @@ def _dump(record: BaseModel) -> bytes:
     return (record.model_dump_json(indent=1) + "\n").encode()
 
 
-def _put_weights(place: Place, weights: Weights) -> tuple[str, int]:
+def _put_weights(place: SharedFolder, weights: Weights) -> tuple[str, int]:
     """Store weights under their hash; return it and the file's size. What is there whole is not written again."""
     # In one order, so that weights of one hash are one file: a round of one contribution is that contribution.
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(weights.items())}

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from soups.protocols.cold_fusion import Policy, Repository, Round, replay
-from soups.protocols.cold_fusion.place import Place
 from soups.protocols.cold_fusion.records import Contribution
 from soups.protocols.cold_fusion.repository import _dump, _put_weights
 from soups.seeding import generator
+from soups.stores.shared import SharedFolder
 
 SIZE, HONEST = 400, 4
 
@@ -35,7 +35,7 @@ def run(place: Path, name: str, **policy) -> tuple[torch.Tensor, Round]:
     for number in range(HONEST):
         repository.push({"w": honest(number)}, 0, f"honest {number}")
     # An attacker does not go through our push, which checks.
-    weights, nbytes = _put_weights(Place(str(place)), {"w": attack(name)})
+    weights, nbytes = _put_weights(SharedFolder(str(place)), {"w": attack(name)})
     record = Contribution(
         id=f"{name}-attacker", contributor="attacker", base=repository.current().hash, weights=weights, nbytes=nbytes
     )

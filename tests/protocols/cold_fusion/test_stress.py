@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from soups.protocols.cold_fusion import Policy, Repository, replay
-from soups.protocols.cold_fusion.place import Place
 from soups.protocols.cold_fusion.records import Contribution
 from soups.protocols.cold_fusion.repository import _dump, _put_weights
+from soups.stores.shared import SharedFolder
 
 WORKERS, EACH = 8, 25
 TOTAL = WORKERS * EACH
@@ -46,7 +46,7 @@ def contribute(place: Path, worker: int) -> None:
 
 def poison(place: Path, number: int) -> None:
     """Push NaN, or a file that is cut off under its final name, without our checks."""
-    files, base = Place(str(place)), Repository(place).current()
+    files, base = SharedFolder(str(place)), Repository(place).current()
     values = torch.full((TOTAL,), float("nan")) if number % 2 else torch.full((TOTAL,), float(number + 2))
     weights, nbytes = _put_weights(files, {"w": values})
     if number % 2 == 0:
