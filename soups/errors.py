@@ -30,6 +30,10 @@ class StorageError(SoupError):
     """A place that cannot be read or written: absent, full, read-only, damaged or half-written."""
 
 
+class RunError(SoupError):
+    """Some or all runs of a sweep or a plan failed, or their processes died."""
+
+
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """Return a hint that ends an error message about an unknown name.
 

@@ -67,9 +67,7 @@ def contributors(pid: int) -> list[int]:
             child = parents[child]
         return child == pid
 
-    return sorted(
-        int(row[0]) for row in rows if len(row) > 2 and "soups.launch.worker" in row[2] and below(int(row[0]))
-    )
+    return sorted(int(row[0]) for row in rows if len(row) > 2 and "soups.worker" in row[2] and below(int(row[0])))
 
 
 def main() -> None:

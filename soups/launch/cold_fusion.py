@@ -19,6 +19,7 @@ from soups.launch.bodies import (
     member,
 )
 from soups.launch.progress import ReportProgress
+from soups.launch.quiet import quiet
 from soups.launch.settings import (
     Settings,
     build_network,
@@ -26,6 +27,7 @@ from soups.launch.settings import (
     device_count,
     is_first_process,
     launched_outside,
+    processes,
 )
 from soups.launch.tracking import member_run, node_run, summarise
 from soups.protocols import Node, Operation, Output, Plan, Work
@@ -38,6 +40,32 @@ from soups.stores.pool import Pool
 from soups.tasks.data import Splits
 from soups.tasks.pooled import pooled
 from soups.weights import Weights, hash_weights
+from soups.worker import Message, run_in_processes
+
+
+class ContributionMessage(Message):
+    """A contribution to the main repository, for the processes that train it.
+
+    Attributes:
+        settings: all of them.
+        base: number of the base to start from.
+        task: name of the task.
+        seed: of the fit.
+        contributor: who pushes.
+    """
+
+    settings: Settings
+    base: int
+    task: str
+    seed: int
+    contributor: str
+
+
+def contribute_in_ranks(message: ContributionMessage) -> None:
+    """Make one contribution in this process, one of the ranks of its training."""
+    quiet()
+    section = {key: value for key, value in message.settings["protocol"].items() if key != "_target_"}
+    ColdFusion(message.settings, **section).contribute(message)
 
 
 class ColdFusion:
@@ -256,19 +284,18 @@ class ColdFusion:
             task = tasks[(parameters["number"] + turn) % len(tasks)]
             seed = derive_seed(parameters["seed"], name, turn) % 2**31
             if device_count(self.settings) > 1 and not launched_outside():
-                from soups.launch.worker import run_in_processes
-
-                job = {"base": base.number, "task": task, "seed": seed, "contributor": name, "repository": "main"}
-                run_in_processes("contribute", self.settings, False, contribution=job)
+                message = ContributionMessage(
+                    settings=self.settings, base=base.number, task=task, seed=seed, contributor=name
+                )
+                run_in_processes(contribute_in_ranks, message, reuse=processes(self.settings))
             else:
                 self._fit_and_push(repository, base.number, task, parameters["tasks"][task], seed, name)
             turn, pushed = turn + 1, pushed + 1
 
-    def contribute(self, job: Mapping[str, Any]) -> None:
-        """Make one contribution in this process, one of the ranks of its training."""
-        data = self.study.seen[job["task"]]
-        repository = self.repository(job["repository"])
-        self._fit_and_push(repository, job["base"], job["task"], data, job["seed"], job["contributor"])
+    def contribute(self, message: ContributionMessage) -> None:
+        """Make one contribution to the main repository in this process, one of the ranks of its training."""
+        data = self.study.seen[message.task]
+        self._fit_and_push(self.repository("main"), message.base, message.task, data, message.seed, message.contributor)
 
     def _base(self, work: Work) -> Output:
         repository, _, _ = self._start(work)

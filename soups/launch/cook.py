@@ -18,7 +18,16 @@ from soups.errors import ConfigError, did_you_mean
 from soups.launch.closing import Closing, close
 from soups.launch.kitchen import AVERAGE, REESTIMATE, Kitchen
 from soups.launch.members import Origin, choose_members, open_ingredients, origin_of
-from soups.launch.settings import Settings, build_splits, device_count, from_elsewhere, launched_outside, versions
+from soups.launch.quiet import quiet
+from soups.launch.settings import (
+    Settings,
+    build_splits,
+    device_count,
+    from_elsewhere,
+    launched_outside,
+    processes,
+    versions,
+)
 from soups.launch.shape import shapes
 from soups.launch.start import device_for, ensure_probe, ensure_start
 from soups.recipes import RECIPES, Soup, Step, needs_of, options_of
@@ -31,6 +40,7 @@ from soups.stores.files import fingerprint, replacing_folder, write_json
 from soups.stores.pool import Ingredient
 from soups.tasks.data import Splits
 from soups.weights import hash_weights
+from soups.worker import Message, run_in_processes
 
 METRICS = ("accuracy", "loss")
 # What a soup's settings hold besides the options of its recipe.
@@ -49,6 +59,24 @@ COMMON = (
 )
 # Raise it when the same ingredients and settings would give another soup or another report.
 COOKING_VERSION = 2
+
+
+class CookMessage(Message):
+    """A soup to make.
+
+    Attributes:
+        settings: all of them.
+        folder: where the soup and its report go.
+        fingerprint: of the soup.
+        ingredients: fingerprints of what it is chosen from.
+        warnings: what the report begins with.
+    """
+
+    settings: Settings
+    folder: str
+    fingerprint: str
+    ingredients: list[str]
+    warnings: list[str]
 
 
 def cook(settings: Settings) -> tuple[Report, Path]:
@@ -84,13 +112,17 @@ def cook(settings: Settings) -> tuple[Report, Path]:
     folder = Path(settings["paths"]["output"]) / "soups" / f"{options['recipe']}-{name[:8]}"
     if (folder / "report.json").is_file() and (folder / "soup.safetensors").is_file():
         return Report.load(folder), folder
-    job = {"name": name, "fingerprints": [member.fingerprint for member in members], "told": told}
+    job = CookMessage(
+        settings=settings,
+        folder=str(folder),
+        fingerprint=name,
+        ingredients=[member.fingerprint for member in members],
+        warnings=told,
+    )
     if device_count(settings) > 1 and not launched_outside():
-        from soups.launch.worker import run_in_processes
-
-        run_in_processes("cook", settings, False, members=job, folder=str(folder))
+        run_in_processes(cook_in_ranks, job, reuse=processes(settings))
     else:
-        _cook(settings, job, folder, show_progress=True)
+        _cook(job, show_progress=True)
     return Report.load(folder), folder
 
 
@@ -133,11 +165,12 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def cook_in_ranks(settings: Settings, job: dict[str, Any], folder: Path) -> None:
+def cook_in_ranks(job: CookMessage) -> None:
     """Cook under Fabric: this process starts the others, the ranks share the evaluations, rank 0 writes."""
     from lightning.fabric import Fabric
 
-    trainer = settings["trainer"]
+    quiet()
+    trainer = job.settings["trainer"]
     fabric = Fabric(
         accelerator=trainer["accelerator"],
         devices=trainer["devices"],
@@ -145,28 +178,24 @@ def cook_in_ranks(settings: Settings, job: dict[str, Any], folder: Path) -> None
         num_nodes=trainer["num_nodes"],
     )
     fabric.launch()
-    _cook(
-        settings, job, folder, show_progress=fabric.is_global_zero, writes=fabric.is_global_zero, device=fabric.device
-    )
+    _cook(job, show_progress=fabric.is_global_zero, writes=fabric.is_global_zero, device=fabric.device)
     fabric.barrier("soup")
 
 
 def _cook(
-    settings: Settings,
-    job: Mapping[str, Any],
-    folder: Path,
+    job: CookMessage,
     show_progress: bool,
     writes: bool = True,
     device: torch.device | None = None,
 ) -> None:
-    options = settings["soup"]
+    settings, options = job.settings, job.settings["soup"]
     recipe = str(options["recipe"])
     if threads := settings["trainer"].get("threads"):
         torch.set_num_threads(int(threads))
     splits = build_splits(settings)
     pool = open_ingredients(settings, splits)
     kitchen = Kitchen(settings, pool, device or device_for(settings), writes)
-    members = kitchen.measured([pool.ingredient(name) for name in job["fingerprints"]])
+    members = kitchen.measured([pool.ingredient(name) for name in job.ingredients])
     origin = origin_of(settings, splits) if "start" in needs_of(RECIPES[recipe]) else None
     candidates = kitchen.candidates(members)
     began = time.perf_counter()
@@ -204,7 +233,7 @@ def _cook(
         seconds["barriers and landscape"] = time.perf_counter() - measured
     if len(cooked) == 3:
         seconds = {"search of the recipe alone": searched - since, **seconds}
-    _write(settings, job, folder, members, cooked, closing, shape, kitchen, seconds, evaluations[recipe])
+    _write(job, members, cooked, closing, shape, kitchen, seconds, evaluations[recipe])
 
 
 def _looks_around(options: Mapping[str, Any]) -> bool:
@@ -227,9 +256,7 @@ def _starts(settings: Settings, splits: Splits, origin: Origin | None) -> list[O
 
 
 def _write(
-    settings: Settings,
-    job: Mapping[str, Any],
-    folder: Path,
+    job: CookMessage,
     members: Sequence[Ingredient],
     cooked: Mapping[str, Soup],
     closing: Closing,
@@ -238,7 +265,7 @@ def _write(
     seconds: dict[str, float],
     evaluations: int,
 ) -> None:
-    options = settings["soup"]
+    settings, options = job.settings, job.settings["soup"]
     recipe = str(options["recipe"])
     soup, sign = cooked[recipe], kitchen.sign
     by_short = {record.short: record for record in members}
@@ -259,7 +286,7 @@ def _write(
         "pool": kitchen.pool.url,
     }
     report = Report(
-        fingerprint=job["name"],
+        fingerprint=job.fingerprint,
         recipe=recipe,
         metric=kitchen.metric,
         members=[by_short[short].fingerprint for short in soup.members],
@@ -289,10 +316,10 @@ def _write(
         optimism=closing.optimism,
         diversity=closing.diversity,
         evaluations=evaluations,
-        warnings=list(dict.fromkeys([*job["told"], *closing.warnings, *shape[1]])),
+        warnings=list(dict.fromkeys([*job.warnings, *closing.warnings, *shape[1]])),
         details=soup.details,
     )
-    with replacing_folder(folder) as scratch:
+    with replacing_folder(Path(job.folder)) as scratch:
         write_safetensors(scratch / "soup.safetensors", soup.weights, {"lineage": json.dumps(lineage)})
         write_json(scratch / "config.json", settings)
         write_csv(report, scratch / "results.csv")

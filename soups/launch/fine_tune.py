@@ -10,6 +10,7 @@ from torch import Tensor
 from soups.errors import SoupError
 from soups.evaluation import predict, score
 from soups.launch.progress import History, ReportProgress
+from soups.launch.quiet import quiet
 from soups.launch.settings import (
     Settings,
     build_splits,
@@ -19,6 +20,7 @@ from soups.launch.settings import (
     launched_outside,
     name_of,
     open_pool,
+    processes,
     versions,
 )
 from soups.launch.start import ensure_start, evaluation_batches
@@ -26,6 +28,14 @@ from soups.launch.tracking import close_logger, ingredient_logger
 from soups.launch.training import layout, train
 from soups.stores.pool import Failure, Ingredient
 from soups.tasks.data import Splits
+from soups.worker import Message, run_in_processes
+
+
+class FitMessage(Message):
+    """A fit of an ingredient, for the processes that train it."""
+
+    settings: Settings
+    show_progress: bool
 
 
 def fine_tune(settings: Settings, show_progress: bool = True) -> Ingredient:
@@ -52,9 +62,8 @@ def fine_tune(settings: Settings, show_progress: bool = True) -> Ingredient:
     pool.check_writable()
     try:
         if device_count(settings) > 1 and not launched_outside():
-            from soups.launch.worker import run_in_processes
-
-            run_in_processes("fit", settings, show_progress)
+            message = FitMessage(settings=settings, show_progress=show_progress)
+            run_in_processes(fit_in_ranks, message, reuse=processes(settings))
         else:
             fit(settings, splits, start, start_weights, show_progress)
     except SoupError as error:
@@ -64,6 +73,13 @@ def fine_tune(settings: Settings, show_progress: bool = True) -> Ingredient:
         pool.fail(Failure(fingerprint=name, error=f"{type(error).__name__}: {error}", determinants=determined))
         raise
     return pool.ingredient(name)
+
+
+def fit_in_ranks(message: FitMessage) -> None:
+    """Fine-tune in this process, one of the ranks."""
+    quiet()
+    splits = build_splits(message.settings)
+    fit(message.settings, splits, *ensure_start(message.settings, splits), show_progress=message.show_progress)
 
 
 def fit(

@@ -17,30 +17,35 @@ What the program's configuration may say, all optional::
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobStatus, run_job
+from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from soups.errors import ConfigError, SoupError, WeightsError, did_you_mean
+from soups.errors import ConfigError, RunError, SoupError, WeightsError, did_you_mean
 from soups.launch.fits import Evaluation, Fit, finished_weights, fits_go_to, monitor_of
 from soups.launch.progress import ReportProgress
-from soups.launch.settings import LAYOUT, RunError, UserError, launched_outside, versions
+from soups.launch.quiet import quiet
+from soups.launch.settings import LAYOUT, UserError, launched_outside, versions
 from soups.launch.training import layout
 from soups.seeding import derive_seed
 from soups.stores.files import fingerprint
 from soups.stores.pool import Failure, Ingredient, Pool
 from soups.weights import hash_architecture, hash_weights
+from soups.worker import Message, run_in_processes
 
 # Raise it when a change of this code changes the weights that the same program and configuration give.
 PROJECT_VERSION = 1
@@ -213,10 +218,14 @@ class ProjectTask:
             try:
                 make_ingredient(self.function, config, project, alone=True)
             except NeedsProcesses:
-                from soups.launch.worker import run_in_processes
-
-                where = {"module": self.module, "function": self.name}
-                run_in_processes("project", _with_hydra(config), False, alone=True, **where)
+                message = ProjectMessage(
+                    module=self.module,
+                    function=self.name,
+                    # Text, because Hydra's part holds enumerations and interpolations.
+                    config=OmegaConf.to_yaml(config),
+                    hydra=OmegaConf.to_yaml(HydraConfig.get()),
+                )
+                run_in_processes(make_ingredient_in_ranks, message)
         except Exception as error:
             why = str(error) if isinstance(error, SoupError) else f"{type(error).__name__}: {error}"
             if name not in pool:
@@ -225,9 +234,45 @@ class ProjectTask:
         return pool.ingredient(name).heldout(project.monitor)
 
 
-def _with_hydra(config: DictConfig) -> dict[str, Any]:
-    # Text, because Hydra's part holds enumerations and interpolations.
-    return {"config": OmegaConf.to_yaml(config), "hydra": OmegaConf.to_yaml(HydraConfig.get())}
+class ProjectMessage(Message):
+    """An ingredient that somebody's program makes, for the processes that train it.
+
+    Attributes:
+        module, function: the task function: its module or the script's path, and its name there.
+        config, hydra: the program's configuration and Hydra's own part, as YAML.
+    """
+
+    module: str
+    function: str
+    config: str
+    hydra: str
+
+
+def make_ingredient_in_ranks(message: ProjectMessage) -> None:
+    """Run somebody's task function in this process, one of the ranks."""
+    quiet()
+    if message.module.endswith(".py"):
+        # Not named __main__, so that the script's own main does not run.
+        spec = importlib.util.spec_from_file_location("soups_project", message.module)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["soups_project"] = module
+        sys.path.insert(0, str(Path(message.module).parent))
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(message.module)
+    function: Any = reduce(getattr, message.function.split("."), module)
+    function = getattr(function, "__wrapped__", function)  # hydra.main's wrapper
+    setup_globals()
+    config, hydra = OmegaConf.create(message.config), OmegaConf.create(message.hydra)
+    assert isinstance(config, DictConfig)
+    schema = OmegaConf.create({"hydra": HydraConf})
+    OmegaConf.set_struct(schema["hydra"], False)  # programs add keys of their own there
+    whole = OmegaConf.merge(schema, config, {"hydra": hydra})
+    assert isinstance(whole, DictConfig)
+    HydraConfig.instance().set_config(whole)
+    make_ingredient(function, config, Project.of(config, str(HydraConfig.get().job.name)), alone=False)
 
 
 def make_ingredient(function: Callable[[DictConfig], Any], config: DictConfig, project: Project, alone: bool) -> None:

@@ -19,13 +19,12 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.panel import Panel
 
-from soups.errors import ConfigError, SoupError
+from soups.errors import ConfigError, RunError, SoupError
 from soups.launch.app import leave
 from soups.launch.progress import SweepProgress
 from soups.launch.quiet import quiet
 from soups.launch.search_space import split_arguments
 from soups.launch.settings import (
-    RunError,
     Settings,
     UserError,
     build,
@@ -33,6 +32,7 @@ from soups.launch.settings import (
     is_first_process,
     launched_outside,
     open_pool,
+    processes,
     refuse_sweeps_in_ranks,
     resolve,
     versions,
@@ -43,6 +43,7 @@ from soups.reporting.page import Page
 from soups.stores.files import fingerprint
 from soups.stores.pool import Failure, Ingredient, Pool
 from soups.tracking import group_name, log_page
+from soups.worker import Message, run_in_processes
 
 
 @runtime_checkable
@@ -75,6 +76,13 @@ class Exports(Protocol):
     def export(self, plan: Plan, pool: Pool, folder: Path) -> None:
         """Write them into the report's folder, unless they are there."""
         ...
+
+
+class NodeMessage(Message):
+    """A node of the settings' plan, by its fingerprint, for the processes that do it."""
+
+    settings: Settings
+    node: str
 
 
 def build_program(settings: Settings) -> Program:
@@ -123,10 +131,9 @@ def run_node(settings: Settings, name: str) -> None:
             return
         several = node.kind == "train" and device_count(settings) > 1 and not launched_outside()
         if several or node.optional:
-            from soups.launch.worker import run_in_processes
-
+            message = NodeMessage(settings=settings, node=name)
             try:
-                run_in_processes("node", settings, False, alone=node.optional, node=name)
+                run_in_processes(run_node_in_ranks, message, reuse=None if node.optional else processes(settings))
             except RunError as error:
                 pool.fail(Failure(fingerprint=name, error=str(error), determinants=node.determinants))
                 raise
@@ -134,20 +141,12 @@ def run_node(settings: Settings, name: str) -> None:
             perform(node, pool, program.operations(), keep=is_first_process())
 
 
-def run_node_in_ranks(settings: Settings, name: str) -> None:
+def run_node_in_ranks(message: NodeMessage) -> None:
     """Do one node in this process, one of the ranks of its training; rank 0 keeps the result."""
-    program = build_program(settings)
-    perform(find_node(program.plan(), name), open_pool(settings), program.operations(), keep=is_first_process())
-
-
-def contribute_in_ranks(settings: Settings, job: Mapping[str, Any]) -> None:
-    """Make one contribution to a repository in this process, one of the ranks of its training."""
-    from soups.launch.cold_fusion import ColdFusion
-
-    program = build_program(settings)
-    if not isinstance(program, ColdFusion):
-        raise ConfigError(f"The protocol {program.name} has no contributors.")
-    program.contribute(job)
+    quiet()
+    program = build_program(message.settings)
+    node = find_node(program.plan(), message.node)
+    perform(node, open_pool(message.settings), program.operations(), keep=is_first_process())
 
 
 def run_protocol(

@@ -16,8 +16,7 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from soups.errors import ConfigError
-from soups.launch.settings import RunError
+from soups.errors import ConfigError, RunError
 
 # Ray keeps this much shared memory of a cluster that we start; weights go through the pool, so the smallest is enough.
 _OBJECT_STORE = 100 * 2**20

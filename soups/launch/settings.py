@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import platform
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import soups
-from soups.errors import ConfigError, SoupError, did_you_mean
+from soups.errors import ConfigError, RunError, did_you_mean
 from soups.stores.files import fingerprint
 from soups.stores.pool import Pool
 from soups.tasks.data import Splits
@@ -213,6 +214,11 @@ def device_count(settings: Settings) -> int:
         raise ConfigError(f"trainer.devices={devices} must be a number, a list of device numbers, or auto.") from None
 
 
+def processes(settings: Settings) -> str:
+    """Return the kind of processes that the trainer's settings ask for; see `soups.worker.run_in_processes`."""
+    return json.dumps([settings["trainer"].get(key) for key in ("accelerator", "devices", "num_nodes", "strategy")])
+
+
 def launched_outside() -> bool:
     """Tell whether another program (torchrun, srun) started the processes of this run."""
     return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
@@ -268,10 +274,6 @@ def _number(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError):
         return float("nan")
-
-
-class RunError(SoupError):
-    """Some or all runs of a sweep failed."""
 
 
 class UserError(CompactHydraException):

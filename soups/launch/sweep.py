@@ -14,7 +14,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from soups.errors import ConfigError, SoupError
+from soups.errors import ConfigError, RunError, SoupError
 from soups.launch.app import finish, leave, tell_failures
 from soups.launch.cook import check_options
 from soups.launch.fits import Evaluation
@@ -25,7 +25,6 @@ from soups.launch.project_soup import cook_project, show
 from soups.launch.quiet import quiet
 from soups.launch.search_space import expand, parse_space, split_arguments
 from soups.launch.settings import (
-    RunError,
     Settings,
     UserError,
     build_splits,

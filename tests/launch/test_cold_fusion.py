@@ -279,7 +279,7 @@ def worker_of(pid: int) -> int | None:
     """Return one of the contributors' processes below a process."""
     for status in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if b"soups.launch.worker" in status.read_bytes() and pid in ancestors(int(status.parent.name)):
+            if b"soups.worker" in status.read_bytes() and pid in ancestors(int(status.parent.name)):
                 return int(status.parent.name)
         except FileNotFoundError:
             continue

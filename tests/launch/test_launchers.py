@@ -15,8 +15,8 @@ import pytest
 
 from soups.errors import ConfigError
 from soups.launch.ray_cluster import cluster
-from soups.launch.worker import _OF_THE_PARENT
 from soups.stores.pool import Pool
+from soups.worker import DISTRIBUTED_VARIABLES
 from tests.launch.conftest import ROOT, SWEEP, compose_settings
 from tests.stores.s3 import bucket_url, s3_server
 
@@ -234,7 +234,8 @@ def test_processes_started_outside_make_one_run(launcher: str, overrides: list[s
 
 
 def test_a_sweep_under_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from soups.launch.settings import RunError, refuse_sweeps_in_ranks
+    from soups.errors import RunError
+    from soups.launch.settings import refuse_sweeps_in_ranks
 
     refuse_sweeps_in_ranks()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
@@ -255,7 +256,7 @@ def test_children_of_a_slurm_job_start_as_on_a_plain_machine(monkeypatch: pytest
     }.items():
         monkeypatch.setenv(key, value)
     assert SLURMEnvironment.detect()
-    for key in _OF_THE_PARENT:
+    for key in DISTRIBUTED_VARIABLES:
         monkeypatch.delenv(key, raising=False)
     assert not SLURMEnvironment.detect()
 
