@@ -60,7 +60,7 @@ def contestants(model: nn.Module) -> dict[str, Callable[[], Any]]:
     else:
         ours("soups EMA, fused", [EMA(0.999, fused=True)])
         ours("soups 2 EMAs, fused", [EMA(0.999, fused=True), EMA(0.9999, fused=True)])
-        fused = [EMA(0.999, fused=True), SWA(fused=True), PowerEMA(0.05, fused=True), PowerEMA(0.1, fused=True)]
+        fused = [EMA(0.999, fused=True), EMA(0.9999, fused=True), PowerEMA(0.05, fused=True), PowerEMA(0.1, fused=True)]
         ours("soups 4 averages, fused", fused)
         calls["bound of 4: a cached chunk into 4"] = bound(parameters, 4)
     for k in (10, 3) if parameters < 50e6 else (10,):  # to spare the memory

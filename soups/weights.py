@@ -3,7 +3,7 @@
 *Weights* here are a mapping from tensor name to tensor, as `Module.state_dict()` returns. The rules, which every part of
 the package follows:
 
-- floating tensors are accumulated in float32 or better and written in the dtype that was asked for;
+- floating tensors are averaged by the one reduction of `soups.reduction`, and written in the dtype that was asked for;
 - integer and bool tensors (`num_batches_tracked`, token ids) are not averaged: the first model's are copied;
 - keys are compared as sets before any work; a mismatch lists what is missing, unexpected and mis-shaped;
 - tensors that share storage (tied weights) are averaged once and stay tied.
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from soups.errors import WeightsError
+from soups.reduction import Sum
 
 Weights = Mapping[str, Tensor]
 
@@ -25,17 +26,6 @@ Weights = Mapping[str, Tensor]
 def is_averaged(tensor: Tensor) -> bool:
     """Tell whether a tensor takes part in averaging: floating and complex ones do, integer and bool ones do not."""
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which tensors of `dtype` are summed: float32 for 16- and 8-bit floats, else float64.
-
-    >>> accumulation_dtype(torch.bfloat16), accumulation_dtype(torch.float32)
-    (torch.float32, torch.float64)
-    """
-    if dtype.is_complex:
-        return torch.complex128
-    return torch.float32 if dtype.itemsize < 4 else torch.float64
 
 
 def tied_names(weights: Weights) -> dict[str, str]:
@@ -148,11 +138,11 @@ def hash_architecture(weights: Weights) -> str:
 
 
 class RunningSum:
-    """A weighted sum of weights that gives the mean of what was added, and the mean it would have with one more.
+    """A weighted sum of whole models that gives the mean of what was added, and the mean it would have with one more.
 
-    The accumulators have `accumulation_dtype`; memory is one accumulator a tensor, however many models are added.
-    Means come back in the dtypes of the first model, with its integer tensors and its tied names. A model counts by its
-    `factor`: 1 unless said otherwise, and -1 takes out one that was added.
+    Sums and means are rounded by the rule of `soups.reduction`. Memory is one accumulator a tensor, however many models are
+    added. Means come back in the dtypes of the first model, with its integer tensors and its tied names. A model counts by
+    its `factor`: 1 unless said otherwise, and -1 takes out one that was added.
 
     >>> total = RunningSum()
     >>> total.add({"w": torch.tensor([1.0])}); total.add({"w": torch.tensor([3.0])})
@@ -163,7 +153,7 @@ class RunningSum:
     def __init__(self) -> None:
         self.count = 0
         self.total = 0.0
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Sum] = {}
         self._first: dict[str, Tensor] = {}
         self._tied: dict[str, str] = {}
 
@@ -176,15 +166,12 @@ class RunningSum:
         if self.count == 0:
             self._tied = tied_names(weights)
             self._first = dict(weights)
-            self._sums = {
-                name: tensor.detach().to(accumulation_dtype(tensor.dtype), copy=True).mul_(factor)
-                for name, tensor in weights.items()
-                if is_averaged(tensor) and name not in self._tied
-            }
+            averaged = [name for name, tensor in weights.items() if is_averaged(tensor) and name not in self._tied]
+            self._sums = {name: Sum() for name in averaged}
         else:
             check_same(self._first, weights, where=where)
-            for name, total in self._sums.items():
-                total.add_(weights[name].detach().to(total.device), alpha=factor)
+        for name, total in self._sums.items():
+            total.add(weights[name], factor)
         self.count += 1
         self.total += factor
 
@@ -202,7 +189,8 @@ class RunningSum:
         return self._divide(weights, factor)
 
     def _divide(self, extra: Weights | None, factor: float) -> dict[str, Tensor]:
-        if self.count == 0 or self.total + factor == 0:
+        divisor = self.total + factor
+        if self.count == 0 or divisor == 0:
             raise WeightsError("The mean of no models was asked for; add at least one ingredient.")
         result: dict[str, Tensor] = {}
         for name, first in self._first.items():
@@ -210,9 +198,8 @@ class RunningSum:
                 result[name] = result[self._tied[name]]
             elif name in self._sums:
                 total = self._sums[name]
-                if extra is not None:
-                    total = torch.add(total, extra[name].detach().to(total.device), alpha=factor)
-                result[name] = (total / (self.total + factor)).to(first.dtype)
+                found = total.quotient(divisor) if extra is None else total.quotient_with(extra[name], factor, divisor)
+                result[name] = found.to(first.dtype)
             else:
                 result[name] = first.clone()
         return result

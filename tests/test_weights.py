@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soups.errors import WeightsError
+from soups.reduction import accumulation_dtype
 from soups.weights import (
     RunningSum,
-    accumulation_dtype,
     check_finite,
     check_same,
     describe_mismatch,

@@ -63,9 +63,7 @@ class LAWA(Mean):
     ) -> None:
         super().__init__(**keep)
         if self.fused:
-            raise ConfigError(
-                "A LAWA window has nothing to fuse; fused=True is for EMA, SWA and power-function averages."
-            )
+            raise ConfigError("A LAWA window has nothing to fuse; fused=True is for EMA and power-function averages.")
         if k < 1:
             raise ConfigError(f"LAWA averages the last k points, and k={k} leaves none. Give k of 1 or more.")
         if snapshots not in ("device", "cpu", "disk"):

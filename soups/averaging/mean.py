@@ -142,6 +142,10 @@ class Mean(ABC):
     def _plane_dtype(self, plane: str) -> torch.dtype | None:
         return self.dtype
 
+    def _stored_dtype(self, weight: torch.dtype, plane: str) -> torch.dtype:
+        """Return the dtype in which a plane keeps tensors of weights of dtype `weight`."""
+        return storage_dtype(weight, self._plane_dtype(plane))
+
     def _plane_device(self, plane: str) -> torch.device | None:
         return self.device
 
@@ -235,14 +239,14 @@ class Mean(ABC):
     # Storage ------------------------------------------------------------------------------------------------------
 
     def _like(self, tensor: Tensor, plane: str) -> Tensor:
-        dtype = storage_dtype(tensor.dtype, self._plane_dtype(plane))
+        dtype = self._stored_dtype(tensor.dtype, plane)
         return torch.empty_like(tensor, dtype=dtype, device=self._plane_device(plane), requires_grad=False)
 
     def _misplaced(self, old: Tensor, tensor: Tensor, plane: str) -> bool:
         """Tell whether a restored tensor must move: to the weights' device, dtype or memory layout."""
         return (
             old.device != (self._plane_device(plane) or tensor.device)
-            or old.dtype != storage_dtype(tensor.dtype, self._plane_dtype(plane))
+            or old.dtype != self._stored_dtype(tensor.dtype, plane)
             or old.stride() != tensor.stride()
         )
 
@@ -302,7 +306,7 @@ class Pass:
         # The compiled kernel is for one-dimensional tensors. Stochastic rounding draws in the order of the dimensions.
         self.flat = all(mean.fused and mean.dtype != torch.bfloat16 for mean in means)
         plain = all(
-            storage_dtype(tensor.dtype, mean.dtype) == tensor.dtype for tensor in kept.values() for mean in means
+            mean._stored_dtype(tensor.dtype, "mean") == tensor.dtype for tensor in kept.values() for mean in means
         )
         self.group = GROUP_ONCE if once and plain else GROUP
         self._build(kept)

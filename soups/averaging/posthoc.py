@@ -18,7 +18,8 @@ from soups.averaging.power import sigma_of
 from soups.averaging.profiles import Array, Power, Profile
 from soups.averaging.snapshots import Snapshot, Snapshots
 from soups.errors import ConfigError, DataError
-from soups.weights import Weights, accumulation_dtype, is_averaged
+from soups.reduction import accumulation_dtype
+from soups.weights import Weights, is_averaged
 
 # Steps are binned above this many; profiles are smooth, so the fit does not notice (checked in the tests).
 BINS = 8192

@@ -20,9 +20,10 @@ from torch import Tensor
 from soups.coefficients.granularity import Block, assign_rows
 from soups.coefficients.links import find_link
 from soups.errors import ConfigError
+from soups.reduction import accumulation_dtype
 from soups.stores import Store, open_store
 from soups.stores.store import headers
-from soups.weights import Weights, accumulation_dtype, check_same, is_averaged
+from soups.weights import Weights, check_same, is_averaged
 
 Checkpoint = str | os.PathLike[str] | Mapping[str, Tensor] | Store
 

@@ -42,7 +42,7 @@
 enum { PIECE = 1024 };
 
 /* To be raised when functions come or change; kernels.py knows the one it is written for. */
-enum { VERSION = 1 };
+enum { VERSION = 2 };
 
 typedef union {
     float number;
@@ -253,6 +253,37 @@ CLONES void soups_sum(const Stored *models, Py_ssize_t number, Stored base, cons
     for (; start + STRIP <= count; start += STRIP)
         sum_strip(models, number, base, weights, divisor, factor, start, out, out_narrow, STRIP);
     if (start < count) sum_strip(models, number, base, weights, divisor, factor, start, out, out_narrow, count - start);
+}
+
+/* The same of float32 models, and in float64 until the result is rounded: soups.reduction says when. */
+INLINE void sum_strip_wide(const Stored *models, Py_ssize_t number, const double *weights, double divisor,
+                           Py_ssize_t start, void *out, int out_narrow, Py_ssize_t count) {
+    double total[STRIP];
+    float rounded[STRIP];
+    const float *restrict first = (const float *)models[0].data + start;
+    for (Py_ssize_t i = 0; i < count; i++) total[i] = (double)first[i] * weights[0];
+    for (Py_ssize_t model = 1; model < number; model++) {
+        const float *restrict values = (const float *)models[model].data + start;
+        const double weight = weights[model];
+        for (Py_ssize_t i = 0; i < count; i++) total[i] += (double)values[i] * weight;
+    }
+    if (divisor != 1.0)
+        for (Py_ssize_t i = 0; i < count; i++) total[i] /= divisor;
+    for (Py_ssize_t i = 0; i < count; i++) rounded[i] = (float)total[i];
+    if (out_narrow)
+        narrow(rounded, (uint16_t *)out + start, count);
+    else
+        memcpy((float *)out + start, rounded, (size_t)count * sizeof *rounded);
+}
+
+/* out = Σ weight · model / divisor, added from the left. */
+CLONES void soups_sum_wide(const Stored *models, Py_ssize_t number, const double *weights, double divisor, void *out,
+                           int out_narrow, Py_ssize_t count) {
+    Py_ssize_t start = 0;
+    if (!number) return;
+    for (; start + STRIP <= count; start += STRIP)
+        sum_strip_wide(models, number, weights, divisor, start, out, out_narrow, STRIP);
+    if (start < count) sum_strip_wide(models, number, weights, divisor, start, out, out_narrow, count - start);
 }
 
 INLINE float sum_of_lanes(float *lanes) {
@@ -801,26 +832,43 @@ static PyObject *py_weighted_sum(PyObject *module, PyObject *arguments) {
     (void)module;
     PyObject *sequence;
     Py_buffer weights, room, out;
-    float factor, divisor;
+    double divisor;
     Py_ssize_t batch, bad = -1;
     Models models = {0};
-    if (!PyArg_ParseTuple(arguments, "Oy*ffnw*w*", &sequence, &weights, &factor, &divisor, &batch, &room, &out))
-        return NULL;
+    if (!PyArg_ParseTuple(arguments, "Oy*dnw*w*", &sequence, &weights, &divisor, &batch, &room, &out)) return NULL;
     const Py_ssize_t count = result_size(&out);
-    const int fine = count >= 0 && parse_models(sequence, NULL, NULL, count, &models) &&
-                     holds(&weights, models.number * 4, "weights") && batch > 0 &&
-                     holds(&room, working(models.number, batch), "room");
+    int fine = count >= 0 && parse_models(sequence, NULL, NULL, count, &models) &&
+               holds(&weights, models.number * 8, "weights") && batch > 0 &&
+               holds(&room, working(models.number, batch), "room");
+    Py_ssize_t narrows = 0;
+    for (Py_ssize_t i = 0; fine && i < models.number; i++) narrows += models.models[i].narrow;
+    if (fine && narrows && narrows != models.number) {
+        PyErr_SetString(PyExc_ValueError, "models: expected elements of one dtype");
+        fine = 0;
+    }
+    float *factors = fine ? PyMem_Malloc((size_t)(models.number + 1) * sizeof(float)) : NULL;
+    if (fine && !factors) {
+        PyErr_NoMemory();
+        fine = 0;
+    }
     if (fine) {
+        const double *exact = weights.buf;
+        for (Py_ssize_t i = 0; i < models.number; i++) factors[i] = (float)exact[i];
         Py_BEGIN_ALLOW_THREADS;
         for (Py_ssize_t start = 0; start < count && bad < 0; start += batch) {
             const Py_ssize_t size = count - start < batch ? count - start : batch;
+            char *result = (char *)out.buf + start * out.itemsize;
             bad = load_batch(&models, start, size, batch, room.buf);
             if (bad >= 0) break;
-            soups_sum(models.batch, models.number, models.batch[models.number], weights.buf, divisor, factor,
-                      (char *)out.buf + start * out.itemsize, out.itemsize == 2, size);
+            if (narrows)
+                soups_sum(models.batch, models.number, models.batch[models.number], factors, (float)divisor, 1.0f,
+                          result, out.itemsize == 2, size);
+            else
+                soups_sum_wide(models.batch, models.number, exact, divisor, result, out.itemsize == 2, size);
         }
         Py_END_ALLOW_THREADS;
     }
+    PyMem_Free(factors);
     release_models(&models);
     PyBuffer_Release(&weights);
     PyBuffer_Release(&room);

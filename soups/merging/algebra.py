@@ -17,6 +17,7 @@ from torch import Tensor
 from soups.errors import ConfigError
 from soups.merging.api import Place, merge
 from soups.merging.method import Method
+from soups.merging.methods.linear import reduced
 from soups.merging.operands import Chunk
 
 
@@ -33,13 +34,8 @@ class Combination(Method):
 
     def combine(self, chunk: Chunk, seen: Any) -> Tensor:
         """Return the weighted sum."""
-        total: Tensor | None = None
-        for terms, model in zip(self.terms, chunk.each(), strict=True):
-            weight = sum(factor for pattern, factor in terms if fnmatchcase(chunk.key, pattern))
-            term = model.mul_(weight)
-            total = term.clone() if total is None else total.add_(term)
-        assert total is not None
-        return total
+        weights = [sum(factor for pattern, factor in own if fnmatchcase(chunk.key, pattern)) for own in self.terms]
+        return reduced(weights, chunk)
 
 
 @dataclass(frozen=True)

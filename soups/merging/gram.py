@@ -80,6 +80,9 @@ class _Nothing(NamedTuple):
     def read(self, model: int, shared: bool) -> Tensor:
         return torch.zeros(0)
 
+    def raw(self, model: int) -> Tensor:
+        return torch.zeros(0)
+
     def subtract(self, base: Tensor) -> Tensor:
         return torch.zeros(self.models, 0)
 

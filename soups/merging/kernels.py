@@ -42,7 +42,7 @@ Row = Tensor | FileRow
 _LOW_BITS = 16
 _BINS = 1 << _LOW_BITS
 # Of `_loops.c`; a library built from another one would misread its arguments.
-_VERSION = 1
+_VERSION = 2
 # Elements in the lanes of a sum of magnitudes; the loops' PIECE.
 _PIECE = 1024
 # Elements of each model that are read from files at a time: those of ten models stay in a core's second cache.
@@ -291,24 +291,28 @@ def block_norms(
     return before, after
 
 
-def weighted_sum(
-    models: Sequence[Row], weights: Sequence[float], count: int, *, factor: float, divisor: float, into: torch.dtype
-) -> Tensor:
-    """Return Σ w_i x_i · factor / divisor, added from the left, in memory that the next call uses again.
+def one_readable_dtype(rows: Sequence[Row]) -> bool:
+    """Tell whether all rows have one dtype that compiled loops read: `weighted_sum` takes no mixtures."""
+    return len({row.dtype for row in rows}) == 1 and readable(rows[0].dtype)
 
-    Only for what is `compiled`.
+
+def weighted_sum(
+    models: Sequence[Row], weights: Sequence[float], count: int, *, divisor: float, into: torch.dtype
+) -> Tensor:
+    """Return Σ wᵢxᵢ / divisor by the rule of `soups.reduction`, in memory that the next call uses again.
+
+    Only for what is `compiled` and of `one_readable_dtype`.
 
     Args:
         models: flat, as they are stored.
         weights: one for each.
         count: elements of a model.
-        factor: the sum is multiplied by it,
-        divisor: and divided by this.
+        divisor: the sum is divided by it.
         into: the dtype to return, if that is bfloat16; otherwise it is float32.
     """
     out = _result(count, into)
     rows, room = [_row(model) for model in models], _room(len(models))
-    bad = _module().weighted_sum(rows, np.array(weights, np.float32), factor, divisor, _BATCH, room, _row(out))
+    bad = _module().weighted_sum(rows, np.array(weights, np.float64), divisor, _BATCH, room, _row(out))
     _check_read(bad, models, count)
     return out
 

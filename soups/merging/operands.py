@@ -43,6 +43,10 @@ class Reader(Protocol):
         """
         ...
 
+    def raw(self, model: int) -> Tensor:
+        """Return model i's stretch, flat, in its own dtype, in memory that the next such call uses again."""
+        ...
+
     def subtract(self, base: Tensor) -> Tensor:
         """Return all models' stretches less the base's, which it is handed, shape (models, n)."""
         ...
@@ -131,6 +135,10 @@ class Chunk:
     def each(self) -> Iterator[Tensor]:
         """Yield the models one by one, in memory that is used again: a sum of many models then stays in a core's cache."""
         return (self._reader.read(model, True) for model in range(self.count))
+
+    def each_stored(self) -> Iterator[Tensor]:
+        """Yield the models one by one in their own dtypes, not to be overwritten; each holds until the next."""
+        return (self._reader.raw(model) for model in range(self.count))
 
     @property
     def width(self) -> int:
@@ -308,6 +316,10 @@ class _Stretch(NamedTuple):
             return raw.to(whole.device, whole.dtype, copy=True)
         return buffer(-2 if shared else model, whole.dtype, size).copy_(raw)
 
+    def raw(self, model: int) -> Tensor:
+        whole = self.operands
+        return whole.raw(whole.models[model], self.start, self.stop).to(whole.device)
+
     def subtract(self, base: Tensor) -> Tensor:
         whole = self.operands
         size, count = base.numel(), len(whole.models)
@@ -367,6 +379,9 @@ class HeldOperands(Operands):
 
 class _Held(NamedTuple):
     def read(self, model: int, shared: bool) -> Tensor:
+        raise AssertionError(f"the tensor is held as task vectors; model {model} is not")
+
+    def raw(self, model: int) -> Tensor:
         raise AssertionError(f"the tensor is held as task vectors; model {model} is not")
 
     def subtract(self, base: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from soups.recipes.recipe import (
     walk,
 )
 from soups.recipes.uniform import uniform
-from soups.weights import Weights, accumulation_dtype, check_same, is_averaged, tied_names
+from soups.reduction import accumulation_dtype
+from soups.weights import Weights, check_same, is_averaged, tied_names
 
 FORMS = ("plain", "soup", "fisher")
 

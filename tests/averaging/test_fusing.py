@@ -12,6 +12,7 @@ import torch
 from soups.averaging import EMA, LAWA, SWA, PowerEMA, update
 from soups.averaging.ema import ema_weight
 from soups.averaging.fusing import lerp_together
+from soups.averaging.power import gamma_of
 from soups.errors import ConfigError
 
 SHAPES = {"matrix": (300, 41), "bias": (7,), "scalar": (), "empty": (0, 3), "conv": (64, 3, 7, 7), "long": (140_001,)}
@@ -38,18 +39,23 @@ def same(found, wanted):
     return found.keys() == wanted.keys() and all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
+def power_weight(count, sigma):
+    """β = (1 − 1/t)^(γ+1) at the t-th point; t − 1 came before."""
+    return 1 - (1 - 1 / (count + 1)) ** (gamma_of(sigma) + 1)
+
+
 @pytest.mark.slow  # each number of averages is one compilation
 def test_fused_averages_have_the_bits_of_the_formula_however_many_there_are():
     path = points(5)
-    ema, swa, alone = EMA(0.9, fused=True), SWA(fused=True), EMA(0.9, fused=True)
+    ema, power, alone = EMA(0.9, fused=True), PowerEMA(0.1, fused=True), EMA(0.9, fused=True)
     beside = LAWA(2)  # never fused; and then tensors are not cut as they are for fused averages alone
-    late = SWA(fused=True)
+    late = EMA(0.5, warmup="none", fused=True)
     for number, point in enumerate(path):
-        update([ema, swa, *([late] if number >= 2 else [])], point)
+        update([ema, power, *([late] if number >= 2 else [])], point)
         update([alone, beside], point)
     assert same(ema.value(), stepwise([ema_weight(count, 0.9) for count in range(1, 5)], path))
-    assert same(swa.value(), stepwise([1 / 2, 1 / 3, 1 / 4, 1 / 5], path))
-    assert same(late.value(), stepwise([1 / 2, 1 / 3], path[2:]))
+    assert same(power.value(), stepwise([power_weight(count, 0.1) for count in range(1, 5)], path))
+    assert same(late.value(), stepwise([1 / 2, 1 / 2], path[2:]))
     assert same(alone.value(), ema.value())
 
 
@@ -58,10 +64,9 @@ def test_fused_averages_have_the_bits_of_the_formula_however_many_there_are():
     "make",
     [
         lambda **keep: EMA(0.9, **keep),
-        SWA,
         lambda **keep: PowerEMA(0.1, **keep),
-        lambda **keep: SWA(dtype="float64", **keep),
-        lambda **keep: SWA(dtype="bfloat16", **keep),  # rounded at random: not fused, the same bits
+        lambda **keep: PowerEMA(0.1, dtype="float64", **keep),
+        lambda **keep: EMA(0.9, dtype="bfloat16", **keep),  # rounded at random: not fused, the same bits
     ],
 )
 def test_a_fused_average_is_the_plain_one_up_to_rounding_and_resumes_exactly(make):
@@ -115,6 +120,8 @@ def test_without_a_compiler_the_error_says_what_to_do(tmp_path):
 def test_what_cannot_be_fused_is_refused_and_typing_errors_too():
     with pytest.raises(ConfigError, match="nothing to fuse"):
         LAWA(2, fused=True)
+    with pytest.raises(ConfigError, match=r"SWA keeps a sum.*nothing to fuse"):
+        SWA(fused=True)
     with pytest.raises(ConfigError, match=r"no option 'fusd'.*fused"):
         EMA(0.9, fusd=True)
 

@@ -185,7 +185,7 @@ def test_what_is_finite(bits, narrow):
 @given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50))
 def test_narrowing_is_torchs(bits):
     wide = torch.tensor(np.array(bits, np.uint32).view(np.float32))
-    found = kernels.weighted_sum([wide], [1.0], len(bits), factor=1.0, divisor=1.0, into=torch.bfloat16)
+    found = kernels.weighted_sum([wide], [1.0], len(bits), divisor=1.0, into=torch.bfloat16)
     expected = wide.bfloat16()
     number = ~expected.isnan()
     assert torch.equal(found.isnan(), ~number)
@@ -246,11 +246,13 @@ def test_a_mistake_is_an_error_and_no_access_outside():
     wrong = [
         lambda: loops.difference(three, four, four),
         lambda: loops.difference(np.zeros(4, np.float64), four, four),
-        lambda: loops.weighted_sum([three], np.ones(1, np.float32), 1.0, 1.0, 32, room, four),
-        lambda: loops.weighted_sum([four], np.ones(2, np.float32), 1.0, 1.0, 32, room, four),
-        lambda: loops.weighted_sum([four], np.ones(1, np.float32), 1.0, 1.0, 32, room[1:].copy(), four),
-        lambda: loops.weighted_sum([(-1, 0, 4)], np.ones(1, np.float32), 1.0, 1.0, 32, room, four),
-        lambda: loops.weighted_sum([(0, 0, 8)], np.ones(1, np.float32), 1.0, 1.0, 32, room, four),
+        lambda: loops.weighted_sum([three], np.ones(1), 1.0, 32, room, four),
+        lambda: loops.weighted_sum([four], np.ones(2), 1.0, 32, room, four),
+        lambda: loops.weighted_sum([four], np.ones(1), 1.0, 32, room[1:].copy(), four),
+        lambda: loops.weighted_sum([(-1, 0, 4)], np.ones(1), 1.0, 32, room, four),
+        lambda: loops.weighted_sum([(0, 0, 8)], np.ones(1), 1.0, 32, room, four),
+        lambda: loops.weighted_sum([four], np.ones(1, np.float32), 1.0, 32, room, four),
+        lambda: loops.weighted_sum([four, np.zeros(4, np.uint16)], np.ones(2), 1.0, 32, room, four),
         lambda: loops.draw((np.zeros(3, np.uint64), 0, np.zeros(1, np.uint16)), np.zeros(4, np.uint8)),
         lambda: loops.draw((np.zeros(4, np.uint64), 0, np.zeros(3, np.uint16)), np.zeros(4, np.uint8)),
         lambda: loops.count_digits(four, 0, False, 0, np.zeros(1 << 16, np.int64)),

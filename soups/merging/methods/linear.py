@@ -9,17 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from soups.errors import ConfigError
 from soups.merging import kernels
-from soups.merging.method import Method, per_model, running_sum
+from soups.merging.method import Method, per_model
 from soups.merging.operands import Chunk
+from soups.reduction import Sum, total_weight
 
 
 @dataclass(frozen=True)
 class Linear(Method):
-    """θ = Σ w_i θ_i / Σ w_i.
+    """θ = Σ w_i θ_i / Σ w_i, rounded by the rule of `soups.reduction`.
 
     Attributes:
         weight: one for all models or one for each.
@@ -33,27 +35,23 @@ class Linear(Method):
     def combine(self, chunk: Chunk, seen: Any) -> Tensor:
         """Return the weighted average."""
         weights = per_model(self.weight, chunk.count)
-        divisor = sum(weights)
-        if len(set(weights)) == 1 and divisor != 0:  # one multiplication, not one a model
-            factor = 1 / len(weights) if self.normalize else weights[0]
-            return _sum(chunk, [1.0] * len(weights), factor=factor)
-        if not self.normalize or divisor == 1:
-            return _sum(chunk, weights)
-        if divisor == 0:
+        divisor = total_weight(weights) if self.normalize else 1.0
+        if abs(divisor) <= 1e-12 * sum(map(abs, weights)):
             raise ConfigError(
                 f"The weights {weights} sum to zero, so they cannot be normalised. Set normalize=false for a difference."
             )
-        return _sum(chunk, weights, divisor=divisor)
+        stored = chunk.stored()
+        if stored is not None and kernels.one_readable_dtype(stored[0]):
+            return kernels.weighted_sum(stored[0], weights, chunk.size, divisor=divisor, into=chunk.into)
+        return reduced(weights, chunk, divisor)
 
 
-def _sum(chunk: Chunk, weights: Sequence[float], *, factor: float = 1.0, divisor: float = 1.0) -> Tensor:
-    """Return Σ w_i θ_i · factor / divisor."""
-    if (stored := chunk.stored()) is not None:
-        return kernels.weighted_sum(stored[0], weights, chunk.size, factor=factor, divisor=divisor, into=chunk.into)
-    total = running_sum(weights, chunk.each())
-    if factor != 1:
-        total.mul_(factor)
-    return total if divisor == 1 else total.div_(divisor)
+def reduced(weights: Sequence[float], chunk: Chunk, divisor: float = 1.0) -> Tensor:
+    """Return Σ wᵢθᵢ / divisor of a chunk by the rule of `soups.reduction`, in the dtype of the sum."""
+    total = Sum(torch.float64 if chunk.into == torch.float64 else None)
+    for weight, values in zip(weights, chunk.each_stored(), strict=True):
+        total.add(values, weight)
+    return total.quotient(divisor)
 
 
 @dataclass(frozen=True)
