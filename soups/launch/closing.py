@@ -119,7 +119,11 @@ def close(
     return Closing(
         rows,
         [
-            PathPoint(position=point.position, **_numbers(kitchen, values))
+            PathPoint(
+                position=point.position,
+                accuracy=_by_split(kitchen, values, "accuracy"),
+                loss=_by_split(kitchen, values, "loss"),
+            )
             for point, values in zip(path, on_path, strict=True)
         ],
         _differences(kitchen, logits, recipe, best, splits),
@@ -130,11 +134,13 @@ def close(
 
 
 def _numbers(kitchen: Kitchen, values: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Return accuracy and loss by split."""
     numbers = {split: score(value, kitchen.labels(split)) for split, value in values.items()}
-    return {
-        "accuracy": {split: number.accuracy for split, number in numbers.items()},
-        "loss": {split: number.loss for split, number in numbers.items()},
-    }
+    return {split: {"accuracy": number.accuracy, "loss": number.loss} for split, number in numbers.items()}
+
+
+def _by_split(kitchen: Kitchen, values: Mapping[str, Tensor], metric: str) -> dict[str, float]:
+    return {split: numbers[metric] for split, numbers in _numbers(kitchen, values).items()}
 
 
 def _row(kitchen: Kitchen, name: str, kind: str, values: Mapping[str, Tensor], note: str = "") -> Row:
@@ -143,7 +149,7 @@ def _row(kitchen: Kitchen, name: str, kind: str, values: Mapping[str, Tensor], n
         labels = kitchen.labels(split)
         interval = wilson(int(right(value, labels).sum()), len(labels))
         intervals[split] = (interval.low, interval.high)
-    return Row(name=name, kind=kind, note=note, interval=intervals, **_numbers(kitchen, values))
+    return Row(name=name, kind=kind, note=note, interval=intervals, metrics=_numbers(kitchen, values))
 
 
 def _rows(
@@ -164,8 +170,13 @@ def _rows(
     average = Row(
         name="mean of ingredients",
         kind="mean",
-        accuracy={split: _average([line.accuracy[split] for line in single]) for split in splits},
-        loss={split: _average([line.loss[split] for line in single]) for split in splits},
+        metrics={
+            split: {
+                "accuracy": _average([line.accuracy[split] for line in single]),
+                "loss": _average([line.loss[split] for line in single]),
+            }
+            for split in splits
+        },
     )
     best = single[0].model_copy(update={"name": "best single", "kind": "best", "note": single[0].name})
     together = {split: ensemble([logits[record.short][split] for record in members]) for split in splits}

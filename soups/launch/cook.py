@@ -289,6 +289,7 @@ def _write(
         fingerprint=job.fingerprint,
         recipe=recipe,
         metric=kitchen.metric,
+        mode="max" if kitchen.metric == "accuracy" else "min",
         members=[by_short[short].fingerprint for short in soup.members],
         ingredients=[record.fingerprint for record in members],
         splits={"heldout": len(kitchen.splits.heldout), **{key: len(samples) for key, samples in reported.items()}},

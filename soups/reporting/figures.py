@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from soups.evaluation import ood_mean
+from soups.reporting.columns import columns_of, metric_on_test
 from soups.reporting.report import Report, Row, soup_name
 from soups.stores.files import replacing
 
@@ -41,14 +42,24 @@ def draw_all(report: Report, folder: Path) -> dict[str, Path]:
 
 
 def _scatter(report: Report, figure: Any) -> bool:
-    """Held-out against mean OOD accuracy of ingredients and soups (arXiv:2203.05482, figure 1)."""
-    has_ood = len(report.splits) > 2
+    """Held-out against mean OOD accuracy of ingredients and soups (arXiv:2203.05482, figure 1).
+
+    Without OOD splits the test split takes their place; models without a test metric are left out.
+    """
+    has_ood = report.classifies and len(report.splits) > 2
+    if not report.classifies and metric_on_test(report) is None:
+        return False
+    columns = columns_of(report)
+    across, up = columns[0], columns[-1] if has_ood else columns[1]
+    shown = [row for row in report.rows if across.value(row) is not None and up.value(row) is not None]
+    if not shown:
+        return False
     axes = figure.add_subplot()
 
     def place(row: Row) -> tuple[float, float]:
-        return 100 * row.accuracy["heldout"], 100 * (row.ood if has_ood else row.accuracy["test"])
+        return across.value(row) or 0.0, up.value(row) or 0.0
 
-    ingredients = [row for row in report.rows if row.kind == "ingredient"]
+    ingredients = [row for row in shown if row.kind == "ingredient"]
     for chosen, label in ((True, "ingredient in the soup"), (False, "ingredient left out")):
         points = [place(row) for row in ingredients if report.kept(row.name) == chosen]
         if points:
@@ -56,28 +67,29 @@ def _scatter(report: Report, figure: Any) -> bool:
             axes.scatter(*zip(*points, strict=True), s=46, facecolors=face, edgecolors="#0072b2", label=label, zorder=2)
     looks = {**_LOOK, **({} if report.soup in _LOOK else {report.soup: ("#e69f00", "v", 130)})}
     for name, (colour, marker, size) in looks.items():
-        row = next((row for row in report.rows if row.name == name), None)
+        row = next((row for row in shown if row.name == name), None)
         if row is None:
             continue
         hollow = name == "best single"
         style = {"facecolors": "none", "edgecolors": colour, "linewidths": 1.8} if hollow else {"color": colour}
         axes.scatter(*place(row), marker=marker, s=size, label=name, zorder=3, **style)
-    start = next((row for row in report.rows if row.kind == "start"), None)
+    start = next((row for row in shown if row.kind == "start"), None)
     if start is not None and ingredients:
         # The start is often so far below that it would squeeze everything else into a corner.
         lowest = min(place(row)[0] for row in ingredients)
-        highest = max(place(row)[0] for row in report.rows)
+        highest = max(place(row)[0] for row in shown)
         if lowest - place(start)[0] > 2 * (highest - lowest):
-            points = [place(row) for row in report.rows if row.kind != "start"]
+            points = [place(row) for row in shown if row.kind != "start"]
             _fit(axes, points)
             x, y = place(start)
             axes.text(
-                0.02, 0.02, f"linear probe outside, at ({x:.1f}, {y:.1f})", transform=axes.transAxes, fontsize=8,
+                0.02, 0.02, f"{start.name} outside, at ({x:.1f}, {y:.1f})", transform=axes.transAxes, fontsize=8,
                 color="#555555",
             )  # fmt: skip
-    axes.set_xlabel("held-out accuracy, %")
-    axes.set_ylabel("mean accuracy over OOD splits, %" if has_ood else "test accuracy, %")
-    axes.set_title(f"{len(ingredients)} ingredients and their soups")
+    labels = ("held-out accuracy, %", "mean accuracy over OOD splits, %" if has_ood else "test accuracy, %")
+    axes.set_xlabel(labels[0] if report.classifies else across.heading)
+    axes.set_ylabel(labels[1] if report.classifies else up.heading)
+    axes.set_title(f"{len(report.ingredients)} ingredients and their soups")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return True
@@ -94,7 +106,7 @@ def _greedy_path(report: Report, figure: Any) -> bool:
     if not report.steps:
         return False
     axes = figure.add_subplot()
-    scale = 100 if report.metric == "accuracy" else 1
+    scale = 100 if report.classifies and report.metric == "accuracy" else 1
     numbers = list(range(1, len(report.steps) + 1))
     best: list[float] = []
     for step in report.steps:
@@ -118,7 +130,8 @@ def _greedy_path(report: Report, figure: Any) -> bool:
         fontsize=8,
     )
     axes.set_xlabel("steps of the search in their order")
-    axes.set_ylabel(f"held-out {report.metric}" + (", %" if report.metric == "accuracy" else ""))
+    label = f"held-out {report.metric}" if report.classifies else report.metric
+    axes.set_ylabel(label + (", %" if report.metric == "accuracy" else ""))
     axes.set_title(
         f"{soup_name(report.search, first=True)}: {sum(s.kept for s in report.steps)} of {len(report.steps)} kept"
     )

@@ -1,14 +1,15 @@
-"""What a finished soup is known by: one record on disk, from which the table, the figures and the tracked run are made."""
+"""The record of a finished soup, ours or another program's: its table, figures, page and tracked run are made from it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, model_validator
 
 from soups.errors import StorageError
 from soups.evaluation import ood_mean
+from soups.reporting.earlier import current_report, current_row
 from soups.stores.files import write_json
 
 # Names that their papers write otherwise.
@@ -31,8 +32,8 @@ class Row(BaseModel):
     Attributes:
         name: shown to people.
         kind: "start", "ingredient", "mean", "best", "soup" or "ensemble".
-        accuracy: in [0, 1], by split ("heldout", "test", then the OOD splits).
-        loss: mean cross-entropy in nats, by split.
+        metrics: by split ("heldout", "test", then the OOD splits), then by name. Our own tasks have "accuracy" in [0, 1]
+            and "loss", the mean cross-entropy in nats; other programs have the names that they log.
         note: why it is in the soup or not; how many models it needs at inference.
         interval: 95 % interval of the accuracy, by split; none for a mean of models.
     """
@@ -41,15 +42,38 @@ class Row(BaseModel):
 
     name: str
     kind: str
-    accuracy: dict[str, float]
-    loss: dict[str, float]
+    metrics: dict[str, dict[str, float]]
     note: str = ""
     interval: dict[str, tuple[float, float]] = Field(default_factory=dict[str, tuple[float, float]])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _current(cls, value: Any) -> Any:
+        return current_row(value)
+
+    @computed_field
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """Accuracy in [0, 1], by split; empty where that is not a metric of the task."""
+        return self._by_split("accuracy")
+
+    @computed_field
+    @property
+    def loss(self) -> dict[str, float]:
+        """Mean cross-entropy in nats, by split; empty where that is not a metric of the task."""
+        return self._by_split("loss")
 
     @property
     def ood(self) -> float:
         """Mean accuracy over the OOD splits."""
         return ood_mean(self.accuracy)
+
+    def value(self, split: str, metric: str) -> float | None:
+        """Return a metric on a split, or None where it was not measured."""
+        return self.metrics.get(split, {}).get(metric)
+
+    def _by_split(self, metric: str) -> dict[str, float]:
+        return {split: values[metric] for split, values in self.metrics.items() if metric in values}
 
 
 class Decision(BaseModel):
@@ -117,9 +141,11 @@ class Report(BaseModel):
     Attributes:
         fingerprint: of recipe, settings and ingredients.
         recipe: its name.
+        metric: the held-out metric that selected.
+        mode: whether larger values of it are better ("max") or smaller ones ("min").
         members: fingerprints of the ingredients in the soup, in the order they were added.
         ingredients: fingerprints of all that were tried.
-        splits: names of the reported splits with their sizes, held-out first.
+        splits: names of the reported splits with their numbers of samples, held-out first; 0 where that is not known.
         rows: the closing table.
         steps: decisions of the recipe's search, or of the greedy one where it has none; `search` says whose.
         lineage: hashes of start, split, ingredients and soup; settings; versions.
@@ -140,6 +166,7 @@ class Report(BaseModel):
     fingerprint: str
     recipe: str
     metric: str
+    mode: Literal["max", "min"]
     members: list[str]
     ingredients: list[str]
     splits: dict[str, int]
@@ -158,6 +185,16 @@ class Report(BaseModel):
     evaluations: int = 0
     warnings: list[str] = Field(default_factory=list[str])
     details: dict[str, Any] = Field(default_factory=dict[str, Any])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _current(cls, value: Any) -> Any:
+        return current_report(value)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the models are classifiers whose accuracy and cross-entropy were measured, as in our own tasks."""
+        return all("accuracy" in values for row in self.rows for values in row.metrics.values())
 
     @property
     def soup(self) -> str:
@@ -188,7 +225,13 @@ class Report(BaseModel):
         path = folder / "report.json"
         try:
             return Report.model_validate_json(path.read_text())
-        except (OSError, ValidationError) as error:
+        except OSError as error:
+            raise StorageError(f"{path} cannot be read as a soup's report ({error}).") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the whole file"
             raise StorageError(
-                f"{path} cannot be read as a soup's report ({error}). Remove {folder} and run the same command again."
+                f"{path} cannot be read as a soup's report: {where}: {first['msg']} ({error.error_count()} faults in all). "
+                f"If a run of this program was cut off while it wrote {folder}, remove that folder and run the same command "
+                f"again; a folder that something else wrote is best left alone."
             ) from error
