@@ -283,7 +283,7 @@ def copy(sources: list[Path], target: Path, *, flush: bool) -> None:
 def paired(arguments: argparse.Namespace, work: Path) -> None:
     """Print the seconds of copies and merges that took turns, the fastest of several, and their ratios."""
     paths = prepared(work / f"{arguments.size}", arguments.size, arguments.models, False)
-    from soups.merging.mergekit import merge_recipe
+    from soups.merging.mergekit import merge_configuration
 
     def timed(run: Callable[[], object]) -> tuple[float, float]:
         shutil.rmtree(work / "out", ignore_errors=True)
@@ -304,7 +304,9 @@ def paired(arguments: argparse.Namespace, work: Path) -> None:
         runs: dict[str, Callable[[], object]] = {
             f"{method}: copy": lambda inputs=inputs: copy(inputs, work / "copy", flush=False),
             f"{method}: copy, flushed": lambda inputs=inputs: copy(inputs, work / "copy", flush=True),
-            f"{method}: merge": lambda: merge_recipe(work / "merge.yml", work / "out", threads=arguments.threads),
+            f"{method}: merge": lambda: merge_configuration(
+                work / "merge.yml", work / "out", threads=arguments.threads
+            ),
         }
         turns = [[timed(run) for run in runs.values()] for _ in range(arguments.repeats + 1)][1:]  # the first warms up
         # What disturbs a turn only ever makes it slower.

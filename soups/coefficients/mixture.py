@@ -9,7 +9,6 @@ coefficient multiplies; it streams the same way.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
@@ -21,11 +20,9 @@ from soups.coefficients.granularity import Block, assign_rows
 from soups.coefficients.links import find_link
 from soups.errors import ConfigError
 from soups.reduction import accumulation_dtype
-from soups.stores import Store, open_store
+from soups.stores import Checkpoint, Store, open_store
 from soups.stores.store import headers
 from soups.weights import Weights, check_same, is_averaged
-
-Checkpoint = str | os.PathLike[str] | Mapping[str, Tensor] | Store
 
 
 class Mixture:

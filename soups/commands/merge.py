@@ -61,12 +61,12 @@ def merge(
             from soups.merging.mergekit import describe_plan
             from soups.merging.mergekit.run import document_order
 
-            recipe, plans = describe_plan(
+            configuration, plans = describe_plan(
                 config, seed=random_seed, strict=strict, truncate_embeddings=unsafe_truncate_embeddings, warn=warn
             )
             for number, planned in enumerate(plans):
                 if len(plans) > 1:
-                    name = recipe.documents[document_order(recipe)[number]].name
+                    name = configuration.documents[document_order(configuration)[number]].name
                     console.print(f"[bold]{name or 'result'}[/]")
                 _print_plan(planned, parse_size(memory), threads)
             return
@@ -74,7 +74,7 @@ def merge(
             raise ConfigError("Name the folder or file to make: soups merge CONFIG OUT.")
         with quick_imports():
             from soups.merging.kernels import unavailable
-            from soups.merging.mergekit import merge_recipe
+            from soups.merging.mergekit import merge_configuration
 
         start = time.perf_counter()
         done = 0
@@ -95,7 +95,7 @@ def merge(
                 done += count
                 advance[0](count)
 
-            path = merge_recipe(
+            path = merge_configuration(
                 config,
                 out,
                 seed=random_seed,

@@ -6,7 +6,7 @@
 tensor([ 0.6000, -0.6000])
 """
 
-from soups.merging.api import Plan as Plan
+from soups.merging.api import MergePlan as MergePlan
 from soups.merging.api import execute as execute
 from soups.merging.api import merge as merge
 from soups.merging.api import plan_merge as plan_merge

@@ -12,8 +12,14 @@ Stored = NDArray[Any]  # float32, or uint16: the bits of bfloat16
 
 def difference(model: Stored, base: NDArray[np.float32], out: NDArray[np.float32], /) -> None: ...
 def weighted_sum(
-    models: Sequence[Stored], weights: NDArray[np.float32], factor: float, divisor: float, out: NDArray[np.float32], /
-) -> None: ...
+    models: Sequence[Any],
+    weights: NDArray[np.float64],
+    divisor: float,
+    batch: int,
+    room: NDArray[np.uint8],
+    out: Stored,
+    /,
+) -> int | None: ...
 def block_norms(
     model: Stored,
     base: Stored,

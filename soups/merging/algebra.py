@@ -15,10 +15,11 @@ from typing import Any, ClassVar, Literal, cast
 from torch import Tensor
 
 from soups.errors import ConfigError
-from soups.merging.api import Place, merge
+from soups.merging.api import merge
 from soups.merging.method import Method
 from soups.merging.methods.linear import reduced
 from soups.merging.operands import Chunk
+from soups.stores import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Expression:
     tensor([-7.])
     """
 
-    places: tuple[Place, ...]
+    places: tuple[Checkpoint, ...]
     terms: tuple[tuple[tuple[str, float], ...], ...] = field(default=())
 
     def __add__(self, other: Expression) -> Expression:
@@ -98,18 +99,18 @@ class Expression:
         return cast("Path", merge(Combination(self.terms), self.places, out=out, **options))
 
 
-def weights(place: Place) -> Expression:
+def weights(place: Checkpoint) -> Expression:
     """Return a model as a term: whatever `open_store` takes."""
     return Expression((place,), ((("*", 1.0),),))
 
 
-def _same(left: Place, right: Place) -> bool:
+def _same(left: Checkpoint, right: Checkpoint) -> bool:
     if isinstance(left, str | os.PathLike) and isinstance(right, str | os.PathLike):
         return os.fspath(left) == os.fspath(right)
     return left is right
 
 
-def task_vector(expert: Place, base: Place) -> Expression:
+def task_vector(expert: Checkpoint, base: Checkpoint) -> Expression:
     """Return expert − base.
 
     >>> import torch

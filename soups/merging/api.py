@@ -22,7 +22,7 @@ from soups.merging.stream import DEFAULT_BUDGET, Job, MemorySink, run
 from soups.stores.checkpoint import TorchStore
 from soups.stores.files import fingerprint
 from soups.stores.folder import is_folder_of
-from soups.stores.opening import open_store
+from soups.stores.opening import Checkpoint, open_store
 from soups.stores.remote import RemoteFolderWriter, uploaded
 from soups.stores.sources import is_remote
 from soups.stores.store import Store, TensorMeta, headers
@@ -30,13 +30,12 @@ from soups.stores.torch_writer import TorchWriter, plain_parts
 from soups.stores.writer import DEFAULT_SHARD_BYTES, FileWriter, FolderWriter, Writer, carried_files
 from soups.weights import describe_mismatch
 
-Place = str | os.PathLike[str] | Mapping[str, Tensor] | Store
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
 Methods = Method | str | Mapping[str, Method | str]
 
 
 @dataclass(frozen=True)
-class Plan:
+class MergePlan:
     """What a merge will do, from headers alone.
 
     Attributes:
@@ -82,7 +81,7 @@ class Plan:
 
 def plan_merge(
     method: Methods, models: Sequence[Store], base: Store | None = None, *, dtype: torch.dtype | None = None
-) -> Plan:
+) -> MergePlan:
     """Check that models fit and say what is to be made of which tensors, reading headers only.
 
     Args:
@@ -135,7 +134,7 @@ def plan_merge(
         raise ConfigError(
             f"The pattern {unused[0]!r} matches no tensor of {donor.location}, or only after an earlier one."
         )
-    return Plan(tuple(jobs), tied)
+    return MergePlan(tuple(jobs), tied)
 
 
 def _sources(job: Job) -> list[Source]:
@@ -157,7 +156,7 @@ def _tied(donor: Store, models: Sequence[Store]) -> dict[str, str]:
 
 
 def execute(
-    plan: Plan,
+    plan: MergePlan,
     out: str | os.PathLike[str] | None,
     *,
     files: Mapping[str, bytes | Path] | None = None,
@@ -212,7 +211,7 @@ def execute(
     return Path(target)
 
 
-def _file_writer(plan: Plan, path: Path, metadata: Mapping[str, str] | None, overwrite: bool) -> Writer:
+def _file_writer(plan: MergePlan, path: Path, metadata: Mapping[str, str] | None, overwrite: bool) -> Writer:
     if path.suffix == ".safetensors":
         return FileWriter(path, plan.outputs, metadata=metadata, tied=plan.tied, overwrite=overwrite)
     donor = plan.jobs[0].base or plan.jobs[0].models[0] if plan.jobs else None
@@ -220,7 +219,7 @@ def _file_writer(plan: Plan, path: Path, metadata: Mapping[str, str] | None, ove
     return TorchWriter(path, plan.outputs, tied=plan.tied, beside=beside, overwrite=overwrite)
 
 
-def _write(plan: Plan, writer: Writer, options: Mapping[str, Any]) -> None:
+def _write(plan: MergePlan, writer: Writer, options: Mapping[str, Any]) -> None:
     with writer:
         run(plan.jobs, writer, finished=writer.finished, part=writer.part, **options)
 
@@ -243,16 +242,16 @@ def check_output(target: str, stores: Sequence[Store]) -> None:
                 )
 
 
-def _opened(place: Place, stack: ExitStack) -> Store:
+def _opened(place: Checkpoint, stack: ExitStack) -> Store:
     """Open a place until the stack ends; a store that the caller opened stays open."""
     return place if isinstance(place, Store) else stack.enter_context(open_store(place))
 
 
 def merge(
     method: Methods,
-    models: Sequence[Place],
+    models: Sequence[Checkpoint],
     *,
-    base: Place | None = None,
+    base: Checkpoint | None = None,
     out: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
     budget: int = DEFAULT_BUDGET,

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from soups.errors import ConfigError
-from soups.merging.api import Place
 from soups.merging.operands import BlockSum, Operands, Source
-from soups.stores.opening import open_store
+from soups.stores.opening import Checkpoint, open_store
 from soups.stores.store import headers
 from soups.weights import describe_mismatch
 
@@ -45,7 +44,7 @@ class Difference(NamedTuple):
         return self.inner / product if product else float(self.distance == 0)
 
 
-def compare(first: Place, second: Place) -> tuple[dict[str, Difference], str]:
+def compare(first: Checkpoint, second: Checkpoint) -> tuple[dict[str, Difference], str]:
     """Compare two checkpoints tensor by tensor, in little memory.
 
     Returns:

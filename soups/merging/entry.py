@@ -10,7 +10,7 @@ from torch import Tensor
 
 from soups.errors import ConfigError
 from soups.merging.api import merge as merge_models
-from soups.merging.mergekit import merge_recipe
+from soups.merging.mergekit import merge_configuration
 
 
 def merge(what: Any, *arguments: Any, **options: Any) -> dict[str, Tensor] | Path | str:
@@ -20,7 +20,7 @@ def merge(what: Any, *arguments: Any, **options: Any) -> dict[str, Tensor] | Pat
         what: a mapping with `merge_method`, or the path of a YAML file that holds one; otherwise a method, its name, or
             methods by pattern of tensor names.
         arguments: the output's path for a configuration; the models for a method.
-        options: those of `soups.merging.mergekit.merge_recipe`, or of `soups.merging.merge`.
+        options: those of `soups.merging.mergekit.merge_configuration`, or of `soups.merging.merge`.
 
     Returns:
         The weights, or the path or URL that was written.
@@ -30,9 +30,9 @@ def merge(what: Any, *arguments: Any, **options: Any) -> dict[str, Tensor] | Pat
     tensor([0.5000])
     """
     if isinstance(what, Mapping) and "merge_method" in cast("Mapping[str, Any]", what):
-        return merge_recipe(cast("Mapping[str, Any]", what), *arguments, **options)
+        return merge_configuration(cast("Mapping[str, Any]", what), *arguments, **options)
     if isinstance(what, Path) or (isinstance(what, str) and what.endswith((".yml", ".yaml"))):
-        return merge_recipe(what, *arguments, **options)
+        return merge_configuration(what, *arguments, **options)
     if not arguments and "models" not in options:
         raise ConfigError("Name the models to merge: merge('ties', ['a', 'b'], base='c'), or give a configuration.")
     return merge_models(what, *arguments, **options)

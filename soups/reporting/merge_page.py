@@ -16,7 +16,7 @@ from soups.errors import WeightsError
 from soups.evaluation import distances
 from soups.merging.compare import Difference, compare, gather
 from soups.merging.mergekit.planning import references
-from soups.merging.mergekit.schema import Document, Recipe, Reference, read_recipe
+from soups.merging.mergekit.schema import Configuration, Document, Reference, read_configuration
 from soups.reporting.page import Cell, Curves, Page, Part, Table
 from soups.reporting.pairs import distance_heatmaps
 from soups.stores import open_store
@@ -44,10 +44,10 @@ def merge_page(
         seconds: that the merge took.
         warnings: that it gave.
     """
-    recipe = read_recipe(config)
-    document = recipe.documents[-1]
+    configuration = read_configuration(config)
+    document = configuration.documents[-1]
     inputs = references(document)
-    made = {one.name for one in recipe.documents if one.name}
+    made = {one.name for one in configuration.documents if one.name}
     plain = [one for one in inputs if not (one.lora or one.revision or one.path in made)]
     found: dict[Reference, dict[str, Difference]] = {}
     notes = list(warnings)
@@ -94,7 +94,7 @@ def merge_page(
         summary=f"{document.merge_method} of {count} model{'' if count == 1 else 's'}{to}.{moved}",
         warnings=notes,
         parts=parts,
-        lineage=_lineage(recipe, inputs, out, seed),
+        lineage=_lineage(configuration, inputs, out, seed),
         environment={
             "soups": soups.__version__, "torch": torch.__version__, "python": platform.python_version(),
         },
@@ -172,10 +172,12 @@ def _layers(by_input: dict[str, dict[str, Difference]]) -> list[Part]:
     return [curves, table]
 
 
-def _lineage(recipe: Recipe, inputs: Sequence[Reference], out: str | os.PathLike[str], seed: int) -> dict[str, Any]:
+def _lineage(
+    configuration: Configuration, inputs: Sequence[Reference], out: str | os.PathLike[str], seed: int
+) -> dict[str, Any]:
     return {
         "inputs": [str(one) for one in inputs],
         "output": os.fspath(out),
         "seed": seed,
-        "configuration": recipe.text,
+        "configuration": configuration.text,
     }

@@ -8,6 +8,7 @@ from soups.stores.collection import recorded_classes as recorded_classes
 from soups.stores.folder import FolderStore as FolderStore
 from soups.stores.lora import LoRAStore as LoRAStore
 from soups.stores.memory import DictStore as DictStore
+from soups.stores.opening import Checkpoint as Checkpoint
 from soups.stores.opening import open_store as open_store
 from soups.stores.safetensors import SafetensorsStore as SafetensorsStore
 from soups.stores.safetensors import read_safetensors as read_safetensors

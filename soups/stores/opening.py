@@ -18,11 +18,14 @@ from soups.stores.sources import file_system, is_remote, open_bytes
 from soups.stores.store import Store
 from soups.stores.views import RenamedStore
 
+Checkpoint = str | os.PathLike[str] | Mapping[str, Tensor] | Store
+"""A checkpoint by its path or URL, weights in memory, or an open store: whatever `open_store` takes."""
+
 _TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 
 
 def open_store(
-    place: str | os.PathLike[str] | Mapping[str, Tensor] | Store,
+    place: Checkpoint,
     *,
     state: str | None = None,
     prefix: str | None = None,

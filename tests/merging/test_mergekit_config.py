@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soups.errors import ConfigError, SoupError, StorageError, WeightsError
-from soups.merging.mergekit import describe_plan, merge_recipe, read_recipe
+from soups.merging.mergekit import describe_plan, merge_configuration, read_configuration
 from soups.merging.mergekit.layers import Layers
 from soups.merging.mergekit.parameters import gradient, value_of
 from soups.merging.mergekit.schema import Conditional, Reference
@@ -31,7 +31,7 @@ def root(tmp_path_factory):
 
 
 def merged(root, text, out=None, **options):
-    return merge_recipe(text.replace("ROOT", str(root)), out, **options)
+    return merge_configuration(text.replace("ROOT", str(root)), out, **options)
 
 
 LINEAR = """
@@ -66,7 +66,7 @@ def test_a_linear_merge(root, tmp_path):
 def test_a_mapping_is_as_good_as_a_file(root, tmp_path):
     (tmp_path / "merge.yml").write_text(LINEAR.replace("ROOT", str(root)))
     mapping = yaml.safe_load(LINEAR.replace("ROOT", str(root)))
-    left, right = merge_recipe(mapping), merge_recipe(tmp_path / "merge.yml")
+    left, right = merge_configuration(mapping), merge_configuration(tmp_path / "merge.yml")
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
@@ -95,7 +95,7 @@ def test_flat_files_and_training_checkpoints(tmp_path):
 models: [{{model: {tmp_path}/1.ckpt, parameters: {{weight: 1}}}}, {{model: {tmp_path}/2.ckpt, parameters: {{weight: 3}}}}]
 merge_method: linear
 """
-    merge_recipe(text, tmp_path / "out.safetensors")
+    merge_configuration(text, tmp_path / "out.safetensors")
     with open_store(tmp_path / "out.safetensors") as store:
         assert store.read("net.0.weight")[0, 0] == 1.75
 
@@ -218,7 +218,7 @@ def test_tied_heads_stay_tied(tmp_path):
     text = (
         f"models: [{{model: {tmp_path}/1.safetensors}}, {{model: {tmp_path}/2.safetensors}}]\nmerge_method: karcher\n"
     )
-    weights = merge_recipe(text)
+    weights = merge_configuration(text)
     assert weights["embed.weight"] is weights["head.weight"]
 
 
@@ -293,7 +293,7 @@ def test_mutated_files_give_an_error_or_a_recipe(data):
         place = data.draw(st.integers(0, len(text)))
         text = text[:place] + data.draw(st.text(max_size=3)) + text[place + data.draw(st.integers(0, 5)) :]
     with contextlib.suppress(SoupError):
-        read_recipe(text + "\n")
+        read_configuration(text + "\n")
 
 
 def test_an_interrupted_recipe_of_several_documents_goes_on(tmp_path, monkeypatch):
@@ -316,10 +316,10 @@ def test_an_interrupted_recipe_of_several_documents_goes_on(tmp_path, monkeypatc
 
     monkeypatch.setattr(module, "execute", failing)
     with pytest.raises(KeyboardInterrupt):
-        merge_recipe(text, tmp_path / "out")
-    merge_recipe(text, tmp_path / "out")
+        merge_configuration(text, tmp_path / "out")
+    merge_configuration(text, tmp_path / "out")
     assert made == ["first", "out", "out"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "out"]
-    whole = merge_recipe(text)
+    whole = merge_configuration(text)
     with open_store(tmp_path / "out") as store:
         assert all(torch.equal(store.read(name), whole[name]) for name in store)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from soups.merging.mergekit import merge_recipe
+from soups.merging.mergekit import merge_configuration
 from soups.stores import open_store
 
 mergekit_config = pytest.importorskip("mergekit.config")
@@ -36,7 +36,7 @@ def both(root, tmp_path, text, kind="f32"):
     options = mergekit_options.MergeOptions(quiet=True, random_seed=0)
     mergekit_config_ = mergekit_config.MergeConfiguration.model_validate(yaml.safe_load(text))
     mergekit_merge.run_merge(mergekit_config_, str(tmp_path / "theirs"), options)
-    merge_recipe(text, tmp_path / "ours")
+    merge_configuration(text, tmp_path / "ours")
     with open_store(tmp_path / "ours") as ours, open_store(tmp_path / "theirs") as theirs:
         return ours.load(), theirs.load()
 
@@ -227,6 +227,6 @@ def test_truncated_embeddings(tmp_path):
     options = mergekit_options.MergeOptions(quiet=True, unsafe_truncate_embeddings=True)
     config = mergekit_config.MergeConfiguration.model_validate(yaml.safe_load(text))
     mergekit_merge.run_merge(config, str(tmp_path / "theirs"), options)
-    merge_recipe(text, tmp_path / "ours", truncate_embeddings=True)
+    merge_configuration(text, tmp_path / "ours", truncate_embeddings=True)
     with open_store(tmp_path / "ours") as ours, open_store(tmp_path / "theirs") as theirs:
         check(ours.load(), theirs.load())

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from soups.errors import ConfigError, SoupError, WeightsError
-from soups.merging.mergekit import describe_plan, merge_recipe
+from soups.merging.mergekit import describe_plan, merge_configuration
 from soups.merging.mergekit.chat_templates import CHAT_TEMPLATES
 from soups.merging.mergekit.planning import split_modules
 from soups.merging.mergekit.vocabulary import read_vocabulary
@@ -44,7 +44,7 @@ def rows(folder):
 
 
 def test_each_token_is_merged_with_itself(root, tmp_path):
-    merge_recipe(text(root), tmp_path / "out")
+    merge_configuration(text(root), tmp_path / "out")
     one, two, out = rows(root / "m1"), rows(root / "m2"), rows(tmp_path / "out")
     assert list(out) == ["<unk>", "cat", "the", "sat", "dog", "<s>", "<one>", "bird", "<two>"]
     for token, row in out.items():
@@ -59,7 +59,7 @@ def test_each_token_is_merged_with_itself(root, tmp_path):
 
 def test_the_written_tokenizer_works(root, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
-    merge_recipe(text(root), tmp_path / "out")
+    merge_configuration(text(root), tmp_path / "out")
     tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     assert tokenizer.encode("the bird sat <two>").tokens == ["the", "bird", "sat", "<two>"]
     assert tokenizer.get_vocab_size() == 9
@@ -67,8 +67,8 @@ def test_the_written_tokenizer_works(root, tmp_path):
 
 def test_chunks_and_threads_leave_no_trace(root, tmp_path):
     more = "tokenizer: {source: union, pad_to_multiple_of: 64}\n"
-    whole = merge_recipe(text(root, more))
-    cut = merge_recipe(text(root, more), threads=3, chunk=1)
+    whole = merge_configuration(text(root, more))
+    cut = merge_configuration(text(root, more), threads=3, chunk=1)
     assert whole[EMBED].shape == (64, 64)
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     mean = whole[EMBED][:9].mean(0)
@@ -98,20 +98,20 @@ def test_pieces_with_scores(root):
 )  # fmt: skip
 def test_mistakes(root, tmp_path, more, message):
     with pytest.raises(SoupError, match=message):
-        merge_recipe(text(root, more.replace("ROOT", str(root))), tmp_path / "out")
+        merge_configuration(text(root, more.replace("ROOT", str(root))), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_tokenizers_that_are_not_there_or_not_the_models(root):
     (root / "m2" / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match="m2 has no tokenizer, which is needed"):
-        merge_recipe(text(root))
+        merge_configuration(text(root))
     llama.write_tokenizer(root / "m2", [f"t{i}" for i in range(20)])
     with pytest.raises(WeightsError, match="has 7 rows, but its tokenizer has ids up to 19"):
-        merge_recipe(text(root))
+        merge_configuration(text(root))
     (root / "m2" / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match="is no tokenizer of the Hugging Face format"):
-        merge_recipe(text(root))
+        merge_configuration(text(root))
 
 
 def sentencepiece(folder, sentence, size):
@@ -134,7 +134,7 @@ def sentencepiece(folder, sentence, size):
 def test_sentencepiece_models_are_brought_together(root, tmp_path):
     sentencepiece(root / "m1", "the cat sat on the mat and ate a rat", 50)
     sentencepiece(root / "m2", "one bird sang over the old house at dawn today", 60)
-    merge_recipe(text(root), tmp_path / "out")
+    merge_configuration(text(root), tmp_path / "out")
     one, two, out = rows(root / "m1"), rows(root / "m2"), rows(tmp_path / "out")
     assert out.keys() == one.keys() | two.keys() and len(out) > max(len(one), len(two))
     assert one.keys() & two.keys() and one.keys() - two.keys()
@@ -149,7 +149,7 @@ def test_sentencepiece_models_are_brought_together(root, tmp_path):
 def test_one_sentencepiece_model_for_all_is_copied(root, tmp_path):
     for name in ("m1", "m2"):
         sentencepiece(root / name, "the cat sat on the mat and ate a rat", 50)
-    merge_recipe(text(root), tmp_path / "out")
+    merge_configuration(text(root), tmp_path / "out")
     copied = (tmp_path / "out" / "tokenizer.model").read_bytes()
     assert copied == (root / "m1" / "tokenizer.model").read_bytes()
     assert not (tmp_path / "out" / "tokenizer.json").exists()
@@ -160,14 +160,14 @@ def test_an_older_tokenizer_that_cannot_be_converted(root):
         (root / "m2" / name).unlink()
     (root / "m2" / "tokenizer.model").write_bytes(b"not sentencepiece")
     with pytest.raises(ConfigError, match=r"tokenizer\.model.*converted to tokenizer\.json"):
-        merge_recipe(text(root))
+        merge_configuration(text(root))
 
 
 def test_embeddings_of_other_lengths_are_an_error_unless_they_may_be_cut(root):
     write_safetensors(root / "m2" / "model.safetensors", llama.weights(2, layers=1, vocabulary=5))
     with pytest.raises(WeightsError, match=r"mis-shaped.*source: union"):
-        merge_recipe(text(root, ""))
-    weights = merge_recipe(text(root, ""), truncate_embeddings=True)
+        merge_configuration(text(root, ""))
+    weights = merge_configuration(text(root, ""), truncate_embeddings=True)
     with open_store(root / "m1") as one, open_store(root / "m2") as two:
         expected = (one.read(EMBED, slice(0, 5)) + 3 * two.read(EMBED)) / 4
     assert weights[EMBED].shape == (5, 64) and torch.allclose(weights[EMBED], expected, atol=1e-6)
@@ -194,7 +194,7 @@ WRITTEN = {
 @pytest.mark.parametrize("name", sorted(CHAT_TEMPLATES))
 def test_chat_templates(root, tmp_path, name):
     jinja2 = pytest.importorskip("jinja2")
-    merge_recipe(text(root, f"chat_template: {name}\n"), tmp_path / "out", truncate_embeddings=True)
+    merge_configuration(text(root, f"chat_template: {name}\n"), tmp_path / "out", truncate_embeddings=True)
     written = (tmp_path / "out" / "chat_template.jinja").read_text()
     template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(written)
     rendered = template.render(messages=CONVERSATION, add_generation_prompt=True, bos_token="<s>", eos_token="</s>")
@@ -230,7 +230,7 @@ modules:
           - {{model: {towers}/3.safetensors, layer_range: [1, 3], parameters: {{weight: 1}}}}
 """
     warnings = []
-    merged = merge_recipe(config, warn=warnings.append)
+    merged = merge_configuration(config, warn=warnings.append)
     one, two, three = (open_store(towers / f"{i}.safetensors").load() for i in (1, 2, 3))
     for layer in (0, 1):
         name = f"model.visual.blocks.{layer}.w"
@@ -246,9 +246,9 @@ modules:
 def test_modules_that_leave_tensors_out(towers):
     config = f"merge_method: passthrough\nmodules: {{visual: {{models: [{{model: {towers}/1.safetensors}}]}}}}\n"
     with pytest.raises(ConfigError, match=r"4 tensors of .* are in none of the modules"):
-        merge_recipe(config)
+        merge_configuration(config)
     rest = config.replace("}]}}", "}]}, default: {models: [{model: TWO}]}}").replace("TWO", f"{towers}/2.safetensors")
-    assert len(merge_recipe(rest)) == 7
+    assert len(merge_configuration(rest)) == 7
     assert split_modules(["encoder.w", "decoder.w"], ["decoder", "encoder"]) == {
         "encoder.w": "encoder",
         "decoder.w": "decoder",

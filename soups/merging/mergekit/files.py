@@ -12,7 +12,7 @@ import yaml
 
 from soups.errors import ConfigError
 from soups.merging.mergekit.chat_templates import CHAT_TEMPLATES
-from soups.merging.mergekit.schema import Document, Recipe, Reference
+from soups.merging.mergekit.schema import Configuration, Document, Reference
 from soups.merging.mergekit.vocabulary import Shared
 from soups.stores.writer import carried_files
 
@@ -25,7 +25,7 @@ _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "enco
 
 
 def folder_files(
-    recipe: Recipe,
+    configuration: Configuration,
     document: Document,
     donor: Reference,
     folders: dict[Reference, Path],
@@ -39,7 +39,7 @@ def folder_files(
     """Return the files to put beside the weights, by name.
 
     Args:
-        recipe: the configuration; its text is kept as `mergekit_config.yml`.
+        configuration: the configuration; its text is kept as `mergekit_config.yml`.
         document: the merge that is written.
         donor: the model that configuration and tokenizer are from.
         folders: the models that are folders.
@@ -52,9 +52,9 @@ def folder_files(
     Raises:
         ConfigError: a tokenizer or chat template that is not supported.
     """
-    files: dict[str, bytes | Path] = {"mergekit_config.yml": recipe.text.encode()}
+    files: dict[str, bytes | Path] = {"mergekit_config.yml": configuration.text.encode()}
     if write_card:
-        files["README.md"] = model_card(recipe, document, list(folders)).encode()
+        files["README.md"] = model_card(configuration, document, list(folders)).encode()
     if donor not in folders:
         return files
     carried = carried_files(folders[donor])
@@ -157,7 +157,7 @@ def _template_of(folder: Path) -> str | None:
         return None
 
 
-def model_card(recipe: Recipe, document: Document, models: Sequence[Reference]) -> str:
+def model_card(configuration: Configuration, document: Document, models: Sequence[Reference]) -> str:
     """Return a README.md: front matter, what was merged, and the configuration."""
     names = [str(model) for model in models]
     front = yaml.safe_dump(
@@ -165,7 +165,7 @@ def model_card(recipe: Recipe, document: Document, models: Sequence[Reference]) 
     )
     listed = "\n".join(f"* {name}" for name in names)
     base = f" with {document.base_model} as the base" if document.base_model else ""
-    text = recipe.text.rstrip()
+    text = configuration.text.rstrip()
     return (
         f"---\n{front}---\n# Merged model\n\nMade with [soups] by the method `{document.merge_method}`{base} from\n\n{listed}\n\n"
         f"The configuration, in mergekit's format:\n\n```yaml\n{text}\n```\n"

@@ -10,7 +10,7 @@ _LAYER = re.compile(r"^((?:.*?\.)??)(\d+)\.")
 _BEFORE = re.compile(r"embed|wte|wpe|tok_|cls_token|stem|patch", re.IGNORECASE)
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where a tensor is.
 
     Attributes:
@@ -34,7 +34,7 @@ class Layers:
     >>> names = ["embed.weight", "h.0.w", "h.1.w", "norm.weight"]
     >>> layers = Layers(names)
     >>> layers.count("h."), layers.place("h.1.w"), layers.place("norm.weight").layer
-    (2, Place(stack='h.', layer=1, rest='w'), 2)
+    (2, Position(stack='h.', layer=1, rest='w'), 2)
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -53,11 +53,11 @@ class Layers:
         """Return how many layers a stack has."""
         return self._counts[stack]
 
-    def place(self, name: str) -> Place:
+    def place(self, name: str) -> Position:
         """Return where a tensor is."""
         if match := _LAYER.match(name):
-            return Place(match[1], int(match[2]), name[match.end() :])
-        return Place(None, -1 if _BEFORE.search(name) else max(self._counts.values(), default=0), name)
+            return Position(match[1], int(match[2]), name[match.end() :])
+        return Position(None, -1 if _BEFORE.search(name) else max(self._counts.values(), default=0), name)
 
 
 def depth(layer: int, length: int) -> float:

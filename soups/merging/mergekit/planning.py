@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from soups.errors import ConfigError, WeightsError, did_you_mean
-from soups.merging.api import Plan
-from soups.merging.mergekit.layers import Layers, Place, depth
+from soups.merging.api import MergePlan
+from soups.merging.mergekit.layers import Layers, Position, depth
 from soups.merging.mergekit.methods import SPECS, Spec
 from soups.merging.mergekit.parameters import names_of
-from soups.merging.mergekit.schema import Document, Module, Parameters, Recipe, Reference
+from soups.merging.mergekit.schema import Configuration, Document, Module, Parameters, Reference
 from soups.merging.mergekit.vocabulary import Shared, share_vocabulary
 from soups.merging.mergekit.vocabulary import truncate_embeddings as cut_embeddings
 from soups.merging.method import Method
@@ -86,7 +86,7 @@ class Planned:
         shared: the vocabulary that the models are brought to, if one was asked for.
     """
 
-    plan: Plan
+    plan: MergePlan
     donor: Reference
     layers: int | None
     warnings: list[str] = field(default_factory=list[str])
@@ -135,12 +135,12 @@ def _of_part(part: Document | Module, document: Document, path: tuple[str | int,
 
 
 def plan_document(
-    recipe: Recipe, number: int, opener: Opener, *, seed: int = 0, truncate_embeddings: bool = False
+    configuration: Configuration, number: int, opener: Opener, *, seed: int = 0, truncate_embeddings: bool = False
 ) -> Planned:
-    """Plan one document of a recipe, reading headers only.
+    """Plan one document of a configuration, reading headers only.
 
     Args:
-        recipe: from `read_recipe`.
+        configuration: from `read_configuration`.
         number: which document.
         opener: opens a model; asked once for each.
         seed: for the methods that draw random masks.
@@ -150,13 +150,13 @@ def plan_document(
         ConfigError: an unknown method, parameters or layers that do not fit; the message names the line.
         WeightsError: models that do not fit each other.
     """
-    return _Planner(recipe, number, opener, seed, truncate_embeddings).run()
+    return _Planner(configuration, number, opener, seed, truncate_embeddings).run()
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, number: int, opener: Opener, seed: int, truncate: bool) -> None:
-        self.recipe, self.number, self.seed = recipe, number, seed
-        self.document = recipe.documents[number]
+    def __init__(self, configuration: Configuration, number: int, opener: Opener, seed: int, truncate: bool) -> None:
+        self.configuration, self.number, self.seed = configuration, number, seed
+        self.document = configuration.documents[number]
         if self.document.merge_method not in SPECS:
             raise ConfigError(
                 f"{self.at('merge_method')}: merge_method {self.document.merge_method!r} is unknown; "
@@ -212,7 +212,7 @@ class _Planner:
         }
 
     def at(self, *path: str | int) -> str:
-        return self.recipe.at(self.number, path)
+        return self.configuration.at(self.number, path)
 
     def run(self) -> Planned:
         self._check_parameters()
@@ -233,7 +233,7 @@ class _Planner:
                 )
                 layers = None
         tied = self._tied({job.key for job in jobs})
-        plan = Plan(tuple(job for job in jobs if job.key not in tied), tied)
+        plan = MergePlan(tuple(job for job in jobs if job.key not in tied), tied)
         untied = self.untied and _HEAD not in tied
         return Planned(plan, self.donor, layers, self.warnings, untied, self.shared)
 
@@ -252,7 +252,7 @@ class _Planner:
             for name in sorted(names_of([*section.levels, *(one.parameters for one in section.inputs)]) - known):
                 hint = did_you_mean(name, known) if known else "it has none."
                 self.warnings.append(
-                    f"{self.recipe.where}: {self.document.merge_method} has no parameter {name!r}, which was ignored; {hint}"
+                    f"{self.configuration.where}: {self.document.merge_method} has no parameter {name!r}, which was ignored; {hint}"
                 )
 
         shared = {parameter.name for parameter in self.spec.parameters if not parameter.each}
@@ -338,7 +338,7 @@ class _Planner:
                     jobs.append(self._layer_job(section, place, index))
         return sorted(jobs, key=lambda job: _natural(job.key))
 
-    def _layer_job(self, section: Section, place: Place, index: int) -> Job:
+    def _layer_job(self, section: Section, place: Position, index: int) -> Job:
         sources = [place.name((one.first or 0) + index) for one in section.inputs]
         return self._job(section, place.name(section.begin + index), sources, depth(index, section.length or 1))
 

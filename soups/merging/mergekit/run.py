@@ -17,7 +17,7 @@ from soups.errors import ConfigError, StorageError
 from soups.merging.api import execute
 from soups.merging.mergekit.files import folder_files
 from soups.merging.mergekit.planning import Planned, folder_of, plan_document, references
-from soups.merging.mergekit.schema import Document, Recipe, Reference, read_recipe
+from soups.merging.mergekit.schema import Configuration, Document, Reference, read_configuration
 from soups.stores.files import fingerprint, write_text
 from soups.stores.memory import HeaderStore
 from soups.stores.opening import open_store
@@ -27,7 +27,7 @@ from soups.stores.writer import DEFAULT_SHARD_BYTES
 from soups.weights import Weights
 
 
-def merge_recipe(
+def merge_configuration(
     config: str | Path | Mapping[str, Any],
     out: str | os.PathLike[str] | None = None,
     *,
@@ -65,28 +65,28 @@ def merge_recipe(
     Raises:
         SoupError: the configuration or the models are at fault; the message names the line or the tensor.
     """
-    recipe = read_recipe(config)
+    configuration = read_configuration(config)
     report = _reporter(strict, warn)
-    for warning in recipe.warnings:
+    for warning in configuration.warnings:
         report(warning)
-    order = document_order(recipe)
-    parts = _intermediates(recipe, seed, os.fspath(out)) if out is not None and len(order) > 1 else None
+    order = document_order(configuration)
+    parts = _intermediates(configuration, seed, os.fspath(out)) if out is not None and len(order) > 1 else None
     finished: dict[str, Path | Weights] = {}
     try:
         for number in order:
-            document = recipe.documents[number]
+            document = configuration.documents[number]
             last = number == order[-1]
             target = out if last else parts / str(document.name) if parts else None
             with ExitStack() as stack:
                 stores = _opener(stack, finished)
-                plan = plan_document(recipe, number, stores, seed=seed, truncate_embeddings=truncate_embeddings)
+                plan = plan_document(configuration, number, stores, seed=seed, truncate_embeddings=truncate_embeddings)
                 for warning in plan.warnings:
                     report(warning)
                 planned(plan)
                 models = {ref: folder_of(stores(ref)) for ref in references(document)}
                 folders = {ref: folder for ref, folder in models.items() if folder is not None}
                 files = folder_files(
-                    recipe,
+                    configuration,
                     document,
                     plan.donor,
                     folders,
@@ -105,7 +105,7 @@ def merge_recipe(
                     plan.plan,
                     target,
                     files=files,
-                    metadata={"soups.merge": json.dumps({"recipe": recipe.text, "seed": seed})},
+                    metadata={"soups.merge": json.dumps({"configuration": configuration.text, "seed": seed})},
                     shard_bytes=shard_bytes,
                     overwrite=overwrite or not last,
                     **options,
@@ -122,12 +122,12 @@ def merge_recipe(
         if parts and parts.is_dir() and not any(parts.iterdir()):
             parts.rmdir()
         raise
-    raise AssertionError("a recipe without documents")
+    raise AssertionError("a configuration without documents")
 
 
-def _intermediates(recipe: Recipe, seed: int, out: str) -> Path:
-    """Return where the results of named documents are kept until the last one is made; the same place for the same recipe."""
-    mark = fingerprint({"recipe": recipe.text, "seed": seed})[:16]
+def _intermediates(configuration: Configuration, seed: int, out: str) -> Path:
+    """Return where the results of named documents are kept until the last one is made; the same place for the same configuration."""
+    mark = fingerprint({"configuration": configuration.text, "seed": seed})[:16]
     if is_remote(out):
         return Path(tempfile.gettempdir()) / f"soups-{mark}.parts"
     return Path(out).parent / f".{Path(out).name}.{mark}.parts"
@@ -140,31 +140,31 @@ def describe_plan(
     strict: bool = False,
     truncate_embeddings: bool = False,
     warn: Callable[[str], None] = lambda _: None,
-) -> tuple[Recipe, list[Planned]]:
+) -> tuple[Configuration, list[Planned]]:
     """Plan a configuration without reading or writing a tensor.
 
     Returns:
-        The recipe, and a plan for each of its documents in the order in which they are carried out.
+        The configuration, and a plan for each of its documents in the order in which they are carried out.
 
     Raises:
-        SoupError: as `merge_recipe`.
+        SoupError: as `merge_configuration`.
     """
-    recipe = read_recipe(config)
+    configuration = read_configuration(config)
     report = _reporter(strict, warn)
-    for warning in recipe.warnings:
+    for warning in configuration.warnings:
         report(warning)
     plans: list[Planned] = []
     finished: dict[str, Store] = {}
-    for number in document_order(recipe):
-        document = recipe.documents[number]
+    for number in document_order(configuration):
+        document = configuration.documents[number]
         with ExitStack() as stack:
             opener = _opener(stack, finished)
-            plan = plan_document(recipe, number, opener, seed=seed, truncate_embeddings=truncate_embeddings)
+            plan = plan_document(configuration, number, opener, seed=seed, truncate_embeddings=truncate_embeddings)
         for warning in plan.warnings:
             report(warning)
         plans.append(plan)
         finished[str(document.name)] = HeaderStore(f"document {document.name}", plan.plan.outputs, plan.plan.tied)
-    return recipe, plans
+    return configuration, plans
 
 
 def _opener(stack: ExitStack, finished: Mapping[str, Path | Weights | Store]) -> Callable[[Reference], Store]:
@@ -187,22 +187,22 @@ def _reporter(strict: bool, warn: Callable[[str], None]) -> Callable[[str], None
     return report
 
 
-def document_order(recipe: Recipe) -> list[int]:
+def document_order(configuration: Configuration) -> list[int]:
     """Return the documents' numbers so that each comes after those it names; the result is the last.
 
     Raises:
         ConfigError: not exactly one document without a name, a name twice, or documents that need each other.
     """
-    names = [document.name for document in recipe.documents]
+    names = [document.name for document in configuration.documents]
     if len(names) == 1:
         return [0]
     if names.count(None) != 1:
         raise ConfigError(
-            f"{recipe.where} has {len(names)} documents, of which exactly one, the result, may have no name; "
+            f"{configuration.where} has {len(names)} documents, of which exactly one, the result, may have no name; "
             f"{names.count(None)} have none."
         )
     if len(set(names)) != len(names):
-        raise ConfigError(f"{recipe.where}: two documents have one name: {names}.")
+        raise ConfigError(f"{configuration.where}: two documents have one name: {names}.")
     order: list[int] = []
     waiting: list[int] = []
 
@@ -210,9 +210,11 @@ def document_order(recipe: Recipe) -> list[int]:
         if number in order:
             return
         if number in waiting:
-            raise ConfigError(f"{recipe.where}: the documents {[names[one] for one in waiting]} need each other.")
+            raise ConfigError(
+                f"{configuration.where}: the documents {[names[one] for one in waiting]} need each other."
+            )
         waiting.append(number)
-        document: Document = recipe.documents[number]
+        document: Document = configuration.documents[number]
         for reference in references(document):
             if reference.path in names:
                 visit(names.index(reference.path))

@@ -216,7 +216,7 @@ class Document(Part):
 
 
 @dataclass
-class Recipe:
+class Configuration:
     """A configuration file: its documents in order, its text, and what is odd about it.
 
     Attributes:
@@ -241,7 +241,7 @@ class Recipe:
         return f"{self.where}, line {known[route]}" if route in known else self.where
 
 
-def read_recipe(config: str | Path | Mapping[str, Any]) -> Recipe:
+def read_configuration(config: str | Path | Mapping[str, Any]) -> Configuration:
     """Read a configuration: a file, YAML text with more than one line, or a mapping.
 
     Raises:
@@ -257,23 +257,25 @@ def read_recipe(config: str | Path | Mapping[str, Any]) -> Recipe:
             text = Path(config).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"Cannot read the configuration {config}: {error}.") from error
-    recipe = Recipe([], text, where)
+    configuration = Configuration([], text, where)
     try:
         loader = yaml.SafeLoader(text)
         try:
             while loader.check_node():
                 node = loader.get_node()
-                recipe.lines.append(dict(_lines(node)))
-                recipe.documents.append(_validate(recipe, len(recipe.documents), loader.construct_document(node)))
+                configuration.lines.append(dict(_lines(node)))
+                configuration.documents.append(
+                    _validate(configuration, len(configuration.documents), loader.construct_document(node))
+                )
         finally:
             loader.dispose()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is no valid YAML: {error}") from error
-    if not recipe.documents:
+    if not configuration.documents:
         raise ConfigError(f"{where} is empty. It needs at least merge_method and models.")
-    for number, document in enumerate(recipe.documents):
-        recipe.warnings.extend(_unknown_keys(recipe, number, document, ()))
-    return recipe
+    for number, document in enumerate(configuration.documents):
+        configuration.warnings.extend(_unknown_keys(configuration, number, document, ()))
+    return configuration
 
 
 def _lines(node: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], int]]:
@@ -287,52 +289,52 @@ def _lines(node: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[
             yield from _lines(value, (*path, number))
 
 
-def _validate(recipe: Recipe, number: int, content: Any) -> Document:
+def _validate(configuration: Configuration, number: int, content: Any) -> Document:
     if not isinstance(content, dict):
-        raise ConfigError(f"{recipe.at(number, ())}: a mapping with merge_method and models was expected.")
+        raise ConfigError(f"{configuration.at(number, ())}: a mapping with merge_method and models was expected.")
     if "search" in content:
         raise ConfigError(
-            f"{recipe.at(number, ('search',))}: a search needs a held-out score, which a file does not have. Lists of candidates "
+            f"{configuration.at(number, ('search',))}: a search needs a held-out score, which a file does not have. Lists of candidates "
             f"go to `python train.py +soup=merge soup.method=… +soup.parameters.NAME=[…]`, or to "
             f"soups.coefficients.search_parameters; lists in a file are gradients over the layers."
         )
     try:
         return Document.model_validate(content)
     except ValidationError as error:
-        problem = _deepest(recipe, number, error)
-        route = _real_path(recipe, number, problem["loc"])
+        problem = _deepest(configuration, number, error)
+        route = _real_path(configuration, number, problem["loc"])
         if problem["type"] == "missing":
             what = f"{problem['loc'][-1]!r} is missing"
         else:
             what = problem["msg"].removeprefix("Value error, ")
         place = ".".join(map(str, route))
-        raise ConfigError(f"{recipe.at(number, route)}: {place + ': ' if place else ''}{what}.") from error
+        raise ConfigError(f"{configuration.at(number, route)}: {place + ': ' if place else ''}{what}.") from error
 
 
-def _deepest(recipe: Recipe, number: int, error: ValidationError) -> Any:
+def _deepest(configuration: Configuration, number: int, error: ValidationError) -> Any:
     # Of the branches of a union, the one that got furthest into the file is what the user meant.
-    return max(error.errors(), key=lambda item: len(_real_path(recipe, number, item["loc"])))
+    return max(error.errors(), key=lambda item: len(_real_path(configuration, number, item["loc"])))
 
 
-def _real_path(recipe: Recipe, number: int, loc: Sequence[str | int]) -> tuple[str | int, ...]:
+def _real_path(configuration: Configuration, number: int, loc: Sequence[str | int]) -> tuple[str | int, ...]:
     """Leave out of a pydantic location what is no place in the file (the names of a union's branches)."""
     route: tuple[str | int, ...] = ()
     for part in loc:
-        if (*route, part) in recipe.lines[number]:
+        if (*route, part) in configuration.lines[number]:
             route = (*route, part)
     return route
 
 
-def _unknown_keys(recipe: Recipe, number: int, part: Any, path: tuple[str | int, ...]) -> Iterator[str]:
+def _unknown_keys(configuration: Configuration, number: int, part: Any, path: tuple[str | int, ...]) -> Iterator[str]:
     if isinstance(part, Part):
         allowed = list(type(part).model_fields)
         for key in part.unknown():
-            yield f"{recipe.at(number, (*path, key))}: unknown key {key!r} was ignored; {did_you_mean(key, allowed)}"
+            yield f"{configuration.at(number, (*path, key))}: unknown key {key!r} was ignored; {did_you_mean(key, allowed)}"
         for name in allowed:
-            yield from _unknown_keys(recipe, number, getattr(part, name), (*path, name))
+            yield from _unknown_keys(configuration, number, getattr(part, name), (*path, name))
     elif isinstance(part, list):
         for index, item in enumerate(cast("list[Any]", part)):
-            yield from _unknown_keys(recipe, number, item, (*path, index))
+            yield from _unknown_keys(configuration, number, item, (*path, index))
     elif isinstance(part, dict):
         for key, item in cast("dict[str, Any]", part).items():
-            yield from _unknown_keys(recipe, number, item, (*path, key))
+            yield from _unknown_keys(configuration, number, item, (*path, key))
