@@ -9,16 +9,16 @@ from torch import Tensor
 
 from soups.errors import SoupError
 from soups.evaluation import predict, score
+from soups.fitting.spec import fingerprint
 from soups.launch.progress import History, ReportProgress
 from soups.launch.quiet import quiet
 from soups.launch.settings import (
     Settings,
     build_splits,
     check,
-    determinants,
     device_count,
+    fit_of,
     launched_outside,
-    name_of,
     open_pool,
     processes,
     versions,
@@ -55,8 +55,8 @@ def fine_tune(settings: Settings, show_progress: bool = True) -> Ingredient:
     pool = open_pool(settings)
     splits = build_splits(settings)
     start, start_weights = ensure_start(settings, splits)
-    determined = determinants(settings, start.weights, splits.hash())
-    name = name_of(determined)
+    spec = fit_of(settings).on(split=splits.hash(), base_model=start.weights)
+    name, determined = fingerprint(spec), spec.determinants()
     if name in pool:
         return pool.ingredient(name)
     pool.check_writable()
@@ -92,8 +92,8 @@ def fit(
     """Fine-tune in this process (one of the ranks) and let rank 0 add the result to the pool."""
     began = time.perf_counter()
     pool = open_pool(settings)
-    determined = determinants(settings, start.weights, splits.hash())
-    name = name_of(determined)
+    spec = fit_of(settings).on(split=splits.hash(), base_model=start.weights)
+    name, determined = fingerprint(spec), spec.determinants()
     logger = ingredient_logger(settings, name, determined)
     history = History()
     watching = [ReportProgress(pool, name), history]

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.panel import Panel
 
 from soups.errors import ConfigError, RunError, SoupError
+from soups.fitting.schema import build
 from soups.launch.app import leave
 from soups.launch.progress import SweepProgress
 from soups.launch.quiet import quiet
@@ -27,7 +28,6 @@ from soups.launch.search_space import split_arguments
 from soups.launch.settings import (
     Settings,
     UserError,
-    build,
     device_count,
     is_first_process,
     launched_outside,

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from soups.errors import ConfigError, WeightsError, did_you_mean
+from soups.fitting.schema import build
 from soups.launch.front import Front
 from soups.launch.progress import StepFile
-from soups.launch.settings import Settings, build, device_count
+from soups.launch.settings import Settings, device_count
 from soups.launch.start import device_for
 from soups.protocols import Node, Operation, Output, Plan, Work
 from soups.protocols.rewarded import Layout, Shares, Study, interpolation, label, layout, preference, shares_of

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import platform
-from dataclasses import dataclass
-from importlib import import_module, metadata
+from importlib import metadata
 from typing import Any, cast
 
 import torch
@@ -16,16 +14,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import soups
-from soups.errors import ConfigError, RunError, did_you_mean
-from soups.stores.files import fingerprint
+from soups.errors import ConfigError, RunError
+from soups.fitting.configuration import Configuration, read_configuration
+from soups.fitting.schema import build
+from soups.fitting.spec import TRAINING_VERSION as TRAINING_VERSION
+from soups.fitting.spec import FitSpec
 from soups.stores.pool import Pool
 from soups.tasks.data import Splits
 from soups.tasks.network import Network
 
 Settings = dict[str, Any]
-
-# Raise it when a change of this code changes the weights that the same settings give.
-TRAINING_VERSION = 1
 
 # Where and on how much hardware a run happens. The batch size is global and every random number is derived from what it
 # is for, so these change the weights by rounding only: they do not enter the fingerprint.
@@ -53,45 +51,6 @@ def resolve(config: DictConfig) -> Settings:
         raise ConfigError(f"The configuration cannot be resolved: {error}") from error
 
 
-def build(section: Settings, name: str, **more: Any) -> Any:
-    """Call what `section["_target_"]` names with the section's other values and `more`.
-
-    Raises:
-        ConfigError: there is no such function, or it takes no such argument.
-    """
-    values = {key: value for key, value in section.items() if key != "_target_"}
-    target = str(section.get("_target_", ""))
-    module, _, attribute = target.rpartition(".")
-    try:
-        function = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{name}._target_={target!r} cannot be imported: {error}.") from error
-    signature = inspect.signature(function)
-    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
-    if not open_ended and (unknown := sorted(set(values) - set(signature.parameters))):
-        raise ConfigError(
-            f"{name}.{unknown[0]} is no setting of {target}: {did_you_mean(unknown[0], signature.parameters)}"
-        )
-    try:
-        signature.bind(**{**more, **values})
-    except TypeError as error:
-        raise ConfigError(f"{name}: {target} cannot be called with these settings: {error}.") from error
-    return function(**{**more, **values})
-
-
-@dataclass(frozen=True)
-class Task:
-    """The data and the network of some settings, built.
-
-    Attributes:
-        splits: the data.
-        network: the model, with the weights it was pretrained with.
-    """
-
-    splits: Splits
-    network: Network
-
-
 def build_splits(settings: Settings) -> Splits:
     """Build the data of some settings, and check that it came as splits."""
     splits = build(settings["data"], "data")
@@ -114,16 +73,18 @@ def build_network(settings: Settings, num_classes: int) -> Network:
     return network
 
 
-def probe_determinants(settings: Settings, split: str) -> Settings:
-    """Return what decides the weights of the linear probe."""
-    return {
-        "training_version": TRAINING_VERSION,
-        "split": split,
-        "model": settings["model"],
-        "probe": settings["start"]["probe"],
-        "seed": settings["start"]["seed"],
-        "size": settings["loader"]["size"],
-    }
+def configuration_of(settings: Settings) -> Configuration:
+    """Return the settings as one typed configuration.
+
+    Raises:
+        ConfigError: an unknown setting, or a value that is not allowed.
+    """
+    return read_configuration(settings)
+
+
+def fit_of(settings: Settings) -> FitSpec:
+    """Return the fit that the settings describe."""
+    return read_configuration(settings).fit
 
 
 def shared_settings(settings: Settings) -> Settings:
@@ -140,38 +101,6 @@ def shared_settings(settings: Settings) -> Settings:
         "callbacks": {},
         "ingredient": {"weights": "raw"},
     }
-
-
-def determinants(settings: Settings, start: str, split: str) -> Settings:
-    """Return what decides the weights of an ingredient.
-
-    Args:
-        settings: of the run.
-        start: weights hash of the shared start.
-        split: split hash of the data.
-    """
-    trainer = {key: value for key, value in settings["trainer"].items() if key not in LAYOUT}
-    model = {key: value for key, value in settings["model"].items() if key != "pretrained"}
-    return {
-        "training_version": TRAINING_VERSION,
-        "start": start,
-        "split": split,
-        "model": model,
-        "seed": settings["seed"],
-        "task": settings["task"],
-        "optimizer": settings["optimizer"],
-        "augment": settings["augment"],
-        "size": settings["loader"]["size"],
-        "batch_size": settings["loader"]["batch_size"],
-        "trainer": trainer,
-        "callbacks": settings.get("callbacks") or {},
-        "weights": settings["ingredient"]["weights"],
-    }
-
-
-def name_of(determined: Settings) -> str:
-    """Return the fingerprint of some determinants."""
-    return fingerprint(determined)
 
 
 def open_pool(settings: Settings) -> Pool:
@@ -245,35 +174,12 @@ def is_first_process() -> bool:
 
 
 def check(settings: Settings) -> None:
-    """Check the values that would fail late or silently.
+    """Check every name and value.
 
     Raises:
         ConfigError: naming the key, its value and what is allowed.
     """
-    rules: list[tuple[str, bool, str]] = []
-    optimizer, task, loader = settings["optimizer"], settings["task"], settings["loader"]
-    rules.append(("optimizer.name", optimizer["name"] in ("adamw", "sgd"), "adamw or sgd"))
-    rules.append(("optimizer.schedule", optimizer["schedule"] in ("cosine", "constant"), "cosine or constant"))
-    rules.append(("optimizer.lr", _number(optimizer["lr"]) > 0, "a positive number"))
-    rules.append(("optimizer.weight_decay", _number(optimizer["weight_decay"]) >= 0, "a number of at least 0"))
-    rules.append(("task.label_smoothing", 0 <= _number(task["label_smoothing"]) < 1, "a number in [0, 1)"))
-    for key in ("size", "batch_size", "eval_batch_size"):
-        rules.append((f"loader.{key}", _number(loader[key]) >= 1, "a positive whole number"))
-    if from_elsewhere(settings) and "soup" not in settings:
-        raise ConfigError(
-            f"Checkpoints from elsewhere ({settings['pool']['path']}) are read and never added to: cook them, +soup=greedy."
-        )
-    for key, fine, allowed in rules:
-        if not fine:
-            section, _, leaf = key.partition(".")
-            raise ConfigError(f"{key}={settings[section][leaf]} must be {allowed}.")
-
-
-def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return float("nan")
+    read_configuration(settings)
 
 
 class UserError(CompactHydraException):

@@ -12,14 +12,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from soups.evaluation import Batch, predict, score
+from soups.fitting.spec import FitSpec, ProbeSpec, fingerprint
 from soups.launch.settings import (
     Settings,
     build_network,
     build_splits,
-    determinants,
-    name_of,
+    fit_of,
     open_pool,
-    probe_determinants,
     shared_settings,
     versions,
 )
@@ -63,7 +62,7 @@ def ensure_start(settings: Settings, splits: Splits | None = None) -> tuple[Ingr
     if not settings["start"]["epochs"]:
         return probe, weights
     shared = shared_settings(settings)
-    determined = determinants(shared, probe.weights, probe.split)
+    determined = fit_of(settings).on(split=probe.split).shared_epochs(probe.weights)
 
     def make() -> tuple[Ingredient, dict[str, Tensor]]:
         began = time.perf_counter()
@@ -79,7 +78,7 @@ def ensure_probe(settings: Settings, splits: Splits) -> tuple[Ingredient, dict[s
 
     With `start.probe=false` the head is random, by `start.seed`.
     """
-    determined = probe_determinants(settings, splits.hash())
+    determined = fit_of(settings).on(split=splits.hash()).probe()
 
     def make() -> tuple[Ingredient, dict[str, Tensor]]:
         began = time.perf_counter()
@@ -95,11 +94,14 @@ def ensure_probe(settings: Settings, splits: Splits) -> tuple[Ingredient, dict[s
 
 
 def _once(
-    settings: Settings, determined: Settings, doing: str, make: Callable[[], tuple[Ingredient, dict[str, Tensor]]]
+    settings: Settings,
+    determined: FitSpec | ProbeSpec,
+    doing: str,
+    make: Callable[[], tuple[Ingredient, dict[str, Tensor]]],
 ) -> tuple[Ingredient, dict[str, Tensor]]:
     """Return a start by its determinants; let one process of this machine make it if there is none."""
     pool = open_pool(settings)
-    name = name_of(determined)
+    name = fingerprint(determined)
     if found := pool.start(name):
         return found
     pool.check_writable()
@@ -115,15 +117,20 @@ def _once(
 
 
 def _record(
-    settings: Settings, splits: Splits, network: Network, determined: Settings, began: float, notes: dict[str, Any]
+    settings: Settings,
+    splits: Splits,
+    network: Network,
+    determined: FitSpec | ProbeSpec,
+    began: float,
+    notes: dict[str, Any],
 ) -> tuple[Ingredient, dict[str, Tensor]]:
     device = device_for(settings)
     logits = predict(network.module.to(device), evaluation_batches(settings, splits.heldout, network), device)
     numbers = score(logits, splits.heldout.labels)
     weights = {key: tensor.detach().cpu() for key, tensor in network.module.state_dict().items()}
     record = Ingredient(
-        fingerprint=name_of(determined),
-        determinants=determined,
+        fingerprint=fingerprint(determined),
+        determinants=determined.determinants(),
         config=settings,
         split=splits.hash(),
         metrics={"heldout": {"accuracy": numbers.accuracy, "loss": numbers.loss, "count": numbers.count}},

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from soups.errors import ConfigError, RunError, SoupError
+from soups.fitting.spec import fingerprint
 from soups.launch.app import finish, leave, tell_failures
 from soups.launch.cook import check_options
 from soups.launch.fits import Evaluation
@@ -29,9 +30,8 @@ from soups.launch.settings import (
     UserError,
     build_splits,
     check,
-    determinants,
+    fit_of,
     from_elsewhere,
-    name_of,
     open_pool,
     refuse_sweeps_in_ranks,
     resolve,
@@ -188,7 +188,7 @@ def compose(
             own_splits = build_splits(own)
             own_split = own_splits.hash()
             own_start = ensure_start(own, own_splits)[0].weights
-        name = name_of(determinants(own, own_start, own_split))
+        name = fingerprint(fit_of(own).on(split=own_split, base_model=own_start))
         wanted.setdefault(name, Wanted(name, [*fixed, *point], _label(point)))
     return settings, list(wanted.values())
 

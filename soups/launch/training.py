@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from soups.callbacks import Averaging
 from soups.errors import ConfigError, did_you_mean
-from soups.launch.settings import Settings, build, build_network
+from soups.fitting.schema import build
+from soups.launch.settings import Settings, build_network
 from soups.tasks.classification import Classification
 from soups.tasks.data import OrderedBatches, ShuffledBatches, Splits
 from soups.tasks.network import Network

@@ -14,18 +14,18 @@ from torchvision import models as torchvision_models
 from transformers import ViTConfig, ViTForImageClassification
 
 from soups.errors import ConfigError, WeightsError
+from soups.fitting import spec as fitting
+from soups.fitting.schema import build
 from soups.launch.cook import check_options, cook
 from soups.launch.fine_tune import fine_tune
 from soups.launch.members import choose_members
 from soups.launch.progress import SweepProgress
 from soups.launch.settings import (
     Settings,
-    build,
     build_splits,
     check,
-    determinants,
     device_count,
-    name_of,
+    fit_of,
     open_pool,
 )
 from soups.launch.start import ensure_probe, ensure_start
@@ -45,7 +45,7 @@ def changed(settings: Settings, key: str, value: object) -> Settings:
 
 
 def fingerprint(settings: Settings) -> str:
-    return name_of(determinants(settings, "start", "split"))
+    return fitting.fingerprint(fit_of(settings).on(split="split", base_model="start"))
 
 
 @pytest.mark.parametrize(
