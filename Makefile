@@ -6,12 +6,13 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help soup test test-fast lint format clean
+.PHONY: help soup test test-fast lint format docs clean
 
 help:
 	@echo "make soup       environment, install, then: python train.py +soup=greedy"
 	@echo "make test       environment, install, then linters, types, layers and every test"
 	@echo "make test-fast  the same without the slow tests"
+	@echo "make docs       the API reference and the catalogue of methods, in build/docs"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -45,6 +46,9 @@ test: lint
 
 test-fast: lint
 	$(PYTEST) -m 'not slow'
+
+docs: $(VENV)/.all
+	$(BIN)/python docs/build.py build/docs
 
 format: $(VENV)/.all
 	$(BIN)/ruff check --fix .

@@ -33,7 +33,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kept = ("soups", "callbacks", "hydra_plugins", "conf")
     for name in kept:
         shutil.copytree(ROOT / name, base / "source" / name, symlinks=True)
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, base / "source" / name)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     build = [*pip, "wheel", str(base / "source"), "--no-deps", "--no-build-isolation", "-w", str(base)]
