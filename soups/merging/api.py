@@ -22,6 +22,7 @@ from soups.merging.stream import DEFAULT_BUDGET, Job, MemorySink, run
 from soups.stores.checkpoint import TorchStore
 from soups.stores.files import fingerprint
 from soups.stores.folder import is_folder_of
+from soups.stores.names import reconcile
 from soups.stores.opening import Checkpoint, open_store
 from soups.stores.remote import RemoteFolderWriter, uploaded
 from soups.stores.sources import is_remote
@@ -109,7 +110,8 @@ def plan_merge(
         if problem := describe_mismatch(expected, headers(store)):
             raise WeightsError(
                 f"{store.location} does not fit {donor.location}: {problem}. Models that are merged need the same "
-                f"architecture, head included; leave this one out or fine-tune it again from the shared start."
+                f"architecture, head included. Map tensors that are the same under other names by rename; else leave this one out, "
+                f"or fine-tune it again from the shared base."
             )
     tied = _tied(donor, models)
     jobs: list[Job] = []
@@ -247,6 +249,15 @@ def _opened(place: Checkpoint, stack: ExitStack) -> Store:
     return place if isinstance(place, Store) else stack.enter_context(open_store(place))
 
 
+def _under_one_set_of_names(
+    stores: Sequence[Store], start: Store | None, rename: Mapping[str, str] | None
+) -> tuple[list[Store], Store | None]:
+    every = dict(enumerate([*stores, *([] if start is None else [start])]))
+    folders = {number: folder for number, store in every.items() if (folder := is_folder_of(store)) is not None}
+    shown = reconcile(every, 0 if start is None else len(stores), folders, rename=rename).stores
+    return [shown[number] for number in range(len(stores))], None if start is None else shown[len(stores)]
+
+
 def merge(
     method: Methods,
     models: Sequence[Checkpoint],
@@ -260,6 +271,7 @@ def merge(
     compiled: bool | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
+    rename: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Tensor] | Path | str:
     """Merge models: checkpoints of any kind in, weights or a safetensors output out.
@@ -280,6 +292,8 @@ def merge(
         compiled: use loops in C where there are such: the same bits, sooner; `None`: if they were built.
         shard_bytes: most bytes in one file of a folder.
         overwrite: replace what is at `out`.
+        rename: regular expressions and replacements, applied to the models' tensor names. Names that transformers itself
+            maps onto each other need none.
         progress: told the bytes of sources that were finished with.
 
     Returns:
@@ -295,8 +309,9 @@ def merge(
     with ExitStack() as stack:
         stores = [_opened(place, stack) for place in models]
         start = _opened(base, stack) if base is not None else None
-        plan = plan_merge(method, stores, start, dtype=dtype)
         folder = is_folder_of(start or stores[0])
+        stores, start = _under_one_set_of_names(stores, start, rename)
+        plan = plan_merge(method, stores, start, dtype=dtype)
         metadata = {"soups.merge": json.dumps({"method": repr(method), "models": [store.location for store in stores]})}
         return execute(
             plan,

@@ -23,12 +23,9 @@ from soups.merging.operands import Source
 from soups.merging.stream import Job
 from soups.stores.folder import FolderStore
 from soups.stores.lora import LoRAStore
+from soups.stores.names import reconcile
 from soups.stores.store import Store, TensorMeta, headers
-from soups.stores.views import AliasedStore
 from soups.weights import describe_mismatch
-
-# The two ends of a language model that may be one tensor.
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 Opener = Callable[[Reference], Store]
 
@@ -167,24 +164,15 @@ class _Planner:
         self.warnings: list[str] = []
         self.stores = {reference: opener(reference) for reference in references(self.document)}
         self.folders = {ref: folder for ref, store in self.stores.items() if (folder := folder_of(store)) is not None}
-        self.untied = self._give_heads()
         self.donor = self.document.base_model or self.sections[0].inputs[0].model
+        shown = reconcile(self.stores, self.donor, self.folders, rename=self.document.rename)
+        self.stores, self.heads = shown.stores, shown.heads
         self.shared = share_vocabulary(self.document, self.stores, self.folders, self.donor)
         if truncate:
             cut_embeddings(self.stores)
         self.modules = self._split_modules()
         self.layers = {(module, reference): Layers(names) for (module, reference), names in self.modules.items()}
         self.methods: dict[tuple[Any, ...], Method] = {}
-
-    def _give_heads(self) -> bool:
-        """Let models that leave a tied output head out have it, if another model has one; tell whether any was given."""
-        names = {reference: set(store) for reference, store in self.stores.items()}
-        given = False
-        for reference, own in names.items():
-            if _HEAD not in own and _EMBEDDING in own and any(_HEAD in others for others in names.values()):
-                self.stores[reference] = AliasedStore(self.stores[reference], {_HEAD: _EMBEDDING})
-                given = True
-        return given
 
     def _split_modules(self) -> dict[tuple[str | None, Reference], list[str]]:
         """Return each model's tensor names by module; `None` is the whole model."""
@@ -234,7 +222,7 @@ class _Planner:
                 layers = None
         tied = self._tied({job.key for job in jobs})
         plan = MergePlan(tuple(job for job in jobs if job.key not in tied), tied)
-        untied = self.untied and _HEAD not in tied
+        untied = any(head not in tied for head in self.heads & set(plan.outputs))
         return Planned(plan, self.donor, layers, self.warnings, untied, self.shared)
 
     def _tied(self, names: set[str]) -> dict[str, str]:
@@ -398,8 +386,9 @@ def _check_fit(donor: Store, names: Sequence[str], others: Sequence[tuple[Store,
         if problem := describe_mismatch(expected, headers(store, own)):
             raise WeightsError(
                 f"{store.location} does not fit {donor.location}: {problem}. Models that are merged need the same "
-                f"architecture and vocabulary. Vocabularies are brought together by `tokenizer: {{source: union}}`; leave the "
-                f"model out, or bring it to the same shape first, where that is not what differs."
+                f"architecture and vocabulary. Tensors that are the same under other names are mapped by `rename: {{old: new}}` "
+                f"(regular expressions), vocabularies are brought together by `tokenizer: {{source: union}}`; else leave the "
+                f"model out, or bring it to the same shape first."
             )
 
 

@@ -188,6 +188,7 @@ class Document(Part):
     models: list[InputModel] | None = None
     slices: list[Slice] | None = None
     modules: dict[str, Module] | None = None
+    rename: dict[str, str] | None = None
     parameters: Parameters | None = None
     dtype: str | None = None
     out_dtype: str | None = None

@@ -10,6 +10,7 @@ from soups.stores.names.rules import filled, modern, template
 
 Shapes = Mapping[str, tuple[int, ...] | None]
 _DEEPEST = 3  # components of a prefix
+_BODY = 4  # kinds of tensors that make a body
 
 
 class NameMatcher:
@@ -38,15 +39,23 @@ class NameMatcher:
         for meaning in doubtful:
             self._canonical.pop(meaning, None)
 
-    def match(self, shapes: Shapes, architecture: Architecture | None = None) -> dict[str, str]:
-        """Return the reference's name for each of another checkpoint's names that has one."""
+    def match(
+        self, shapes: Shapes, architecture: Architecture | None = None, *, prefixes: bool = True
+    ) -> dict[str, str]:
+        """Return the reference's name for each of another checkpoint's names that has one.
+
+        Args:
+            shapes: the other's names, and the tensors' shapes.
+            architecture: what transformers knows of the other's class.
+            prefixes: also look for a change of prefix that finds more names.
+        """
         found: dict[str, str] = {}
         canonical = _canonical_names(shapes, architecture or self._architecture)
         for name, shape in shapes.items():
             place = self._exact(name, shape) or self._known(canonical[name], shape)
             if place is not None:
                 found[name] = place
-        left = {name: shape for name, shape in shapes.items() if name not in found}
+        left = {name: shape for name, shape in shapes.items() if prefixes and name not in found}
         for one in (left, {canonical[name]: shape for name, shape in left.items()}):
             move = self._best_move(one, set(found.values()))
             if move is None:
@@ -90,7 +99,8 @@ class NameMatcher:
                     for name, rest in inner.items()
                     if (new + rest) in targets and self._same(targets[new + rest], mine[name])
                 )
-                if hits:
+                # One prefix for another is a guess, unless it carries a whole body of tensors over.
+                if hits and (not old or not new or (len(hits) == len(inner) and len(hits) >= _BODY)):
                     scores[old, new], places[old, new] = len(hits), hits
         if not scores:
             return None

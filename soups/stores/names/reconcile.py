@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from soups.stores.names.library import Architecture, architecture_of
 from soups.stores.names.matching import NameMatcher
@@ -12,15 +14,36 @@ from soups.stores.names.rules import is_derived, is_embedding, is_head, template
 from soups.stores.store import Store, TensorMeta
 from soups.stores.views import AliasedStore, RenamedStore
 
+Key = TypeVar("Key")
 
-def reconcile[Key](
+
+@dataclass(frozen=True)
+class Reconciled(Generic[Key]):
+    """Checkpoints under one set of names.
+
+    Attributes:
+        stores: the checkpoints, or views of them that are closed with the stores underneath.
+        given: the tied tensors that a checkpoint had left out, and the tensor that each repeats.
+        left_out: the derived tensors that were not in every checkpoint; numbers are written as `*`.
+    """
+
+    stores: dict[Key, Store]
+    given: dict[Key, dict[str, str]]
+    left_out: frozenset[str] = frozenset()
+
+    @property
+    def heads(self) -> set[str]:
+        """Names of all tied tensors that a checkpoint had left out."""
+        return {name for names in self.given.values() for name in names}
+
+
+def reconcile(
     stores: Mapping[Key, Store],
     reference: Key,
     folders: Mapping[Key, Path] | None = None,
     *,
-    rename: Renames | None = None,
-    note: Callable[[str], None] = lambda _: None,
-) -> dict[Key, Store]:
+    rename: Mapping[str, str] | None = None,
+) -> Reconciled[Key]:
     """Show checkpoints under the names that one of them has.
 
     Names are matched through transformers' own renames, tied weights and ignored keys where the library is installed and a
@@ -33,17 +56,18 @@ def reconcile[Key](
         stores: the checkpoints.
         reference: the one whose names count.
         folders: their folders on this machine, where they have one.
-        rename: renames of the user, applied before everything else.
-        note: told what was left out.
+        rename: the user's renames, applied to every name before everything else: regular expressions and replacements.
 
-    Returns:
-        The stores, or views of them that are closed with the stores underneath.
+    Raises:
+        ConfigError: a rename that is no regular expression.
+        WeightsError: a rename gives two tensors one name.
     """
+    renames = Renames(rename or {})
     shown: dict[Key, Store] = {
-        key: RenamedStore(store, rename) if rename and rename.table else store for key, store in stores.items()
+        key: RenamedStore(store, renames) if renames.table else store for key, store in stores.items()
     }
     if len({frozenset(_templates(store)) for store in shown.values()}) == 1:
-        return shown
+        return Reconciled(shown, {})
     known = {key: architecture_of((folders or {}).get(key)) for key in shown}
     matcher = NameMatcher(_shapes(shown[reference]), known[reference])
     for key, store in shown.items():
@@ -51,7 +75,7 @@ def reconcile[Key](
             places = matcher.match(_shapes(store), known[key])
             if any(name != place for name, place in places.items()):
                 shown[key] = RenamedStore(store, _renaming(places))
-    return _complete(shown, [one for one in known.values() if one is not None], matcher, note)
+    return _complete(shown, [one for one in known.values() if one is not None], matcher)
 
 
 def _renaming(places: Mapping[str, str]) -> Callable[[str], str]:
@@ -66,9 +90,7 @@ def _shapes(store: Store) -> dict[str, tuple[int, ...] | None]:
     return {name: store.meta(name).shape for name in store}
 
 
-def _complete[Key](
-    stores: dict[Key, Store], known: list[Architecture], matcher: NameMatcher, note: Callable[[str], None]
-) -> dict[Key, Store]:
+def _complete(stores: dict[Key, Store], known: list[Architecture], matcher: NameMatcher) -> Reconciled[Key]:
     """Leave out derived tensors and hand out tied ones, where not every store has them."""
     metas: dict[str, TensorMeta] = {}
     names: dict[str, str] = {}
@@ -91,14 +113,12 @@ def _complete[Key](
                     aliases[key][name] = mate
         elif is_derived(name, metas[pattern]) or any(one.search(name) for arch in known for one in arch.ignored):
             dropped.add(pattern)
-    if dropped:
-        note(f"{len(dropped)} kinds of tensors that models make for themselves are left out: {sorted(dropped)[:6]}.")
     completed: dict[Key, Store] = {}
     for key, store in stores.items():
         seen = AliasedStore(store, aliases[key]) if aliases[key] else store
         gone = dropped & owned[key]
         completed[key] = RenamedStore(seen, _without(gone)) if gone else seen
-    return completed
+    return Reconciled(completed, {key: names for key, names in aliases.items() if names}, frozenset(dropped))
 
 
 def _without(patterns: set[str]) -> Callable[[str], str | None]:
@@ -109,7 +129,9 @@ def _ties(known: list[Architecture], matcher: NameMatcher) -> list[set[str]]:
     """Return the groups of tied names that transformers knows, in the reference's names where it has them."""
     groups: list[set[str]] = []
     for architecture in known:
-        places = matcher.match(dict.fromkeys([*architecture.ties, *architecture.ties.values()]), architecture)
+        places = matcher.match(
+            dict.fromkeys([*architecture.ties, *architecture.ties.values()]), architecture, prefixes=False
+        )
         for name, first in architecture.ties.items():
             pair = {name, first, places.get(name, name), places.get(first, first)}
             joined = [group for group in groups if group & pair]
@@ -126,10 +148,10 @@ def _mate(store: Store, name: str, meta: TensorMeta, ties: list[set[str]]) -> st
     if name.endswith("decoder.bias"):  # BERT's head: one bias under two names
         outer = name.removesuffix("decoder.bias") + "bias"
         return outer if outer in own and store.meta(outer).shape == meta.shape else None
-    if len(meta.shape) != 2 or not (is_head(name) or is_embedding(name)) or not name.endswith(".weight"):
+    if len(meta.shape) != 2 or not (is_head(name) or is_embedding(name)) or "*" in template(name)[0]:
         return None
     candidates = [one for one in own if is_embedding(one) and len(store.meta(one).shape) == 2]
     fitting = {store.tied().get(one, one) for one in candidates if store.meta(one).shape[1] == meta.shape[1]}
     rows = {one for one in fitting if store.meta(one).shape == meta.shape}
-    chosen = rows or fitting
+    chosen = rows or (fitting if is_head(name) else set[str]())  # vocabularies may differ in size
     return chosen.pop() if len(chosen) == 1 else None

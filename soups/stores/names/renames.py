@@ -30,6 +30,7 @@ class Renames:
                 ) from error
 
     def __call__(self, name: str) -> str:
+        """Return a tensor's new name."""
         for old, new in self.table.items():
             name = re.sub(old, new, name, count=1)
         return name

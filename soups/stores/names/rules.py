@@ -15,7 +15,10 @@ _DERIVED = re.compile(
 )
 _MASK = re.compile(r"(^|\.)(attn|attention|self_attn|crossattention|self_attention)\.bias$")
 _EMBEDDING = re.compile(r"embed|wte|shared|tok_|word_emb|lookup", re.IGNORECASE)
-_HEAD = re.compile(r"head|decoder\.(weight|bias)$|embed_out|proj|output|predictions|lm_loss|generator", re.IGNORECASE)
+_HEAD = re.compile(
+    r"(^|\.)(lm_head|lm_head\.decoder|predictions\.decoder|embed_out|output|output_layer|output_projection|proj_out|lm_loss|"
+    r"generator|generator_lm_head|vocab_projector|pred_layer\.proj)\.weight$"
+)
 _NORM = re.compile(r"(norm|ln)[^.]*\.$|(^|\.)ln_?\w*\.$", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
@@ -51,11 +54,13 @@ def modern(name: str) -> str:
 
 def is_embedding(name: str) -> bool:
     """Tell whether a name is that of an embedding of tokens."""
-    return bool(_EMBEDDING.search(name)) and "position" not in name and "type" not in name and "norm" not in name.lower()
+    return (
+        bool(_EMBEDDING.search(name)) and "position" not in name and "type" not in name and "norm" not in name.lower()
+    )
 
 
 def is_head(name: str) -> bool:
-    """Tell whether a name may be that of an output head, which many models tie to the embedding."""
+    """Tell whether a name is that of an output head over a vocabulary, which many models tie to the embedding."""
     return bool(_HEAD.search(name))
 
 
