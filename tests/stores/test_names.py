@@ -256,7 +256,7 @@ def test_a_configuration_of_remote_code_or_an_unknown_type_is_not_an_error(tmp_p
 def test_merges_bring_models_to_the_base_models_names(tmp_path):
     """From Python and from a configuration: the mean of x and x + 1 is x + 1/2, under the base model's names."""
     from soups.merging import merge
-    from soups.merging.mergekit import merge_recipe
+    from soups.merging.mergekit import merge_configuration
 
     model = build("GPT2LMHeadModel", "gpt2", tie_word_embeddings=True)
     new = write(tmp_path / "new", model, saved(model), config=True)
@@ -267,7 +267,7 @@ def test_merges_bring_models_to_the_base_models_names(tmp_path):
         "merge_method": "linear",
         "models": [{"model": str(p), "parameters": {"weight": 1}} for p in places],
     }
-    for result in (merge("linear", places), merge_recipe(configuration)):
+    for result in (merge("linear", places), merge_configuration(configuration)):
         with open_store(new) as store:
             assert set(result) == set(store)
             for name in store:
