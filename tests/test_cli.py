@@ -143,20 +143,6 @@ def test_python_takes_the_same_configuration(models):
     assert package.merge("linear", [weights, weights]).keys() == weights.keys()
 
 
-def test_every_method_has_a_configuration_that_makes_it():
-    hydra = pytest.importorskip("hydra")
-    from hydra.utils import instantiate
-
-    from soups.merging import METHODS, make_method
-
-    files = {path.name.removesuffix(".yaml") for path in (ROOT / "conf" / "merge").glob("*.yaml")}
-    assert files == set(METHODS)
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for name in METHODS:
-            config = hydra.compose(overrides=[f"+merge={name}"])
-            assert instantiate(config.merge) == make_method(name), name
-
-
 @pytest.mark.slow
 def test_help_is_quick_and_imports_no_torch():
     code = "import sys, soups.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"

@@ -65,13 +65,3 @@ def test_merges_with_candidates_name_a_method_and_its_parameters(name: str) -> N
         assert parameter in known and isinstance(candidates, list) and len(candidates) > 1
         for candidate in candidates:
             make_method(name, **{parameter: candidate})
-
-
-def test_each_merge_method_has_its_configuration() -> None:
-    for path in (ROOT / "conf" / "merge").glob("*.yaml"):
-        section = dict(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
-        name = section.pop("name")
-        assert name == path.stem
-        given = {key: value for key, value in section.items() if not key.startswith("_")}
-        assert {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()} == METHODS[name].parameters
-    assert {path.stem for path in (ROOT / "conf" / "merge").glob("*.yaml")} == set(METHODS)
