@@ -32,12 +32,12 @@ def write_bert(folder: Path, layers: int = 1, dropout: float = 0.1, labels: int 
     return folder
 
 
-def write_gpt2(folder: Path) -> Path:
+def write_gpt2(folder: Path, layers: int = 1) -> Path:
     """Write a decoder classifier of random weights, and the same tokenizer."""
     torch.manual_seed(0)
     tokenizer(folder)
     config = GPT2Config(
-        vocab_size=len(SPECIAL) + len(GOOD + BAD + OTHER), n_embd=16, n_layer=1, n_head=2, n_positions=32, num_labels=2,
+        vocab_size=len(SPECIAL) + len(GOOD + BAD + OTHER), n_embd=16, n_layer=layers, n_head=2, n_positions=32, num_labels=2,
         pad_token_id=0, bos_token_id=2, eos_token_id=3,
     )  # fmt: skip
     GPT2ForSequenceClassification(config).save_pretrained(folder)

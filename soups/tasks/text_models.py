@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from soups.errors import ConfigError, DataError, did_you_mean
+from soups.tasks.frozen_layers import cache_frozen_layers
 from soups.tasks.network import Network, from_hub, make_network
 from soups.tasks.texts import TextInput
 from soups.tasks.wheels import MINILM, Wheel, fetch
@@ -32,6 +34,7 @@ def huggingface_text(
     freeze_layers: int = 0,
     dropout: float | None = 0.0,
     head: str | None = None,
+    cache_frozen: bool = False,
     **options: Any,
 ) -> Network:
     """Build any Hugging Face encoder or decoder as a classifier of texts, with a new head.
@@ -47,10 +50,12 @@ def huggingface_text(
         dropout: rate of all dropout layers; null keeps the configuration's. With a rate above zero, fits on another number
             of devices draw other masks.
         head: name of the final linear layer, when it is not the last one of width `num_classes`.
+        cache_frozen: compute the output of the frozen layers once for each text (`soups.tasks.frozen_layers`); dropout in
+            them is off. It needs frozen embeddings.
         options: passed to the configuration.
 
     Raises:
-        ConfigError: an unknown pooling.
+        ConfigError: an unknown pooling, too many frozen layers, or nothing to cache.
         DataError: the model cannot be had (offline, or no such name).
     """
     if pooling not in POOLINGS:
@@ -64,10 +69,15 @@ def huggingface_text(
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id
     module = from_hub(name, lambda: _build(place, config, pretrained, pooling))
-    if freeze_embeddings:
-        embeddings = cast(Any, module).get_input_embeddings()
-        for part in _embedding_parts(module, embeddings):
-            part.requires_grad_(False)
+    embeddings = _embedding_parts(module, cast(Any, module).get_input_embeddings()) if freeze_embeddings else []
+    for part in embeddings:
+        part.requires_grad_(False)
+    if cache_frozen and not (embeddings and freeze_layers):
+        raise ConfigError(
+            f"model.cache_frozen=true keeps the output of frozen layers, and there are none: model.freeze_layers="
+            f"{freeze_layers}, model.freeze_embeddings={freeze_embeddings}. Freeze some, or set model.cache_frozen=false."
+        )
+    announce: Callable[[Sequence[Tensor]], None] | None = None
     if freeze_layers:
         stack = max(
             (part for part in module.modules() if isinstance(part, nn.ModuleList)), key=len, default=nn.ModuleList()
@@ -76,7 +86,9 @@ def huggingface_text(
             raise ConfigError(f"model.freeze_layers={freeze_layers}, but the model has {len(stack)} layers.")
         for layer in list(stack)[:freeze_layers]:
             layer.requires_grad_(False)
-    return make_network(module, TextInput(tokenizer), num_classes, head)
+        if cache_frozen:
+            announce = cache_frozen_layers(module, stack, freeze_layers, embeddings).expect
+    return make_network(module, TextInput(tokenizer, announce), num_classes, head)
 
 
 def model_folder(name: str) -> Path | str:

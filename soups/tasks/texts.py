@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -89,10 +89,11 @@ class TextInput(Input):
 
     Args:
         tokenizer: with a padding token.
+        announce: called with the token ids of texts before any of them is read.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, announce: Callable[[Sequence[Tensor]], None] | None = None) -> None:
+        self.tokenizer, self._announce = tokenizer, announce
         self._kept: dict[str, list[Tensor]] = {}
 
     def dataset(
@@ -115,6 +116,8 @@ class TextInput(Input):
         name = fingerprint([hash_texts(texts), self._identity(), size])
         if name not in self._kept:
             self._kept[name] = self._stored(texts, size, cache_folder() / "tokens" / name)
+            if self._announce is not None:
+                self._announce(self._kept[name])
         return self._kept[name]
 
     def _stored(self, texts: Sequence[str], size: int, folder: Path) -> list[Tensor]:

