@@ -1,8 +1,9 @@
 """Outputs of a network's frozen lowest layers, computed once for each text and kept on disk.
 
 Where embeddings and the lowest layers of an encoder stay as they are, their output for a text is the same in every epoch,
-in every fine-tune and in every average of fine-tunes. Two thirds of a training step go into the layers above when half of
-six layers are frozen, and a third of an evaluation; the cache saves the rest.
+in every fine-tune and in every average of fine-tunes. With five of MiniLM's six layers frozen, an epoch and an evaluation
+take about a third of their time once the outputs are there. Any text model has it as a setting: `model.freeze_layers=5
+model.cache_frozen=true`.
 
 `cache_frozen_layers` works inside the module: batches stay token ids, parameters keep their names, and every caller
 (training, evaluation, probes, reward pairs) works unchanged. It is exact:
@@ -146,7 +147,7 @@ class FrozenOutputs:
     def _is_applicable(self, module: nn.Module, ids: Tensor) -> bool:
         if torch.is_autocast_enabled(ids.device.type) or ids.ndim != 2:
             return False
-        functorch = cast(Any, torch._C)._functorch
+        functorch = cast(Any, torch)._C._functorch
         return not any(
             tensor.requires_grad or functorch.is_functorch_wrapped_tensor(tensor) for tensor in self._frozen(module)
         )
