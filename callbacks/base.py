@@ -18,12 +18,16 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from soups.averaging.checkpoint import load_averaged
 from soups.averaging.mean import Mean
 from soups.averaging.units import Plan
 from soups.errors import ConfigError
+from soups.stores.averages import KEY
 
+from . import saving
 from .session import Session
 from .settings import Settings
+from .spool import Spool, in_worker
 
 
 class Averaging(Callback):
@@ -37,6 +41,7 @@ class Averaging(Callback):
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self._spool = Spool()
         self._session: Session | None = None
         self._leads = False
 
@@ -58,8 +63,18 @@ class Averaging(Callback):
     def after_step(self, session: Session, trainer: pl.Trainer, *, epoch_end: bool) -> None:
         """Do more after the averages were updated (write a snapshot)."""
 
-    def on_begin(self, session: Session, trainer: pl.Trainer) -> None:
-        """Get ready, when the plan is known and a resumed run's state is in place."""
+    def on_begin(self, session: Session, trainer: pl.Trainer, run: dict[str, Any] | None) -> None:
+        """Get ready, when the plan is known and a resumed run's state is in place.
+
+        Args:
+            session: the fit.
+            trainer: its Trainer.
+            run: what `run_state` returned when the checkpoint was written that is resumed; None in a new run.
+        """
+
+    def run_state(self) -> dict[str, Any] | None:
+        """Return plain values that a resumed run needs beside the averages."""
+        return None
 
     # For the user ---------------------------------------------------------------------------------------------------
 
@@ -78,6 +93,8 @@ class Averaging(Callback):
             ConfigError: there was no fit, or no average of this name.
             WeightsError: the average's start was never reached.
         """
+        if self._session is None and self._spool.exists():
+            return load_averaged(self._spool.path, self._name(name))
         return self._ready().state_dict(self._name(name))
 
     @contextmanager
@@ -88,12 +105,16 @@ class Averaging(Callback):
             yield session.module
 
     def apply(self, name: str | None = None) -> None:
-        """Overwrite the module's weights with the average, for good."""
-        session = self._ready()
-        session.module.load_state_dict(session.state_dict(self._name(name)))
+        """Overwrite the module's own tensors with the average, for good. Tensors that are not averaged stay."""
+        self._ready().write(self._name(name))
 
     def _ready(self) -> Session:
         if self._session is None:
+            if self._spool.exists():
+                raise ConfigError(
+                    f"The fit ran in other processes, and {type(self).__name__} does not know the module in this one. Load "
+                    f"the average into it: model.load_state_dict(callback.average())."
+                )
             raise ConfigError(f"{type(self).__name__} holds no averages yet: run trainer.fit with it first.")
         return self._session
 
@@ -119,14 +140,26 @@ class Averaging(Callback):
         members = [member for callback in everyone for member in callback.members()]
         fresh = stage == "fit" or self._session is None or self._session.module is not pl_module
         if fresh:
+            earlier = self._session
             self._session = Session(trainer, pl_module, members)
+            if earlier is not None and earlier.module is pl_module and earlier.trainer is trainer:
+                self._session.earlier = earlier.steps if trainer.current_epoch else None
         assert self._session is not None
         self._session.attach(trainer, evaluating=stage != "fit")
+        if fresh and stage != "fit" and self._spool.exists():
+            self._session.loaded = self._spool.read()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start counting, now that weights are on their device and a resumed state was read."""
         if self._leads and self._session is not None:
             self._session.begin()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note what the last validation has left, before training goes on."""
+        if self._leads and self._session is not None:
+            self._session.before_batch()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -144,6 +177,23 @@ class Averaging(Callback):
         """Say so if an average never started."""
         if self._leads and self._session is not None:
             self._session.end()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Hand the averages to the main process, if this is another one."""
+        if self._leads and self._session is not None and in_worker(trainer):
+            owner: Any = trainer
+            content = saving.portable(self._session)
+            if trainer.is_global_zero:
+                for callback in owner.callbacks:
+                    if isinstance(callback, Averaging):
+                        callback._spool.write(content)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add averages of a fit in other processes to a checkpoint that the main process writes."""
+        if self._session is None and self._spool.exists():
+            checkpoint.setdefault(KEY, self._spool.read())
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put an average in place, if validation is to run on it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import lightning.pytorch as pl
 
@@ -15,7 +15,7 @@ from soups.averaging.snapshots import Snapshots
 from soups.averaging.units import Plan, Schedule
 
 from .base import Averaging
-from .plan import rehearsal
+from .folders import SnapshotFolder
 from .settings import Options, settings_of
 from .sharding import gather
 
@@ -31,7 +31,8 @@ class PostHocEMA(Averaging):
     Args:
         sigmas: relative widths of the tracked profiles; the paper tracks two.
         snapshot_every: spacing of the snapshots. The last step of the planned run is always one.
-        folder: where they go; `<default_root_dir>/snapshots/<name>` when None.
+        folder: where they go; `<default_root_dir>/snapshots/<name>` when None, with a number if that is taken. A folder
+            with snapshots of another run is refused; only a resumed run removes any, and only its own.
         snapshot_dtype: dtype on disk; float32 when None, "bfloat16" to halve it.
         **options: see `Settings`. `name` is "posthoc" unless given.
     """
@@ -48,13 +49,11 @@ class PostHocEMA(Averaging):
         super().__init__(settings_of(options, name="posthoc"))
         self.sigmas = tuple(sigmas)
         self.snapshot_every = units.parse(snapshot_every)
-        self.folder = folder
-        self.snapshot_dtype = snapshot_dtype
+        self._folder = SnapshotFolder(folder, self.settings.name, snapshot_dtype)
         for sigma in self.sigmas:
             PowerEMA(sigma)
         self._schedule: Schedule | None = None
         self._snapshots: Snapshots | None = None
-        Snapshots("", dtype=snapshot_dtype)
 
     def _names(self) -> dict[str, float]:
         return {f"{self.settings.name}@{sigma:g}": sigma for sigma in self.sigmas}
@@ -73,17 +72,19 @@ class PostHocEMA(Averaging):
             for name, sigma in self._names().items()
         }
 
-    def on_begin(self, session: Session, trainer: pl.Trainer) -> None:
+    def on_begin(self, session: Session, trainer: pl.Trainer, run: dict[str, Any] | None) -> None:
         """Open the folder, and remove what a run that is resumed wrote after the checkpoint."""
-        folder = self.folder or Path(trainer.default_root_dir) / "snapshots" / self.settings.name
-        self._snapshots = Snapshots(folder, dtype=self.snapshot_dtype)
-        if trainer.is_global_zero and not rehearsal(trainer):
-            self._snapshots.drop_after(session.steps, list(self._names()))
+        self._folder.name = self.settings.name
+        self._snapshots = self._folder.open(trainer, session.steps, list(self._names()), run)
+
+    def run_state(self) -> dict[str, Any] | None:
+        """Return which run this is and where its snapshots lie."""
+        return self._folder.state()
 
     def after_step(self, session: Session, trainer: pl.Trainer, *, epoch_end: bool) -> None:
         """Write the snapshots that are due."""
         schedule, snapshots = self._schedule, self._snapshots
-        if schedule is None or snapshots is None or rehearsal(trainer) or not session.steps:
+        if schedule is None or snapshots is None or not session.steps:
             return
         if not schedule.due(session.steps, session.epochs, epoch_end=epoch_end):
             return
@@ -95,5 +96,5 @@ class PostHocEMA(Averaging):
             originals = session.originals()
             weights = {key: gather(tensor, originals[key]) for key, tensor in mean.value().items()}
             if trainer.is_global_zero:
-                facts = {"gamma": mean.gamma, "count": mean.count, "interval": mean.interval}
+                facts = {"gamma": mean.gamma, "count": mean.count, "interval": mean.interval, **self._folder.facts}
                 snapshots.save(name, session.steps, weights, **facts)

@@ -13,23 +13,26 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from soups.averaging.checkpoint import overlay, plain_name
+from soups.averaging.checkpoint import overlay
 from soups.averaging.mean import Mean, release, update
+from soups.averaging.places import find_places
 from soups.averaging.swapping import Swap, slots
 from soups.averaging.units import Plan, Schedule
 from soups.errors import ConfigError, did_you_mean
-from soups.weights import is_averaged
+from soups.stores.averages import plain_name, sources
 
 from . import saving
 from .batchnorm import remeasure
+from .branches import Branches
 from .evaluation import evaluate_beside
-from .plan import plan_of
-from .quiet import SpareMetrics
+from .finite import Finite
+from .plan import plan_of, steps_before
+from .reach import state_of
 from .settings import Evaluate, Settings
-from .sharding import any_sharded, like, local, refuse_opaque, reshard, shard_of
+from .sharding import any_sharded, like, local, refuse_opaque, reshard
+from .tensors import Tensors
 
 if TYPE_CHECKING:
     from .base import Averaging
@@ -47,7 +50,9 @@ class Tracked:
     # BatchNorm statistics measured for the average, and the number of points it had then.
     statistics: dict[str, Tensor] = field(default_factory=dict)
     measured_at: int = 0
-    metrics: SpareMetrics = field(default_factory=SpareMetrics)
+    # The average as it was before a last point that only the end of the planned run has brought in.
+    before_last: dict[str, Any] | None = None
+    finite: Finite = field(default_factory=Finite)
 
 
 class Session:
@@ -74,13 +79,15 @@ class Session:
         self.begun = False
         # What a checkpoint held, until the averages are there to take it; in evaluations, what is evaluated.
         self.loaded: dict[str, Any] | None = None
+        # Steps that an earlier fit of the same module and Trainer has counted.
+        self.earlier: int | None = None
         self._dirty = False
         self._handles: list[Any] = []
-        self._frozen: dict[str, tuple[dict[str, Any], str]] = {}
-        self._cells: dict[str, tuple[dict[str, Any], str]] = {}
-        self._buffers: set[str] = set()
+        self._optimizers: list[Any] = []
+        self._tensors: Tensors | None = None
         self._swap: Swap | None = None
         self._evaluating = False
+        self._branches = self._new_branches()
         self._check()
 
     def _check(self) -> None:
@@ -96,6 +103,9 @@ class Session:
                     f"names of the metrics. Use {what}='both' for all but one."
                 )
 
+    def _new_branches(self) -> Branches:
+        return Branches(lambda: state_of(self.trainer, self.module, skip=map(id, self.originals().values())))
+
     # Attaching ------------------------------------------------------------------------------------------------------
 
     def attach(self, trainer: pl.Trainer, *, evaluating: bool) -> None:
@@ -104,20 +114,25 @@ class Session:
         self._evaluating = evaluating
         if evaluating:
             self.loaded = None
+            self._branches = self._new_branches()
         else:
             refuse_opaque(trainer)
         saving.install(self.module, self)
 
     def detach(self) -> None:
-        """Let go of the optimizers."""
+        """Let go of the optimizers, and of the states of user code."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._optimizers = [], []
+        self._branches = self._new_branches()
 
     def begin(self) -> None:
         """Make the averages for a run whose length is known now, and listen to the optimizers."""
         self.plan = plan_of(self.trainer)
-        self._find_tensors()
+        self._tensors = Tensors(self.module)
+        # A Trainer that goes on (a higher `max_epochs`) counts epochs from the beginning of its first fit.
+        self.epochs = self.trainer.current_epoch
+        self.steps = steps_before(self.trainer) if self.earlier is None else self.earlier
         for member in self.members:
             settings = member.settings
             covers = self._covers(settings)
@@ -125,71 +140,86 @@ class Session:
                 schedule = Schedule(settings.start, settings.every, self.plan, last=member.includes_last)
                 self.tracked[name] = Tracked(name, settings, mean, schedule)
         self.begun = True
-        if self.loaded is not None:
-            self.restore(self.loaded)
-            self.loaded = None
-        for optimizer in self.trainer.optimizers:
+        content, self.loaded = self.loaded, None
+        if content is not None:
+            self.restore(content)
+        self._listen()
+        for member in self.members:
+            member.on_begin(self, self.trainer, (content or {}).get("runs", {}).get(member.settings.name))
+
+    def _listen(self) -> None:
+        """Hook into the optimizers' steps; anew if the run has exchanged its optimizers."""
+        if len(self._optimizers) == len(self.trainer.optimizers) and all(
+            one is other for one, other in zip(self._optimizers, self.trainer.optimizers, strict=True)
+        ):
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._optimizers, self._handles = list(self.trainer.optimizers), []
+        for optimizer in self._optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
-        for member in self.members:
-            member.on_begin(self, self.trainer)
 
     def _covers(self, settings: Settings) -> Any:
         if settings.buffers == "average":
             return None
-        return lambda name: name not in self._buffers
+        return lambda name: name not in self.tensors.buffers
 
-    def _find_tensors(self) -> None:
-        """Find trainable parameters and floating persistent buffers, tied ones once, where their owners keep them."""
-        self._cells, self._buffers, self._frozen = {}, set(), {}
-        seen: set[int] = set()
-        for prefix, layer in self.module.named_modules():
-            for key, parameter in layer._parameters.items():
-                if parameter is None or id(parameter) in seen:
-                    continue
-                seen.add(id(parameter))
-                name = plain_name(f"{prefix}.{key}" if prefix else key)
-                (self._cells if parameter.requires_grad else self._frozen)[name] = (layer._parameters, key)
-            for key, buffer in layer._buffers.items():
-                if buffer is None or key in layer._non_persistent_buffers_set or not is_averaged(buffer):
-                    continue
-                if id(buffer) not in seen:
-                    seen.add(id(buffer))
-                    name = plain_name(f"{prefix}.{key}" if prefix else key)
-                    self._cells[name] = (layer._buffers, key)
-                    self._buffers.add(name)
+    # The module's tensors -------------------------------------------------------------------------------------------
+
+    @property
+    def tensors(self) -> Tensors:
+        """What is averaged: trainable parameters and running statistics."""
+        assert self._tensors is not None
+        return self._tensors
+
+    def follow(self) -> None:
+        """Take note of layers and parameters that were exchanged, added or removed since the last time."""
+        change = self._tensors.follow() if self._tensors is not None and not self.swapped else None
+        if change is None:
+            return
+        weights = self.tensors.weights()
+        joined = {name: weights[name].detach() for name in change.joined}
+        for tracked in self.tracked.values():
+            tracked.mean.follow(change.renamed, joined, change.gone)
+            tracked.statistics, tracked.measured_at, tracked.before_last = {}, 0, None
+        if any(tracked.mean.count for tracked in self.tracked.values()):
+            warnings.warn(
+                f"The module has changed after {self.steps} steps ({change}). Averages go on: tensors that joined begin at "
+                f"their present values, renamed ones keep their history.",
+                stacklevel=2,
+            )
 
     def weights(self) -> dict[str, Tensor]:
-        """Return what is averaged, as it is now: trainable parameters and floating buffers, this process's shards."""
-        return {name: local(cell[key]) for name, (cell, key) in self._cells.items()}
+        """Return what is averaged, as it is now, this process's shards."""
+        self.follow()
+        return self.tensors.weights()
 
     def originals(self) -> dict[str, Tensor]:
-        """Return the module's tensors of the same names, DTensors whole."""
-        return {name: cell[key] for name, (cell, key) in self._cells.items()}
+        """Return the module's tensors of the same names, DTensors whole; before a fit has begun, all it has."""
+        return self._tensors.originals() if self._tensors is not None else slots(self.module)
 
     # Counting -------------------------------------------------------------------------------------------------------
 
     def _before_step(self, *_: Any) -> None:
         release([tracked.mean for tracked in self.tracked.values()])
         # A parameter that was unfrozen since has been constant until now, and so has its average.
-        for name in [name for name, (cell, key) in self._frozen.items() if cell[key].requires_grad]:
-            parameter = self.track_frozen(name)
+        for name in self.tensors.thawed():
+            parameter = self.tensors.thaw(name)
             for tracked in self.tracked.values():
                 tracked.mean.admit(name, local(parameter.detach()))
-
-    def track_frozen(self, name: str) -> Tensor:
-        """Count a parameter, frozen until now, among those that are averaged; return it."""
-        if name in self._frozen:
-            cell, key = self._frozen.pop(name)
-            self._cells[name] = (cell, key)
-        cell, key = self._cells[name]
-        return cell[key]
 
     def _after_step(self, optimizer: Any, *_: Any) -> None:
         # Fused optimizers under a gradient scaler are called even for a step that they skip.
         skipped = getattr(optimizer, "found_inf", None)
         if not (isinstance(skipped, Tensor) and bool(skipped.item())):
             self._dirty = True
+
+    def before_batch(self) -> None:
+        """See to it that the optimizers of this batch are listened to."""
+        self.settle()
+        if self.begun:
+            self._listen()
 
     def after_batch(self) -> None:
         """Take the points that are due after a training batch."""
@@ -203,6 +233,7 @@ class Session:
 
     def after_epoch(self) -> None:
         """Close an epoch: its point, if no last batch has taken it, statistics, distances."""
+        self.settle()
         if not self.begun:
             return
         if self.epochs <= self.trainer.current_epoch:
@@ -224,20 +255,24 @@ class Session:
         ]
         if due:
             weights = self.weights()
+            for tracked in due:
+                extra = tracked.mean.count and not tracked.schedule.regular(self.steps, epoch, epoch_end=epoch_end)
+                tracked.before_last = tracked.mean.undo_state() if extra else None
             # Averages of one spacing are updated in one pass; its plan is kept as long as they stay together.
             spacings: dict[tuple[object, ...], list[Tracked]] = {}
             for tracked in due:
                 spacings.setdefault((tracked.settings.start, tracked.settings.every), []).append(tracked)
             for together in spacings.values():
                 # Parameters wait for the optimizer, but the next forward pass already changes buffers.
-                update([tracked.mean for tracked in together], weights, released=bool(self._buffers))
+                update([tracked.mean for tracked in together], weights, released=bool(self.tensors.buffers))
             for tracked in due:
                 tracked.last_point = self.steps
         for member in self.members:
             member.after_step(self, self.trainer, epoch_end=epoch_end)
 
     def end(self) -> None:
-        """Warn of averages that hold nothing after all."""
+        """Warn of averages that hold nothing after all, or NaN."""
+        self.settle()
         self._remeasure()
         for tracked in self.tracked.values():
             if tracked.mean.count == 0:
@@ -246,6 +281,13 @@ class Session:
                     f"{self.steps} optimizer steps of this run. The module keeps its own weights, and no average is saved.",
                     stacklevel=2,
                 )
+            self.check_finite(tracked.name)
+
+    def check_finite(self, name: str) -> None:
+        """Warn, once, of an average that holds values that are not finite where the raw weights have finite ones."""
+        tracked = self.tracked.get(name)
+        if tracked is not None and tracked.mean.count and not self.swapped:
+            tracked.finite.check(tracked.name, tracked.mean, self.weights(), self.steps)
 
     # The averages ---------------------------------------------------------------------------------------------------
 
@@ -259,9 +301,7 @@ class Session:
         held = (self.loaded or {}).get("averages", {})
         if self._evaluating and name in held:
             entry = saving.whole_entry(held[name], name, self)
-            originals = slots(self.module)
-            merged = {**entry["weights"], **entry.get("buffers", {})}
-            return {key: shard_of(t, originals[key]) if key in originals else t for key, t in merged.items()}
+            return saving.for_module(self, name, entry)
         # A checkpoint that was loaded and lacks the average must not be tested on one that happens to be in memory.
         if name not in self.tracked or (self._evaluating and self.loaded is not None):
             known = did_you_mean(name, held if self.loaded is not None else self.tracked)
@@ -269,17 +309,40 @@ class Session:
                 f"There is no average called {name!r}: neither does the checkpoint that was loaded hold it, nor, without a "
                 f"checkpoint, did this process train one. {known[:1].upper()}{known[1:]}"
             )
+        self.follow()
         tracked = self.tracked[name]
         return {**tracked.mean.value(), **tracked.statistics}
 
     def state_dict(self, name: str) -> dict[str, Tensor]:
-        """Return an average as a full state dict of the module, in memory of its own."""
+        """Return an average as the module's own state dict has it, in memory of its own.
+
+        Raises:
+            WeightsError: an averaged tensor is not in the module's state dict, and the module's loading is strict.
+        """
         with torch.no_grad():
-            raw = {key: tensor.detach().clone() for key, tensor in self.module.state_dict().items()}
+            held = self.module.state_dict()
             whole = slots(self.module)
-            held = {key: tensor.detach().clone() for key, tensor in self.value(name).items()}
-            value = {key: like(t, whole[key]) if key in whole else t for key, t in held.items()}
-            return overlay(raw, value, self.tied())
+            places = find_places(held, whole, by_name=any_sharded(whole))
+            content = {"places": places.names, "unknown": places.unknown, "strict": self.strict}
+            value = {key: like(t, whole[key]) if key in whole else t for key, t in self.value(name).items()}
+            where = f"{type(self.module).__name__}.state_dict()"
+            copies = {key: t.detach().clone() if isinstance(t, Tensor) else t for key, t in held.items()}
+            value = {key: tensor.detach().clone() for key, tensor in value.items()}
+            return overlay(copies, value, sources(held, value, content, where=where))
+
+    @property
+    def strict(self) -> bool:
+        """Whether the module wants all of its tensors in a state dict."""
+        return bool(getattr(self.module, "strict_loading", True))
+
+    def write(self, name: str) -> None:
+        """Write an average into the module's tensors, for good."""
+        value, originals = self.value(name), slots(self.module)
+        with torch.no_grad():
+            for key, tensor in value.items():
+                if key in originals:
+                    target = local(originals[key])
+                    target.copy_(tensor.to(target.device))
 
     def tied(self) -> dict[str, str]:
         """Map names that repeat a tensor to the first name, by object identity as `named_parameters` sees it."""
@@ -300,10 +363,11 @@ class Session:
         value, weights = self.value(name), self.weights()
         total = torch.zeros((), dtype=torch.float64)
         for key, tensor in weights.items():
-            if key in value and key not in self._buffers:
-                difference = tensor.detach().float() - value[key].to(tensor.device).float()
+            if key in value and key not in self.tensors.buffers:
+                kind = torch.complex64 if tensor.is_complex() else torch.float32
+                difference = tensor.detach().to(kind) - value[key].to(tensor.device, kind)
                 # The sum stays where the weights are: NCCL adds up nothing on the CPU.
-                total = total.to(tensor.device) + difference.square().sum(dtype=torch.float64)
+                total = total.to(tensor.device) + difference.abs().square().sum(dtype=torch.float64)
         if any_sharded(self.originals()):
             torch.distributed.all_reduce(total)
         return math.sqrt(float(total))
@@ -331,8 +395,14 @@ class Session:
         """Bring the module's own weights back, if they are out."""
         if self._swap is not None:
             reshard(self.module)
-            self._swap.exit()
-            self._swap = None
+            swap, self._swap = self._swap, None
+            if written := swap.exit():
+                warnings.warn(
+                    f"While an average was in the module, the evaluation wrote into {written[:4]}"
+                    f"{f' and {len(written) - 4} more' if len(written) > 4 else ''}. The raw weights are back as they were; "
+                    f"the average has been changed. Clone a weight before you change it in an evaluation hook.",
+                    stacklevel=2,
+                )
 
     @contextlib.contextmanager
     def holding(self, name: str) -> Generator[None]:
@@ -345,19 +415,22 @@ class Session:
 
     def _choice(self, settings: Settings) -> Evaluate:
         fn = self.trainer.state.fn
-        if fn == TrainerFn.FITTING:
+        if fn == "fit":
             return settings.validate
-        return settings.predict if fn == TrainerFn.PREDICTING else settings.test
+        return settings.predict if fn == "predict" else settings.test
 
     def _has(self, name: str) -> bool:
         return name in self.tracked and self.tracked[name].mean.count > 0
+
+    def _asked(self, choice: Evaluate) -> list[str]:
+        return [m.settings.name for m in self.members if self._choice(m.settings) == choice]
 
     def _chosen(self, choice: Evaluate) -> list[str]:
         """Name the averages that are evaluated in this way now; none while Lightning checks that validation runs."""
         if self.trainer.sanity_checking:
             return []
-        names = [m.settings.name for m in self.members if self._choice(m.settings) == choice]
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        names = self._asked(choice)
+        if self.trainer.state.fn == "fit":
             return [name for name in names if self._has(name)]
         for name in names:
             self.value(name)  # outside a fit an average that is not there is an error, not a silent switch
@@ -365,18 +438,30 @@ class Session:
 
     def before_evaluation(self) -> None:
         """Put an average in place of the raw weights, where the user asked for that."""
-        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+        fitting = self.trainer.state.fn == "fit"
+        if fitting and not self.trainer.sanity_checking:
             self._remeasure()
-        for name in self._chosen("average"):
+        chosen = self._chosen("average")
+        if self._asked("both"):
+            self._branches.before()
+        for name in chosen:
+            self.check_finite(name)
             self.swap_in(name)
 
     def after_evaluation(self) -> None:
         """Bring the raw weights back, and evaluate the averages that were asked for beside them."""
         self.swap_out()
+        if not self._branches.ready:
+            return
+        self._branches.after()
         for name in self._chosen("both"):
-            metrics = self.tracked[name].metrics if name in self.tracked else SpareMetrics()
-            with self.holding(name):
-                evaluate_beside(self.trainer, self.module, f"_{name}", metrics)
+            self.check_finite(name)
+            with self._branches.of(name), self.holding(name):
+                evaluate_beside(self.trainer, f"_{name}")
+
+    def settle(self) -> None:
+        """Note the state that a validation has left in user code, once all of its hooks have run."""
+        self._branches.settle()
 
     def _remeasure(self) -> None:
         """Measure BatchNorm statistics for averages that have moved since the last time."""
@@ -385,7 +470,10 @@ class Session:
             if settings.buffers != "reestimate" or not tracked.mean.count or tracked.measured_at == tracked.mean.count:
                 continue
             with self.holding(tracked.name):
-                tracked.statistics = remeasure(self.trainer, self.module, settings.batches, settings.forward)
+                skip = map(id, self.originals().values())
+                tracked.statistics = remeasure(
+                    self.trainer, self.module, settings.batches, settings.forward, skip=list(skip)
+                )
             tracked.measured_at = tracked.mean.count
 
     # Saving and restoring ---------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from typing import Any, Literal, TypedDict, get_args
 import lightning.pytorch as pl
 import torch
 
-from soups.averaging import units
 from soups.averaging.checkpoint import RAW
 from soups.averaging.mean import DTYPES, Keep
 from soups.averaging.units import Plan, Schedule
@@ -63,9 +62,10 @@ class Settings:
             with `_<name>` added.
         test: the same for `trainer.test` and `trainer.validate`.
         predict: weights for `trainer.predict`.
-        buffers: floating buffers, BatchNorm statistics above all. "average": averaged as the weights are; "live": those
-            of the raw weights; "reestimate": BatchNorm statistics measured anew, with `batches` training batches, before
-            every validation and at the end of every epoch; other buffers live. Integer buffers are always live.
+        buffers: running means and variances (BatchNorm and its relatives). "average": averaged as the weights are; "live":
+            those of the raw weights; "reestimate": measured anew, with `batches` training batches, before every validation
+            and at the end of every epoch. All other buffers (masks, tables, vectors of spectral norm, counters) are always
+            those of the raw weights.
         batches: training batches for "reestimate".
         forward: forward pass for "reestimate", from module and batch; `training_step` when None.
         dtype: dtype of the average; float32 when None. "bfloat16" is rounded stochastically.
@@ -98,7 +98,7 @@ class Settings:
             raise ConfigError(
                 f"name={self.name!r} cannot be an average's name: 'raw' is taken, and '/' separates names."
             )
-        units.parse(self.start)
+        Schedule(self.start, "1st", Plan(steps_per_epoch=10**6, steps=10**9, epochs=1000))
         Schedule("0st", self.every, Plan(steps_per_epoch=10**6, steps=10**9, epochs=1000))
         for option, value, kind in (
             ("validate", self.validate, Evaluate),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import lightning.pytorch as pl
 
@@ -13,7 +13,7 @@ from soups.averaging.snapshots import Snapshots
 from soups.averaging.units import Plan, Schedule
 
 from .base import Averaging
-from .plan import rehearsal
+from .folders import SnapshotFolder
 from .settings import Common, settings_of
 from .sharding import is_sharded
 
@@ -27,7 +27,8 @@ class Trajectory(Averaging):
     Args:
         every: spacing of the snapshots. The last step of the planned run is always one.
         start: where the first one lies.
-        folder: where they go; `<default_root_dir>/snapshots/<name>` when None.
+        folder: where they go; `<default_root_dir>/snapshots/<name>` when None, with a number if that is taken. A folder
+            with snapshots of another run is refused; only a resumed run removes any, and only its own.
         snapshot_dtype: dtype on disk; the weights' own when None.
         **options: see `Settings`. `name` is "trajectory" unless given.
     """
@@ -42,28 +43,28 @@ class Trajectory(Averaging):
         **options: Unpack[Common],
     ) -> None:
         super().__init__(settings_of(options, name="trajectory", every=every, start=start))
-        self.folder = folder
-        self.snapshot_dtype = snapshot_dtype
+        self._folder = SnapshotFolder(folder, self.settings.name, snapshot_dtype)
         self._schedule: Schedule | None = None
         self._snapshots: Snapshots | None = None
-        Snapshots("", dtype=snapshot_dtype)
 
     def make(self, plan: Plan, covers: Callable[[str], bool] | None) -> dict[str, Mean]:
         """Return no averages; only the schedule is made."""
         self._schedule = Schedule(self.settings.start, self.settings.every, plan, last=True)
         return {}
 
-    def on_begin(self, session: Session, trainer: pl.Trainer) -> None:
+    def on_begin(self, session: Session, trainer: pl.Trainer, run: dict[str, Any] | None) -> None:
         """Open the folder, and remove what a run that is resumed wrote after the checkpoint."""
-        folder = self.folder or Path(trainer.default_root_dir) / "snapshots" / self.settings.name
-        self._snapshots = Snapshots(folder, dtype=self.snapshot_dtype)
-        if trainer.is_global_zero and not rehearsal(trainer):
-            self._snapshots.drop_after(session.steps, ["raw"])
+        self._folder.name = self.settings.name
+        self._snapshots = self._folder.open(trainer, session.steps, ["raw"], run)
+
+    def run_state(self) -> dict[str, Any] | None:
+        """Return which run this is and where its snapshots lie."""
+        return self._folder.state()
 
     def after_step(self, session: Session, trainer: pl.Trainer, *, epoch_end: bool) -> None:
         """Write the snapshot that is due."""
         schedule, snapshots = self._schedule, self._snapshots
-        if schedule is None or snapshots is None or rehearsal(trainer) or not session.steps:
+        if schedule is None or snapshots is None or not session.steps:
             return
         if schedule.due(session.steps, session.epochs, epoch_end=epoch_end):
             weights = {
@@ -71,4 +72,4 @@ class Trajectory(Averaging):
                 for key, tensor in session.module.state_dict().items()
             }
             if trainer.is_global_zero:
-                snapshots.save("raw", session.steps, weights)
+                snapshots.save("raw", session.steps, weights, **self._folder.facts)

@@ -39,8 +39,10 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
 
     >>> did_you_mean("optimiser", ["optimizer", "trainer"])
     "did you mean 'optimizer'? Allowed: 'optimizer', 'trainer'."
+    >>> did_you_mean("ema", [])
+    'there is none to choose from.'
     """
     allowed = list(allowed)
     close = get_close_matches(name, allowed, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Allowed: {', '.join(map(repr, allowed))}."
+    return f"{hint}Allowed: {', '.join(map(repr, allowed))}." if allowed else "there is none to choose from."

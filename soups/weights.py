@@ -28,6 +28,17 @@ def is_averaged(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+def is_running_statistic(name: str) -> bool:
+    """Tell whether a buffer's name says that it is a running mean or variance, as BatchNorm's and its relatives' are.
+
+    These have a meaning when averaged; masks, tables, codebooks and the vectors of spectral norm do not.
+
+    >>> is_running_statistic("net.1.running_var"), is_running_statistic("mask"), is_running_statistic("weight_u")
+    (True, False, False)
+    """
+    return name.rpartition(".")[2] in ("running_mean", "running_var", "running_std", "moving_mean", "moving_var")
+
+
 def tied_names(weights: Weights) -> dict[str, str]:
     """Map each tensor name that repeats another tensor's memory to the first name that holds it.
 

@@ -3,7 +3,7 @@
 A checkpoint written under our callbacks keeps the raw training weights in `state_dict`, so that every other tool resumes it
 exactly, and all averages under the one key `weight_averages`:
 
-    {"version": 1, "step": …, "tied": {name: first name},
+    {"version": 2, "step": …, "places": {key of state_dict: name}, "tied": {name: first name},
      "averages": {"ema": {"kind": "EMA", "count": …, "weights": {name: tensor}, "state": {…}}, …}}
 
 `state` is what an exact resume needs and is absent from weights-only checkpoints. Checkpoints of Lightning's own
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from soups.errors import ConfigError, DataError, StorageError, did_you_mean
+from soups.stores.averages import KEY, plain_name, sources
 from soups.stores.files import replacing, storage_errors
 from soups.stores.safetensors import write_safetensors
 
-KEY = "weight_averages"
-VERSION = 1
+VERSION = 2
 RAW = "raw"
 # Where averages lie among the tensors of a distributed (sharded) checkpoint.
 SHARDED_PREFIX = f"{KEY}/"
@@ -40,17 +40,6 @@ class AverageInfo:
     kind: str
     count: int
     tensors: int
-
-
-def plain_name(name: str) -> str:
-    """Return a tensor's name without what `torch.compile` and distributed wrappers put into it.
-
-    >>> plain_name("net._orig_mod.0.weight")
-    'net.0.weight'
-    """
-    for mark in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
-        name = name.replace(mark, "")
-    return name
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -112,15 +101,20 @@ def adopt_lightning(checkpoint: dict[str, Any]) -> bool:
     """Turn a checkpoint of Lightning's WeightAveraging callbacks, in memory, into one of ours; tell whether it was one.
 
     Lightning (2.6) puts the average into `state_dict` and the raw weights under `current_model_state`. The average is
-    called "ema" here, whatever its averaging function was.
+    called "ema" here, whatever its averaging function was, and "lightning" if one of ours has that name.
     """
     if "current_model_state" not in checkpoint or "averaging_state" not in checkpoint:
         return False
-    average, raw = checkpoint["state_dict"], checkpoint["current_model_state"]
+    average, raw = checkpoint["state_dict"], checkpoint.pop("current_model_state")
     count = int(checkpoint["averaging_state"].get("n_averaged", 0))
     weights = {plain_name(name): tensor for name, tensor in average.items() if tensor.is_floating_point()}
     entry = {"kind": "Lightning", "count": count, "weights": weights, "buffers": {}}
     checkpoint["state_dict"] = raw
+    ours = checkpoint.get(KEY)
+    if ours is not None:  # both kinds of callback on one Trainer
+        if count:
+            ours["averages"]["ema" if "ema" not in ours["averages"] else "lightning"] = entry
+        return True
     checkpoint[KEY] = {
         "version": VERSION,
         "step": int(checkpoint.get("global_step", count)),
@@ -146,8 +140,10 @@ def averages(path: str | Path) -> list[AverageInfo]:
     return rows
 
 
-def load_averaged(path: str | Path, which: str = "ema") -> dict[str, Tensor]:
+def load_averaged(path: str | Path, which: str = "ema", *, strict: bool = True) -> dict[str, Tensor]:
     """Return one average of a checkpoint as a full state dict, which the module loads strictly.
+
+    Keys are those of the checkpoint's `state_dict`, whatever hooks of the module made of them.
 
     Averaged tensors come in the dtypes of the raw weights; whatever is not averaged (integer buffers, frozen parameters,
     buffers under `buffers="live"`) is the raw weights' own.
@@ -155,10 +151,13 @@ def load_averaged(path: str | Path, which: str = "ema") -> dict[str, Tensor]:
     Args:
         path: a Lightning checkpoint, or the folder of a distributed one.
         which: the average's name, or "raw".
+        strict: whether every averaged tensor must have its place in `state_dict`. False leaves out those that a hook of
+            the module has dropped.
 
     Raises:
         StorageError: the checkpoint cannot be read.
         DataError: it holds no such average; the message lists those it holds.
+        WeightsError: an averaged tensor is not in `state_dict`, where the raw weights would stand in for it.
     """
     checkpoint = read_checkpoint(path)
     adopt_lightning(checkpoint)
@@ -171,28 +170,28 @@ def load_averaged(path: str | Path, which: str = "ema") -> dict[str, Tensor]:
         why = "" if held else " It was written without an averaging callback, or before the first point was taken."
         raise DataError(f"{path} holds no average called {which!r}.{why} {hint[:1].upper()}{hint[1:]}")
     entry = held[which]
-    return overlay(raw, {**entry["weights"], **entry.get("buffers", {})}, checkpoint[KEY].get("tied", {}))
+    average = {**entry["weights"], **entry.get("buffers", {}), **entry.get("saved", {})}
+    return overlay(raw, average, sources(raw, average, checkpoint[KEY], where=str(path), strict=strict))
 
 
-def overlay(raw: Mapping[str, Tensor], average: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str, Tensor]:
+def overlay(raw: Mapping[str, Tensor], average: Mapping[str, Tensor], places: Mapping[str, str]) -> dict[str, Tensor]:
     """Return `raw` with the averaged tensors in place of its own; tied names share one tensor.
 
     Args:
         raw: a full state dict; its names, order and dtypes are kept.
-        average: by plain name (without `_orig_mod.`).
-        tied: plain name to the plain name that it repeats.
+        average: by the names under which tensors are averaged.
+        places: key of `raw` to name in `average`, as `soups.stores.averages.sources` returns it.
     """
-    made: dict[str, Tensor] = {}
+    made: dict[tuple[str, torch.dtype], Tensor] = {}
     result: dict[str, Tensor] = {}
     for key, tensor in raw.items():
-        name = plain_name(key)
-        name = tied.get(name, name)
-        if name not in average:
+        if key not in places:
             result[key] = tensor
             continue
-        if name not in made:
-            made[name] = average[name].detach().to(tensor.device, tensor.dtype)
-        result[key] = made[name]
+        kind = places[key], tensor.dtype
+        if kind not in made:
+            made[kind] = average[places[key]].detach().to(tensor.device, tensor.dtype)
+        result[key] = made[kind]
     return result
 
 

@@ -37,7 +37,7 @@ class LAWA(Mean):
         k: points in the window.
         snapshots: where the ring lives: "device" (that of the mean), "cpu" or "disk" (memory-mapped files).
         snapshot_dtype: dtype of the ring; float32 when None. "bfloat16" halves it and rounds every point once.
-        folder: where the files of "disk" go; a temporary folder when None.
+        folder: where the files of "disk" go, in a temporary folder of this average; the system's when None.
         **keep: dtype and device of the mean, and more; see `Keep`.
 
     >>> lawa = LAWA(k=2)
@@ -87,6 +87,10 @@ class LAWA(Mean):
     def _planes_needed(self) -> Sequence[str]:
         return ("mean", *(f"ring{slot}" for slot in range(min(self.count + 1, self.k))))
 
+    def _overwritten(self) -> Sequence[str]:
+        slot = f"ring{self.count % self.k}"
+        return ("mean", slot) if slot in self._planes else ("mean",)
+
     def _plane_dtype(self, plane: str) -> torch.dtype | None:
         return self.dtype if plane == "mean" else (self.snapshot_dtype or self.dtype)
 
@@ -96,10 +100,11 @@ class LAWA(Mean):
     def _like(self, tensor: Tensor, plane: str) -> Tensor:
         if not self._on_disk(plane, tensor):
             return super()._like(tensor, plane)
-        if self.folder is None:
-            self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="lawa-")
-        folder = Path(self.folder or self._temporary.name)  # type: ignore[union-attr]
-        folder.mkdir(parents=True, exist_ok=True)
+        if self._temporary is None:
+            if self.folder is not None:
+                Path(self.folder).mkdir(parents=True, exist_ok=True)
+            self._temporary = tempfile.TemporaryDirectory(prefix="lawa-", dir=self.folder)
+        folder = Path(self._temporary.name)
         self._files += 1
         dtype = storage_dtype(tensor.dtype, self._plane_dtype(plane))
         file = folder / f"{plane}-{self._files}.bin"

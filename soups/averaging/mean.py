@@ -210,6 +210,47 @@ class Mean(ABC):
                 tensors[name] = self._like(tensor, plane).copy_(tensor)
             self._pass = None
 
+    def follow(self, renamed: Mapping[str, str], joined: Weights, gone: Sequence[str]) -> None:
+        """Go on with a module whose tensors have changed.
+
+        Args:
+            renamed: old name to new name; these keep their average.
+            joined: tensors that are new, or new under an old name; their average begins at the present value.
+            gone: names that are forgotten.
+        """
+        self._settle()
+        for tensors in self._planes.values():
+            moved = {new: tensors.pop(old) for old, new in renamed.items() if old in tensors}
+            for name in gone:
+                tensors.pop(name, None)
+            tensors.update(moved)
+        self._pass = None
+        for name, tensor in joined.items():
+            self.admit(name, tensor)
+
+    def _overwritten(self) -> Sequence[str]:
+        """Name the planes that the next update changes."""
+        return list(self._planes)
+
+    @torch.no_grad()
+    def undo_state(self) -> dict[str, Any]:
+        """Return what `undo` needs to take back the update that comes next: copies of the planes that it changes."""
+        self._settle()
+        planes = {
+            plane: {name: tensor.clone() for name, tensor in self._planes[plane].items()}
+            for plane in self._overwritten()
+        }
+        return {"count": self.count, "planes": planes}
+
+    @torch.no_grad()
+    def undo(self, state: Mapping[str, Any]) -> None:
+        """Take back the last update, with what `undo_state` returned before it."""
+        self._settle()
+        self.count = int(state["count"])
+        for plane, tensors in state["planes"].items():
+            self._planes[plane] = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        self._pass = None
+
     def state_dict(self) -> dict[str, Any]:
         """Return all that an exact restore needs: plain numbers and tensors (not copies)."""
         self._settle()
@@ -297,6 +338,8 @@ class Pass:
         # For groups of small tensors: the buffer into which they are copied side by side.
         self.stages: list[Tensor | None] = []
         self.sizes: list[list[int]] = []
+        # Whether a group holds infinite elements (masks): ∞ - ∞ is NaN, so those that stay as they are keep their value.
+        self.infinite: list[bool] = []
         # For each group, the means that cover it, sorted by what they want to be given.
         self.plan: list[Wanted] = []
         # The same for those that are updated in the background, by group.
@@ -321,13 +364,15 @@ class Pass:
         def close(signature: tuple[object, ...]) -> None:
             filled.pop(signature)
             self._add_group(kept, open_groups.pop(signature), bool(signature[-1]))
+            self.infinite.append(bool(signature[-2]))
 
         # Stochastic rounding draws by tensor, so there small tensors stay apart.
         staged = all(mean.dtype != torch.bfloat16 for mean in self.means)
         for name, tensor in kept.items():
             on_cpu = tensor.device.type == "cpu"
             small = on_cpu and staged and tensor.numel() <= SMALL and tensor.is_contiguous()
-            signature = (tensor.dtype, tensor.device, tuple(mean.covers(name) for mean in self.means), small)
+            covered = tuple(mean.covers(name) for mean in self.means)
+            signature = (tensor.dtype, tensor.device, covered, _has_infinities(tensor), small)
             for part in _parts(tensor, self.group, self.flat):
                 open_groups.setdefault(signature, []).append((name, part))
                 size = tensor.numel() if part is None else part.stop - part.start
@@ -401,8 +446,13 @@ class Pass:
                 views = mean._views[index]
                 if views is None:
                     continue
-                weight = mean._fused_weight(index)
-                if weight is None:
+                weight = None if self.infinite[index] else mean._fused_weight(index)
+                if self.infinite[index]:
+                    before = [tensor.clone() for tensor in views["mean"]]
+                    mean._apply(index, views, given)
+                    for tensor, old, new in zip(views["mean"], before, given, strict=True):
+                        tensor.copy_(torch.where(torch.isinf(old) & (old == new), old, tensor))
+                elif weight is None:
                     mean._apply(index, views, given)
                 else:
                     together.append((views["mean"], weight))
@@ -418,6 +468,17 @@ class Pass:
         """Wait for what runs in the background."""
         if self.offload is not None:
             self.offload.settle()
+
+
+_WITH_EXTREMES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _has_infinities(tensor: Tensor) -> bool:
+    """Tell whether a tensor holds an infinite element, without a temporary of its size."""
+    if tensor.numel() == 0 or tensor.dtype not in _WITH_EXTREMES:
+        return False
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isinf(low) | torch.isinf(high))
 
 
 def _key(weights: Weights) -> list[object]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 # torch's foreach functions carry an underscore but are what torch.optim itself is made of.
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 import torch
@@ -93,6 +93,12 @@ class SWA(Lerp):
         if self._summed and self.count and self.covers(name):
             self._planes["mean"][name].mul_(self.count)
             self._dtypes[name] = storage_dtype(tensor.dtype, self.dtype)
+
+    def follow(self, renamed: Mapping[str, str], joined: Weights, gone: Sequence[str]) -> None:
+        """Go on with a module whose tensors have changed; see `Mean.follow`."""
+        kept = {renamed.get(name, name): dtype for name, dtype in self._dtypes.items() if name not in gone}
+        self._dtypes = kept
+        super().follow(renamed, joined, gone)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that an exact restore needs: the mean in the plane "mean", for readers, and the sum in "sum"."""

@@ -8,8 +8,8 @@ from collections.abc import Generator
 import torch
 from torch import Tensor, nn
 
-from soups.averaging.checkpoint import plain_name
 from soups.errors import WeightsError, did_you_mean
+from soups.stores.averages import plain_name
 from soups.weights import Weights
 
 
@@ -40,8 +40,8 @@ class Swap:
     def __init__(self, tensors: Weights) -> None:
         self._plain = [(name, tensor) for name, tensor in tensors.items() if not hasattr(tensor, "to_local")]
         self._sharded = {name: tensor for name, tensor in tensors.items() if hasattr(tensor, "to_local")}
-        # What is out of place: name, the module's tensor, the memory that is its own.
-        self._own: list[tuple[str, Tensor, Tensor]] = []
+        # What is out of place: name, the module's tensor, the memory that is its own, and the tensor's version then.
+        self._own: list[tuple[str, Tensor, Tensor, int]] = []
         self._copied: dict[str, Tensor] = {}
 
     @property
@@ -59,7 +59,7 @@ class Swap:
                 if new is None:
                     continue
                 own = tensor.data
-                self._own.append((name, tensor, own))
+                self._own.append((name, tensor, own, _version(tensor)))
                 # `to` returns the same tensor where nothing is to be done.
                 tensor.data = new.to(own)
             for name, tensor in self._sharded.items():
@@ -68,18 +68,27 @@ class Swap:
                     self._copied[name] = own.clone()
                     own.copy_(weights[name])
 
-    def exit(self) -> None:
-        """Bring the module's own weights back. Does nothing when they are in place."""
+    def exit(self) -> list[str]:
+        """Bring the module's own weights back, and name the tensors that were written into meanwhile."""
+        written: list[str] = []
         with torch.inference_mode(False), torch.no_grad():
-            for _, tensor, own in self._own:
+            for name, tensor, own, version in self._own:
+                if _version(tensor) != version:
+                    written.append(name)
                 tensor.data = own
             for name, own in self._copied.items():
                 self._sharded[name].to_local().copy_(own)  # type: ignore[attr-defined]
         self._own, self._copied = [], {}
+        return written
 
     def raw(self) -> dict[str, Tensor]:
         """Return the module's own tensors that are out of place now, by name."""
-        return {**{name: own for name, _, own in self._own}, **self._copied}
+        return {**{name: own for name, _, own, _ in self._own}, **self._copied}
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor has been written into; exchanging its memory does not count."""
+    return 0 if tensor.is_inference() else tensor._version  # pyright: ignore[reportPrivateUsage]
 
 
 def _check(module: nn.Module, tensors: Weights, weights: Weights) -> None:

@@ -22,14 +22,34 @@ class Plan:
     """What is known of a run before it starts; None for what is not.
 
     Attributes:
-        steps_per_epoch: optimizer steps in one epoch.
+        steps_per_epoch: optimizer steps in one epoch; the mean over the run, rounded up, where epochs differ.
         steps: optimizer steps of the whole planned run.
         epochs: epochs of the whole planned run.
+        lengths: steps of the first epochs where they differ (a schedule of gradient accumulation); later epochs are as the
+            last of them.
     """
 
     steps_per_epoch: int | None = None
     steps: int | None = None
     epochs: int | None = None
+    lengths: tuple[int, ...] = ()
+
+    def steps_after(self, epochs: float) -> float:
+        """Return the optimizer steps in the first epochs of the run.
+
+        >>> Plan(steps_per_epoch=10).steps_after(1.5), Plan(steps_per_epoch=8, lengths=(10, 5)).steps_after(2.5)
+        (15.0, 17.5)
+
+        Raises:
+            ConfigError: the length of an epoch is not known.
+        """
+        if self.steps_per_epoch is None:
+            raise ConfigError("The length of an epoch is not known.")
+        if not self.lengths:
+            return epochs * self.steps_per_epoch
+        whole = int(epochs)
+        seen = sum(self.lengths[:whole]) + self.lengths[-1] * max(0, whole - len(self.lengths))
+        return seen + (epochs - whole) * self.lengths[min(whole, len(self.lengths) - 1)]
 
 
 class Span(NamedTuple):
@@ -126,6 +146,11 @@ class Schedule:
 
     def __init__(self, start: str | Span, every: str | Span, plan: Plan, *, last: bool = False) -> None:
         self.start, self.every, self.plan = parse(start), parse(every), plan
+        if self.start.unit == "%" and self.start.number > 100:
+            raise ConfigError(
+                f"start='{self.start}' lies beyond the end of the planned run, so no point would ever be taken. Give at most "
+                f"'100%'."
+            )
         if self.every.number <= 0:
             raise ConfigError(
                 f"every='{self.every}' takes no points. Give a spacing above zero, as in '1ep' or '100st'."
@@ -147,15 +172,27 @@ class Schedule:
             if self.plan.steps_per_epoch is None:
                 span.steps(self.plan)  # fails here, at the start, if it can never be resolved
                 return None
-            return math.ceil(span.steps(self.plan) / self.plan.steps_per_epoch - 1e-9)
+            first, wanted = 1, span.steps(self.plan) - 1e-9
+            while self.plan.steps_after(first) < wanted:
+                first += 1
+            return first if wanted > 0 else 0
         if span.whole_epochs and span.number and self.plan.steps_per_epoch is None:
             return None
+        if span.unit == "ep" and self.plan.steps_per_epoch is not None:
+            return math.ceil(self.plan.steps_after(span.number) - 1e-9)
         return math.ceil(span.steps(self.plan) - 1e-9)
 
     def _reached(self, step: int, epoch: int) -> bool:
         if self.start.unit == "ep":
             return epoch >= self.start.number
         return step >= self.start.steps(self.plan)
+
+    def regular(self, step: int, epoch: int, *, epoch_end: bool) -> bool:
+        """Tell whether a point that is due is due by the spacing, and not only as the last step of the planned run."""
+        if self.by_epoch and not epoch_end:
+            return False
+        now = epoch if self.by_epoch else step
+        return self.origin is not None and (now - self.origin) % self._spacing == 0
 
     @property
     def spacing(self) -> int:
