@@ -16,9 +16,9 @@ from torch import Tensor
 
 from soups.errors import ConfigError
 from soups.merging.api import merge
+from soups.merging.chunk import Chunk
 from soups.merging.method import Method
 from soups.merging.methods.linear import reduced
-from soups.merging.operands import Chunk
 from soups.stores import Checkpoint
 
 

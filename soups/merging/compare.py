@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from soups.errors import ConfigError
-from soups.merging.operands import BlockSum, Operands, Source
+from soups.merging.operands import Operands, Source
+from soups.merging.sums import BlockSum
 from soups.stores.opening import Checkpoint, open_store
 from soups.stores.store import headers
 from soups.weights import describe_mismatch

@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from soups.merging.chunk import Chunk
 from soups.merging.kernels import Row
 from soups.merging.method import Method, Scope, weighted_sum
-from soups.merging.operands import BLOCK, Chunk, Operands
+from soups.merging.operands import Operands
+from soups.merging.sums import BLOCK
 
 Matrix = np.ndarray[tuple[int, int], np.dtype[np.float64]]
 Vector = np.ndarray[tuple[int], np.dtype[np.float64]]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from soups.errors import ConfigError
-from soups.merging.operands import Chunk, Operands, Unit
+from soups.merging.chunk import Chunk, Unit
+from soups.merging.operands import Operands
 from soups.merging.selection import Map
 
 Scope = Literal["element", "row", "tensor", "model"]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from soups.merging import kernels
+from soups.merging import ordering
 from soups.merging.buffers import buffer
 
 Stream = Callable[[], Iterable[Tensor]]
@@ -88,7 +88,7 @@ def _histogram(stream: Stream, shift: int, prefix: int | None) -> Tensor:
     """Count digits `bits >> shift` (16 bits wide) of the values whose higher bits equal `prefix`."""
     counts = torch.zeros(_BINS, dtype=torch.int64)
     for values in stream():
-        kernels.count_digits_(counts, values, shift, prefix)
+        ordering.count_digits_(counts, values, shift, prefix)
     return counts
 
 
@@ -276,7 +276,7 @@ def _place_of_tie(stream: Stream, threshold: float, number: int) -> int:
     """Return the flat index of the `number`-th element that equals `threshold`."""
     start = 0
     for values in stream():
-        place, count = kernels.place_of(values, threshold, number)
+        place, count = ordering.place_of(values, threshold, number)
         if place >= 0:
             return start + place
         number -= count

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from soups.errors import ConfigError, WeightsError
 from soups.merging import kernels
+from soups.merging.chunk import Chunk
 from soups.merging.method import Method, WholeModelMethod
-from soups.merging.operands import BLOCK, Chunk, Operands, Source
+from soups.merging.operands import Operands, Source
+from soups.merging.sums import BLOCK
 from soups.stores.store import TensorMeta
 
 DEFAULT_BUDGET = 512 * 2**20

@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 
 from soups.errors import ConfigError, StorageError, WeightsError
 from soups.merging import kernels, make_method, merge
-from soups.merging.kernels import compiling, count_digits_, difference, place_of
+from soups.merging.kernels import compiling, difference
 from soups.merging.noise import kept, kept_each
-from soups.merging.operands import BLOCK
+from soups.merging.ordering import count_digits_, place_of
 from soups.merging.stages import TaskVectors
+from soups.merging.sums import BLOCK
 from soups.stores import open_store
 
 # Where there is a compiler, loops that were not built are a fault and not a reason to look away.

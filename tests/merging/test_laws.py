@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from soups.merging import METHODS, make_method, merge
-from soups.merging.operands import BLOCK
+from soups.merging.sums import BLOCK
 from soups.stores import open_store, write_safetensors
 
 HERE = Path(__file__).parent

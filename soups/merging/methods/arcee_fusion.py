@@ -14,8 +14,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from soups.merging.chunk import Chunk, Unit
 from soups.merging.method import Method, Scope
-from soups.merging.operands import Chunk, Operands, Unit
+from soups.merging.operands import Operands
 from soups.merging.selection import kth_largest
 
 

@@ -12,11 +12,13 @@ from typing import Literal
 
 from torch import Tensor
 
+from soups.merging.chunk import Chunk, Unit
 from soups.merging.kernels import Choice
 from soups.merging.method import one_of
-from soups.merging.operands import Chunk, Operands, Unit
+from soups.merging.operands import Operands
 from soups.merging.selection import Cut
-from soups.merging.stages import TaskVectors, Transform, mergekit_form, tensor_cuts
+from soups.merging.stages import TaskVectors, mergekit_form
+from soups.merging.transforms import Transform, tensor_cuts
 
 Several = float | tuple[float, ...]
 

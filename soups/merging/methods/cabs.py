@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from soups.errors import ConfigError
+from soups.merging.chunk import Chunk
 from soups.merging.method import Method, per_model
-from soups.merging.operands import BLOCK, Chunk
+from soups.merging.sums import BLOCK
 
 
 @dataclass(frozen=True)

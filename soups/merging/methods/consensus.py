@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from soups.merging.chunk import Chunk
 from soups.merging.method import Method, as_mask, per_model
-from soups.merging.operands import Chunk
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from soups.merging.chunk import Chunk
 from soups.merging.kernels import Choice
 from soups.merging.method import one_of
 from soups.merging.noise import kept, masked_, rounded, to_draw
-from soups.merging.operands import Chunk
-from soups.merging.stages import Elect, TaskVectors, Transform, mergekit_form
+from soups.merging.stages import Elect, TaskVectors, mergekit_form
+from soups.merging.transforms import Transform
 
 Several = float | tuple[float, ...]
 

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from soups.errors import ConfigError
-from soups.merging.kernels import Choice, Limits, by_rank
+from soups.merging.chunk import Chunk, Unit
+from soups.merging.kernels import Choice, Limits
 from soups.merging.method import one_of
 from soups.merging.noise import kept_each, masked_, to_draw_each
-from soups.merging.operands import Chunk, Unit
-from soups.merging.stages import Elect, TaskVectors, Transform, mergekit_form
+from soups.merging.ordering import by_rank
+from soups.merging.stages import Elect, TaskVectors, mergekit_form
+from soups.merging.transforms import Transform
 
 Several = float | tuple[float, ...]
 

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from soups.merging.chunk import Chunk
 from soups.merging.method import Scope, WholeModelMethod
 from soups.merging.methods.svd import MatrixMethod, average, svd
-from soups.merging.operands import Chunk, Operands
+from soups.merging.operands import Operands
 from soups.merging.selection import Cut, Map, kth_of_each
 
 _SMALLEST = 1e-5

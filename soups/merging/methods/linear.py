@@ -14,8 +14,8 @@ from torch import Tensor
 
 from soups.errors import ConfigError
 from soups.merging import kernels
+from soups.merging.chunk import Chunk
 from soups.merging.method import Method, per_model
-from soups.merging.operands import Chunk
 from soups.reduction import Sum, total_weight
 
 

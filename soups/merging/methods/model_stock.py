@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from soups.merging.chunk import Chunk, Unit
 from soups.merging.gram import GramMethod, Matrix, Vector, norms_and_units
 from soups.merging.method import Scope, weighted_sum
-from soups.merging.operands import Chunk, Operands, Unit
+from soups.merging.operands import Operands
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from soups.merging.chunk import Chunk
 from soups.merging.method import Scope, WholeModelMethod
-from soups.merging.operands import Chunk, Operands
+from soups.merging.operands import Operands
 from soups.merging.selection import Map, Stream, kth_largest
-from soups.merging.stages import magnitudes
+from soups.merging.transforms import magnitudes
 
 
 class Range(NamedTuple):

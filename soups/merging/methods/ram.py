@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from soups.errors import ConfigError
+from soups.merging.chunk import Chunk
 from soups.merging.method import Scope, WholeModelMethod, as_mask
-from soups.merging.operands import Chunk, Operands
+from soups.merging.operands import Operands
 from soups.merging.selection import Map
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from soups.errors import ConfigError
+from soups.merging.chunk import Chunk
 from soups.merging.method import Method, weighted_sum
-from soups.merging.operands import Chunk
 
 
 def sort_across(tensors: list[Tensor]) -> list[Tensor]:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
+from soups.merging.chunk import Chunk
 from soups.merging.method import Method, Scope
-from soups.merging.operands import BlockSum, Chunk, Operands
+from soups.merging.operands import Operands
 from soups.merging.selection import Cut, exact_cut
+from soups.merging.sums import BlockSum
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from soups.errors import ConfigError
+from soups.merging.chunk import Chunk, Unit
 from soups.merging.gram import GramMethod, Matrix, Vector, norms_and_units
 from soups.merging.method import Scope, per_model
-from soups.merging.operands import Chunk, Operands, Unit
+from soups.merging.operands import Operands
 
 
 def slerp_coefficients(cosine: float, t: float) -> tuple[float, float]:

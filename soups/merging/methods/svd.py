@@ -22,8 +22,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from soups.merging.chunk import Chunk, Unit
 from soups.merging.method import Method, Scope, weighted_sum
-from soups.merging.operands import Chunk, Operands, Unit
+from soups.merging.operands import Operands
 
 
 class MatrixMethod(Method):

@@ -13,7 +13,8 @@ Resolving interference when merging models (arXiv:2306.01708), section 4 and alg
 
 from __future__ import annotations
 
-from soups.merging.stages import Elect, TaskVectors, Trim, mergekit_form
+from soups.merging.stages import Elect, TaskVectors, mergekit_form
+from soups.merging.transforms import Trim
 
 Several = float | tuple[float, ...]
 
