@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from soups.averaging import SWA
 from soups.merging import kernels, make_method, merge
 from soups.merging.algebra import weights
-from soups.merging.api import plan_merge
+from soups.merging.plan import plan_merge
 from soups.merging.stream import MemorySink, run
 from soups.recipes import uniform
 from soups.recipes.recipe import Candidate, mixed

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from soups.errors import WeightsError
+from soups.merging.attached import Attached
 from soups.merging.kernels import Row
 
 Unit = Literal["element", "row", "tensor"]
@@ -57,6 +58,7 @@ class Chunk:
         compiled: whether loops over it are compiled (`soups.merging.kernels`).
         into: the dtype that the result will be kept in; it may be returned in that already.
         deltas: the task vectors, shape (models, n), where they are there already.
+        attached: the models' statistics for this tensor.
     """
 
     def __init__(
@@ -72,9 +74,11 @@ class Chunk:
         compiled: bool = False,
         into: torch.dtype = torch.float32,
         deltas: Tensor | None = None,
+        attached: Attached | None = None,
     ) -> None:
         self.key, self.start, self.size, self.shape, self.count = key, start, size, shape, count
         self.compiled, self.into = compiled, into
+        self.attached = attached or Attached()
         self._reader, self._has_base, self._deltas = reader, has_base, deltas
         self._models: list[Tensor] | None = None
         self._base: Tensor | None = None
@@ -122,6 +126,10 @@ class Chunk:
     def each_stored(self) -> Iterator[Tensor]:
         """Yield the models one by one in their own dtypes, not to be overwritten; each holds until the next."""
         return (self._reader.raw(model) for model in range(self.count))
+
+    def statistics(self, kind: str) -> list[Tensor]:
+        """Return this stretch of a statistic of the weight's shape, one flat float64 mean a model."""
+        return self.attached.stretches(kind, self.start, self.start + self.size)
 
     @property
     def width(self) -> int:

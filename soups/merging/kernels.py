@@ -376,5 +376,7 @@ def all_finite(values: Tensor) -> bool:
     """Tell whether no element is NaN or infinite."""
     if _switch.count and readable(values.dtype) and values.device.type == "cpu" and values.is_contiguous():
         return _module().all_finite(_row(values))
+    if values.is_complex():
+        return bool(torch.isfinite(values).all())
     # One cheap pass; a sum that overflows is looked at closely.
     return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())

@@ -13,6 +13,7 @@ from soups.errors import ConfigError
 from soups.merging.chunk import Chunk, Unit
 from soups.merging.operands import Operands
 from soups.merging.selection import Map
+from soups.stores.store import TensorMeta
 
 Scope = Literal["element", "row", "tensor", "model"]
 
@@ -23,6 +24,9 @@ class Method(ABC):
     Attributes:
         base: whether it needs a base model, takes one if there is one, or has no use for one.
         least, most: how many models, the base not counted; `most` is `None` where there is no limit.
+        statistics: the kinds of statistics that it needs from every model (`soups.statistics.KINDS`). A tensor that a kind
+            does not cover comes without it.
+        complex: whether it merges complex numbers too.
         loops: whether `combine` is one compiled loop where there are such, so that larger chunks pay.
         unit: what `combine` must see whole.
         scope: how far away an element can be and still matter.
@@ -31,6 +35,8 @@ class Method(ABC):
     base: ClassVar[Literal["required", "optional", "none"]] = "none"
     least: ClassVar[int] = 1
     most: ClassVar[int | None] = None
+    statistics: ClassVar[tuple[str, ...]] = ()
+    complex: ClassVar[bool] = False
     loops: ClassVar[bool] = False
 
     @property
@@ -55,6 +61,15 @@ class Method(ABC):
             chunk: one stretch of every model.
             seen: what `observe`, or a `WholeModelMethod`'s `observe_all`, returned.
         """
+
+    def fits(self, kind: str, weight: TensorMeta, statistic: TensorMeta) -> bool:
+        """Tell whether a statistic has the shape that this method expects for a weight; by default the weight's own."""
+        del kind
+        return weight.shape == statistic.shape
+
+    def working_bytes(self, weight: TensorMeta, models: int, itemsize: int) -> int:
+        """Return the bytes of memory that one tensor takes beyond a chunk's; 0 for methods that see no whole tensors."""
+        return weight.numel * itemsize * (2 * models + 6) if self.unit == "tensor" else 0
 
     def check(self, models: int, *, has_base: bool, name: str) -> None:
         """Check that the number of models and the base fit.

@@ -7,7 +7,7 @@ tensor are made block by block, in order (`soups.merging.sums`). Therefore no re
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from soups.merging import kernels
+from soups.merging.attached import Attached, Statistic
 from soups.merging.buffers import buffer
 from soups.merging.chunk import Chunk, Reader, Unit
 from soups.merging.kernels import LARGEST_BUFFER, Row
@@ -48,6 +49,7 @@ class Operands:
         room: elements that a look at the tensor may hold, four bytes each; more must be streamed.
         holding: bytes that the tensor's task vectors may take, so that they are read and transformed once.
         into: the dtype that the result will be kept in; the one to compute in when `None`.
+        statistics: the models' statistics for this tensor, by kind.
     """
 
     held = False
@@ -67,6 +69,7 @@ class Operands:
         room: int = 0,
         holding: int = 0,
         into: torch.dtype | None = None,
+        statistics: Mapping[str, tuple[Statistic, ...]] | None = None,
     ) -> None:
         self.key = key
         self.shape = shape
@@ -78,6 +81,7 @@ class Operands:
         self.room = room
         self.holding = holding
         self.into = into
+        self.attached = Attached(statistics or {}, self.device)
         self.numel = math.prod(shape)
         width = shape[-1] if len(shape) > 1 else max(1, self.numel)
         # Chunks are whole blocks, and who sums does so block by block: the cuts then leave no trace.
@@ -108,16 +112,13 @@ class Operands:
             compiled=self.compiled,
             into=self.into or self.dtype,
             deltas=deltas,
+            attached=self.attached,
         )
 
     def only(self, model: int) -> Operands:
         """Return the same tensor with one of the models alone."""
-        return self.of((self.models[model],))
-
-    def of(self, models: Sequence[Source]) -> Operands:
-        """Return the same tensor with other models, visited the same way."""
         other = copy(self)
-        other.models = tuple(models)
+        other.models, other.attached = (self.models[model],), self.attached.only(model)
         return other
 
     @property
@@ -235,7 +236,7 @@ class HeldOperands(Operands):
 
     def only(self, model: int) -> HeldOperands:
         """Return the same tensor with one of the models alone."""
-        return HeldOperands(self.of((self.models[model],)), self.rows[model : model + 1])
+        return HeldOperands(Operands.only(self, model), self.rows[model : model + 1])
 
     def at(self, start: int, stop: int) -> Chunk:
         """Return one chunk."""

@@ -1,19 +1,19 @@
-"""The engine: any number of tensors through a merge method, in bounded memory, on all cores, to the same bits.
+"""The engine: tensors of several models through a merge method, in bounded memory, on all cores.
 
-Each worker takes a stretch of a tensor from every model, combines it, and puts the answer in its place in the output. There
-is no queue and no order to keep, because the output's layout is fixed beforehand: while one worker waits for the disk
-another computes; the kernel is told what comes next (read-ahead) and writes behind. Bits depend on neither the number of
-workers nor the chunk size (see `soups.merging.operands`), and torch runs each operation on one thread.
+Each worker reads a stretch of a tensor from every model, merges it, and writes the result to its place in the output. The
+output's layout is fixed beforehand, so there is no queue and no order to keep: one worker waits for the disk while another
+computes. The system is told which bytes come next. The result's bits depend on neither the number of workers nor the chunk
+size (see `soups.merging.operands`); torch runs each operation on one thread.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Set
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from soups.errors import ConfigError, WeightsError
 from soups.merging import kernels
+from soups.merging.attached import Statistic
 from soups.merging.chunk import Chunk
 from soups.merging.method import Method, WholeModelMethod
 from soups.merging.operands import Operands, Source
@@ -74,6 +75,7 @@ class Job:
         method: how to make it; `None` copies the first model's.
         models: the same tensor of each model.
         base: the base model's, or `None`.
+        statistics: the models' statistics for this tensor, by kind.
     """
 
     key: str
@@ -81,6 +83,7 @@ class Job:
     method: Method | None
     models: tuple[Source, ...]
     base: Source | None = None
+    statistics: Mapping[str, tuple[Statistic, ...]] = field(default_factory=dict[str, tuple[Statistic, ...]])
 
     def compute_dtype(self) -> torch.dtype:
         """Return float64 if any source or the output has it, else float32."""
@@ -91,7 +94,14 @@ class Job:
     def nbytes(self) -> int:
         """Return how many bytes one visit to every source reads."""
         sources = [*self.models, *([self.base] if self.base else [])]
-        return sum(source.store.meta(source.key).nbytes for source in sources)
+        attached = (one.meta.nbytes for found in self.statistics.values() for one in found)
+        return sum(source.store.meta(source.key).nbytes for source in sources) + sum(attached)
+
+    def working_bytes(self) -> int:
+        """Return the bytes of memory that the method needs for the whole tensor, beyond those of a chunk."""
+        if self.method is None:
+            return 0
+        return self.method.working_bytes(self.meta, len(self.models), self.compute_dtype().itemsize)
 
 
 def run(
@@ -137,7 +147,9 @@ def run(
     def operands(job: Job, method: Method) -> Operands:
         count = len(job.models) + (job.base is not None)
         dtype = job.compute_dtype()
-        room = budget // (threads * dtype.itemsize * (2 * count + 6))
+        # Statistics are read in float64, and methods make a product of each.
+        each = dtype.itemsize * (2 * count + 6) + 16 * sum(map(len, job.statistics.values()))
+        room = budget // (threads * each)
         best = _BEST_COMPILED_CHUNK if compiled and method.loops else _BEST_CHUNK
         size = chunk or max(BLOCK, min(room, best if on_cpu else _BEST_DEVICE_CHUNK))
         return Operands(
@@ -153,6 +165,7 @@ def run(
             room=0 if chunk else budget // (2 * threads * _HELD_BYTES),
             holding=0 if chunk else budget // (2 * threads),
             into=job.meta.dtype,
+            statistics=job.statistics,
         )
 
     with _one_thread_each(), kernels.compiling(compiled), _pool(threads) as (pool, stopped):
@@ -176,9 +189,8 @@ def run(
                     progress((stop - start) * job.meta.dtype.itemsize)
                 return
             source = operands(job, job.method)
-            need = source.step * source.dtype.itemsize * (2 * len(source.models) + 6) if source.unit == "tensor" else 0
             share = job.nbytes() / max(1, source.numel)
-            with gate.hold(need):
+            with gate.hold(job.working_bytes()):
                 seen = seen_all.get(id(job.method))
                 if job.method.scope in ("row", "tensor"):
                     seen = job.method.observe(source)
@@ -246,7 +258,7 @@ def check_finite(result: Tensor, job: Job, start: int, stop: int) -> None:
         return
     for source in [*job.models, *([job.base] if job.base else [])]:
         values = source.store.read_flat(source.key, start, stop)
-        bad = int((~torch.isfinite(values.float())).sum())
+        bad = int((~torch.isfinite(values if values.is_complex() else values.float())).sum())
         if bad:
             raise WeightsError(
                 f"{source.store.location}: tensor {source.key!r} holds non-finite values (NaN or infinity; {bad} between "

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from soups.errors import ConfigError, WeightsError, did_you_mean
-from soups.merging.api import MergePlan
 from soups.merging.mergekit.layers import Layers, Position, depth
 from soups.merging.mergekit.methods import SPECS, Spec
 from soups.merging.mergekit.parameters import names_of
@@ -20,6 +19,7 @@ from soups.merging.mergekit.vocabulary import truncate_embeddings as cut_embeddi
 from soups.merging.method import Method
 from soups.merging.methods import make_method
 from soups.merging.operands import Source
+from soups.merging.plan import MergePlan, check_complex, is_averaged_dtype, output_dtype
 from soups.merging.stream import Job
 from soups.stores.folder import FolderStore
 from soups.stores.lora import LoRAStore
@@ -342,13 +342,14 @@ class _Planner:
                     f"{source.store.location}: {source.key!r} has shape {shape}, but {donor.store.location} has {meta.shape}. "
                     f"If these are vocabularies of different sizes, ask for one with `tokenizer: {{source: union}}`."
                 )
-        if not meta.dtype.is_floating_point:
+        if not is_averaged_dtype(meta.dtype):
             return Job(name, meta, None, (donor,))
         others = [one for one in section.inputs if base is None or one.model != section.base]
         each = [(one, key) for one, key in zip(section.inputs, keys, strict=True) if one in others]
         method = self._method(section, name, each, t)
+        check_complex(method, meta, name, donor.store)
         dtype = self.document.out_dtype or self.document.dtype
-        out = TensorMeta(meta.shape, getattr(torch, dtype) if dtype else meta.dtype)
+        out = TensorMeta(meta.shape, output_dtype(meta.dtype, getattr(torch, dtype) if dtype else None))
         return Job(name, out, method, tuple(sources[one.model] for one in others), base)
 
     def _source(self, model: Reference, key: str) -> Source:

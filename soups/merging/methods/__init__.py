@@ -19,11 +19,13 @@ from soups.merging.methods.cabs import CABS
 from soups.merging.methods.consensus import Consensus
 from soups.merging.methods.dare import dare, dare_linear_mergekit, dare_ties, dare_ties_mergekit
 from soups.merging.methods.della import della, della_linear_mergekit, della_mergekit
+from soups.merging.methods.fisher import Fisher
 from soups.merging.methods.knots import KnOTS
 from soups.merging.methods.linear import Linear, Nearswap, Passthrough
 from soups.merging.methods.model_stock import ModelStock
 from soups.merging.methods.pcb import PCB
 from soups.merging.methods.ram import RAM, ram_plus, ram_plus_mergekit
+from soups.merging.methods.regmean import RegMean
 from soups.merging.methods.robust import Median, TrimmedMean
 from soups.merging.methods.sce import SCE
 from soups.merging.methods.spherical import Karcher, MultiSlerp, NuSlerp, Slerp
@@ -91,6 +93,8 @@ METHODS: dict[str, Entry] = {
     "pcb": Entry(PCB, "arXiv:2410.02396"),
     "cabs": Entry(CABS, "arXiv:2503.01874"),
     "knots": Entry(KnOTS, "arXiv:2410.19735"),
+    "fisher": Entry(Fisher, "arXiv:2111.09832"),
+    "regmean": Entry(RegMean, "arXiv:2212.09849"),
 }
 
 

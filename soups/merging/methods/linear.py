@@ -29,6 +29,7 @@ class Linear(Method):
     """
 
     loops: ClassVar[bool] = True
+    complex: ClassVar[bool] = True
     weight: float | Sequence[float] = 1.0
     normalize: bool = True
 
@@ -40,14 +41,14 @@ class Linear(Method):
             raise ConfigError(
                 f"The weights {weights} sum to zero, so they cannot be normalised. Set normalize=false for a difference."
             )
-        stored = chunk.stored()
-        if stored is not None and kernels.one_readable_dtype(stored[0]):
-            return kernels.weighted_sum(stored[0], weights, chunk.size, divisor=divisor, into=chunk.into)
         return reduced(weights, chunk, divisor)
 
 
 def reduced(weights: Sequence[float], chunk: Chunk, divisor: float = 1.0) -> Tensor:
-    """Return Σ wᵢθᵢ / divisor of a chunk by the rule of `soups.reduction`, in the dtype of the sum."""
+    """Return Σ wᵢθᵢ / divisor of a chunk by the rule of `soups.reduction`: in the sum's dtype, or rounded as `chunk.into`."""
+    stored = chunk.stored()
+    if stored is not None and kernels.one_readable_dtype(stored[0]):
+        return kernels.weighted_sum(stored[0], weights, chunk.size, divisor=divisor, into=chunk.into)
     total = Sum(torch.float64 if chunk.into == torch.float64 else None)
     for weight, values in zip(weights, chunk.each_stored(), strict=True):
         total.add(values, weight)
@@ -63,12 +64,13 @@ class Passthrough(Method):
     """
 
     most: ClassVar[int | None] = 1
+    loops: ClassVar[bool] = True
+    complex: ClassVar[bool] = True
     scale: float | None = None
 
     def combine(self, chunk: Chunk, seen: Any) -> Tensor:
         """Return the only model's chunk."""
-        (model,) = chunk.models
-        return model if self.scale in (None, 1) else model.mul_(self.scale)
+        return reduced([1.0 if self.scale is None else self.scale], chunk)
 
 
 @dataclass(frozen=True)

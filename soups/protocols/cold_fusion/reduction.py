@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from soups.merging import make_method
-from soups.merging.api import execute, plan_merge
+from soups.merging import execute, make_method, plan_merge
 from soups.protocols.cold_fusion.records import Policy
 from soups.stores.store import Store, TensorMeta
 from soups.stores.views import StoreView
