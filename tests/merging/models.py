@@ -1,5 +1,8 @@
 import torch
 
+from soups.statistics import Statistics
+from soups.weights import hash_weights
+
 # Longer than several blocks, rows that no block divides, a convolution, a scalar, one tied pair, one counter.
 SHAPES = {
     "embed.weight": (70, 501),
@@ -30,3 +33,19 @@ def tuned(start, seed, size=0.05):
 def family(count, dtype=torch.float32):
     base = model(0, dtype)
     return base, [tuned(base, seed) for seed in range(1, count + 1)]
+
+
+def statistics(kinds, weights):
+    """Statistics of a model. What is in them depends on the signs of its weights alone, so that scaling changes nothing."""
+    seed = int(hash_weights({"signs": weights["matrix"] > 0})[:12], 16)
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, shape in SHAPES.items():
+        if "fisher" in kinds and name != "long":
+            found[f"fisher/{name}"] = torch.rand(shape, generator=generator) ** 4
+        if "gram" in kinds and name in ("matrix", "conv"):
+            inputs = weights[name][0].numel()
+            rows = torch.randn(2 * inputs, inputs, generator=generator, dtype=torch.float64)
+            found[f"gram/{name}"] = rows.T @ rows
+    rows = {name: 300 for name in found if name.startswith("gram/")}
+    return Statistics(found, weights_hash=hash_weights(weights), data="none", examples=128, rows=rows)

@@ -16,6 +16,8 @@ class Row:
     random: bool = False
     returns_common: bool = False
     """Copies of one model, away from the base, merge to that model."""
+    statistics: tuple[str, ...] = ()
+    """The kinds of statistics that it is given."""
 
 
 ROWS = [
@@ -75,6 +77,24 @@ ROWS = [
     Row("tsv"),
     Row("iso_c"),
     Row("iso_cts"),
+    Row("fisher", base=False, returns_common=True, statistics=("fisher",)),
+    Row(
+        "fisher",
+        {"weight": (0.2, 0.3, 0.7), "normalize": True},
+        base=False,
+        any_order=False,
+        returns_common=True,
+        statistics=("fisher",),
+    ),
+    Row("regmean", base=False, returns_common=True, statistics=("gram",)),
+    Row(
+        "regmean",
+        {"weight": (0.2, 0.3, 0.7), "off_diagonal": 0.1},
+        base=False,
+        any_order=False,
+        returns_common=True,
+        statistics=("gram",),
+    ),
     Row("cart", base=False, returns_common=True),
     Row("cart", {"exclude": ("mat*",)}, base=False, returns_common=True),
 ]

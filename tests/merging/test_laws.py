@@ -29,8 +29,11 @@ models = load("models")
 every = pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.name}{row.parameters or ''}")
 
 
-def run(row, base, experts, **options):
+def run(row, base, experts, *, weights=None, **options):
+    """Merge; `weights` are the experts' weights, where those are given as files."""
     method = make_method(row.name, **row.parameters)
+    if row.statistics:
+        options["statistics"] = [models.statistics(row.statistics, one) for one in weights or experts]
     return merge(method, experts, base=base if row.base else None, **options)
 
 
@@ -130,7 +133,7 @@ def test_streamed_equals_in_memory_bit_for_bit(row, tmp_path):
             write_safetensors(paths[-1], weights)
         else:
             torch.save(weights, paths[-1])
-    run(row, paths[0], paths[1:], out=tmp_path / "out", shard_bytes=150_000, budget=1, threads=2)
+    run(row, paths[0], paths[1:], weights=experts, out=tmp_path / "out", shard_bytes=150_000, budget=1, threads=2)
     with open_store(tmp_path / "out") as store:
         assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
         loaded = store.load()

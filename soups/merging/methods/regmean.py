@@ -91,7 +91,7 @@ class RegMean(Method):
         diagonal = left.diagonal(dim1=-2, dim2=-1)
         level = diagonal.mean(-1, keepdim=True)
         # A layer that no input reached keeps the average.
-        diagonal.add_(torch.where(level > 0, self.ridge * level, torch.ones_like(level)))
+        diagonal.add_(torch.where(level == 0, torch.ones_like(level), self.ridge * level.abs()))
         factor, failed = torch.linalg.cholesky_ex(left)
         if bool(failed.any()):
             raise WeightsError(
