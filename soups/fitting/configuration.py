@@ -101,6 +101,19 @@ class Layout(Section):
     pool: PoolSection
     paths: Paths
 
+    def with_(self, **sections: Mapping[str, Any]) -> Self:
+        """Return the layout with some settings of some sections changed: `devices={"devices": 2}`.
+
+        Raises:
+            ConfigError: an unknown name, or a value that is not allowed.
+        """
+        values = self.plain()
+        return checked(type(self), {**values, **{name: {**values.get(name, {}), **new} for name, new in sections.items()}})
+
+    def on_one_device(self) -> Self:
+        """Return the layout of a fit that has the same bits on any number of devices: it runs on one."""
+        return self.with_(devices={"devices": 1, "num_nodes": 1, "strategy": "auto"})
+
 
 class Configuration(Section):
     """Everything that a command of `train.py` can be told.

@@ -9,7 +9,7 @@ from importlib import import_module
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, Unpack, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 from pydantic_core import ErrorDetails
 
 from soups.errors import ConfigError, did_you_mean
@@ -24,7 +24,16 @@ class Section(BaseModel):
 
     def plain(self) -> dict[str, Any]:
         """Return the settings that were given, as JSON values; defaults that nobody set are left out."""
-        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        return self.model_dump(mode="json")
+
+    def shallow(self) -> dict[str, Any]:
+        """Return every setting by name, defaults too."""
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
+    @model_serializer(mode="wrap")
+    def _given(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Always, also inside a message to another process: what was not given must not read as if it had been.
+        return {name: value for name, value in serialise(self).items() if name in self.model_fields_set}
 
 
 @dataclass(frozen=True)

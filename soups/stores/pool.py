@@ -176,6 +176,10 @@ class Pool:
         record = self._record("starts", fingerprint)
         return record, self._weights("starts", record)
 
+    def start_record(self, fingerprint: str) -> Ingredient | None:
+        """Return the record of a shared start, without reading its weights, or None."""
+        return self._record("starts", fingerprint) if self._exists("starts", fingerprint, RECORD) else None
+
     def add_start(self, record: Ingredient, weights: Weights) -> Ingredient:
         """Add a shared start; see `add`."""
         return self._add("starts", record, weights)
