@@ -67,7 +67,9 @@ def ensure_probe(spec: FitSpec, layout: Layout, pool: Pool, splits: Splits) -> S
         network = build_network(spec.model, classes, probe.seed, spec.task.channels_last)
         if not probe.probe:
             return network, {}
-        batches = [evaluation_batches(part, network, probe.size, layout.loader) for part in (splits.train, splits.heldout)]
+        batches = [
+            evaluation_batches(part, network, probe.size, layout.loader) for part in (splits.train, splits.heldout)
+        ]
         found = linear_probe(network, batches[0], batches[1], classes, device_for(layout.devices))
         return network, {"inverse_l2": found.strength}
 

@@ -108,7 +108,9 @@ class Layout(Section):
             ConfigError: an unknown name, or a value that is not allowed.
         """
         values = self.plain()
-        return checked(type(self), {**values, **{name: {**values.get(name, {}), **new} for name, new in sections.items()}})
+        return checked(
+            type(self), {**values, **{name: {**values.get(name, {}), **new} for name, new in sections.items()}}
+        )
 
     def on_one_device(self) -> Self:
         """Return the layout of a fit that has the same bits on any number of devices: it runs on one."""

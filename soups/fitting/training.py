@@ -66,6 +66,7 @@ def train(
     callbacks: Sequence[lightning.Callback] = (),
     logger: Any | None = None,
     show_progress: bool = False,
+    class_groups: Sequence[int] = (),
 ) -> tuple[Network, lightning.Trainer]:
     """Fine-tune a network from `base_model` and return it with the trainer that did it.
 
@@ -79,6 +80,7 @@ def train(
         callbacks: that watch, besides those of `spec`.
         logger: Lightning's.
         show_progress: draw a progress bar.
+        class_groups: for tasks pooled under one head, how many classes each has; see `Classification`.
 
     Raises:
         ConfigError: the Trainer does not take these settings.
@@ -89,7 +91,8 @@ def train(
     seed = spec.start.seed if spec.start else 0  # of a network whose every weight is replaced
     network = build_network(spec.model, classes, seed, spec.task.channels_last, pretrained=False)
     network.module.load_state_dict(dict(base_model))
-    module = Classification(network, classes, spec.optimizer.plain(), **spec.task.shallow())
+    task = spec.task.shallow()
+    module = Classification(network, classes, spec.optimizer.plain(), class_groups=class_groups, **task)
     data = TaskData(splits, network, spec, layout)
     return network, train_module(spec, layout, module, data, callbacks, logger, show_progress)
 

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from datetime import UTC, datetime
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,9 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from soups.errors import StorageError
 from soups.fitting.progress import LOCAL, REMOTE
+from soups.fitting.progress import History as History
 from soups.fitting.progress import ReportProgress as ReportProgress
 from soups.fitting.progress import StepFile as StepFile
 from soups.stores.pool import Failure, Ingredient, Pool
+
 
 class SweepProgress:
     """A live display of a sweep: finished ingredients, those in progress, and the time left.

@@ -60,7 +60,12 @@ def differences(found: Predictions) -> list[Difference]:
             ood = mean_over_splits(groups)
             compared.append(
                 Difference(
-                    name=soup_name(name), against="best single", split="OOD", value=ood.value, low=ood.low, high=ood.high
+                    name=soup_name(name),
+                    against="best single",
+                    split="OOD",
+                    value=ood.value,
+                    low=ood.low,
+                    high=ood.high,
                 )
             )
     return compared

@@ -118,4 +118,3 @@ def predict_all(
             model.found[split] = evaluator.logits(LazyWeights(model.load), split, model.weights_hash)
             display.advance(bar)
     return found
-

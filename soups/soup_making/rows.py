@@ -27,8 +27,13 @@ def rows(found: Predictions) -> list[Row]:
     average = Row(
         name="mean of ingredients",
         kind="mean",
-        accuracy={split: _average([line.accuracy[split] for line in single]) for split in found.splits},
-        loss={split: _average([line.loss[split] for line in single]) for split in found.splits},
+        metrics={
+            split: {
+                "accuracy": _average([line.accuracy[split] for line in single]),
+                "loss": _average([line.loss[split] for line in single]),
+            }
+            for split in found.splits
+        },
     )
     best = single[0].model_copy(update={"name": "best single", "kind": "best", "note": single[0].name})
     return [
@@ -46,18 +51,19 @@ def rows(found: Predictions) -> list[Row]:
 
 def path(found: Predictions) -> list[PathPoint]:
     """Return the numbers of the points on the path of the soup that was asked for."""
-    return [
-        PathPoint(position=point.position, **_numbers(found.evaluator, values))
-        for point, values in zip(found.selection.soup.path, found.on_path, strict=True)
-    ]
+    points: list[PathPoint] = []
+    for point, values in zip(found.selection.soup.path, found.on_path, strict=True):
+        numbers = _numbers(found.evaluator, values)
+        accuracy = {split: one["accuracy"] for split, one in numbers.items()}
+        loss = {split: one["loss"] for split, one in numbers.items()}
+        points.append(PathPoint(position=point.position, accuracy=accuracy, loss=loss))
+    return points
 
 
 def _numbers(evaluator: SoupEvaluator, values: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Return accuracy in [0, 1] and loss in nats, by split."""
     numbers = {split: score(value, evaluator.labels(split)) for split, value in values.items()}
-    return {
-        "accuracy": {split: number.accuracy for split, number in numbers.items()},
-        "loss": {split: number.loss for split, number in numbers.items()},
-    }
+    return {split: {"accuracy": number.accuracy, "loss": number.loss} for split, number in numbers.items()}
 
 
 def _row(evaluator: SoupEvaluator, name: str, kind: str, values: Mapping[str, Tensor], note: str = "") -> Row:
@@ -66,7 +72,7 @@ def _row(evaluator: SoupEvaluator, name: str, kind: str, values: Mapping[str, Te
         labels = evaluator.labels(split)
         interval = wilson(int(right(value, labels).sum()), len(labels))
         intervals[split] = (interval.low, interval.high)
-    return Row(name=name, kind=kind, note=note, interval=intervals, **_numbers(evaluator, values))
+    return Row(name=name, kind=kind, note=note, interval=intervals, metrics=_numbers(evaluator, values))
 
 
 def _average(values: Sequence[float]) -> float:

@@ -1,0 +1,3 @@
+"""See `soups.fitting.quiet`."""
+
+from soups.fitting.quiet import quiet as quiet

@@ -1,0 +1,5 @@
+"""The tiny task of tests/launch, for soups without Hydra."""
+
+from tests.launch.conftest import digit_files as digit_files
+from tests.launch.conftest import overrides as overrides
+from tests.launch.conftest import settings as settings
