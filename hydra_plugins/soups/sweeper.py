@@ -35,22 +35,24 @@ class SoupSweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what Hydra hands over, and build the configured launcher."""
-        from soups.launch.project import ProjectTask, is_ours
+        from soups.launch.own_program.configuration import is_ours
+        from soups.launch.own_program.task import ProgramTask
 
         self.config = config
         self.hydra_context = hydra_context
         if not is_ours(config):  # somebody's own train.py: each call of its function makes an ingredient
-            task_function = self.program = ProjectTask.of(task_function)
+            task_function = self.program = ProgramTask.of(task_function)
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> Sequence[Any]:
         """Run the sweep and cook the soup."""
-        from soups.launch.sweep import run_project_sweep, run_sweep
+        from soups.launch.own_program.sweep import run_own_program
+        from soups.launch.sweep import run_sweep
 
         if self.config is None or self.hydra_context is None or self.launcher is None:
             raise RuntimeError("Hydra calls setup before sweep.")
         if self.program is not None:
-            return run_project_sweep(self.config, self.hydra_context, self.launcher, arguments, self.program)
+            return run_own_program(self.config, self.hydra_context, self.launcher, arguments, self.program)
         return run_sweep(self.config, self.hydra_context, self.launcher, arguments)

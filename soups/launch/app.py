@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -11,6 +13,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
+from rich.text import Text
 
 from soups.errors import SoupError
 from soups.launch.cook import cook
@@ -19,6 +22,9 @@ from soups.launch.quiet import quiet
 from soups.launch.settings import Settings, UserError, is_first_process, open_pool, resolve
 from soups.launch.tracking import track_soup
 from soups.reporting import Report, summary_sentence, tables
+
+# Ingredients that are named beside one error.
+_NAMED = 4
 
 
 def run(config: DictConfig) -> float:
@@ -56,7 +62,7 @@ def _known(settings: Settings) -> set[str]:
     return {record.fingerprint for record in open_pool(settings).ingredients()}
 
 
-def finish(settings: Settings, failed: dict[str, str]) -> int:
+def finish(settings: Settings, failed: Mapping[str, Failed]) -> int:
     """Cook the soup of a finished sweep, show and track it; return the exit code (3 when ingredients failed).
 
     Raises:
@@ -78,12 +84,37 @@ def finish(settings: Settings, failed: dict[str, str]) -> int:
     return tell_failures(console, failed)
 
 
-def tell_failures(console: Console, failed: dict[str, str]) -> int:
-    """Show which ingredients failed and why; return the exit code: 3 if some did."""
+@dataclass(frozen=True)
+class Failed:
+    """An ingredient that failed: what tells it apart, and the error."""
+
+    label: str
+    why: str
+
+
+def reasons(failed: Mapping[str, Failed]) -> list[str]:
+    """Return each error once, with the ingredients that failed of it.
+
+    >>> reasons({"a" * 64: Failed("lr=1", "no disk"), "b" * 64: Failed("lr=2", "no disk")})
+    ['2 of them (aaaaaaaa lr=1, bbbbbbbb lr=2): no disk']
+    """
+    groups: dict[str, list[str]] = {}
+    for name, one in failed.items():
+        groups.setdefault(one.why, []).append(f"{name[:8]} {one.label}".rstrip())
+    return [
+        f"{names[0]}: {why}"
+        if len(names) == 1
+        else f"{len(names)} of them ({', '.join(names[:_NAMED])}{', …' if len(names) > _NAMED else ''}): {why}"
+        for why, names in groups.items()
+    ]
+
+
+def tell_failures(console: Console, failed: Mapping[str, Failed]) -> int:
+    """Show which ingredients failed and why, each reason once; return the exit code: 3 if some did."""
     if not failed:
         return 0
-    lines = "\n".join(f"{name[:8]}  {why}" for name, why in failed.items())
-    console.print(Panel(lines, title=f"{len(failed)} ingredients failed and are not in the soup", style="red"))
+    count = f"{len(failed)} ingredient{' failed and is' if len(failed) == 1 else 's failed and are'} not in the soup"
+    console.print(Panel(Text("\n".join(reasons(failed))), title=Text(count), style="red"))
     return 3
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 from hydra.core.utils import JobReturn, JobStatus
@@ -13,16 +12,14 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.text import Text
 
 from soups.errors import ConfigError, RunError, SoupError
 from soups.fitting.spec import fingerprint
-from soups.launch.app import finish, leave, tell_failures
+from soups.launch.app import Failed, finish, leave, reasons
 from soups.launch.cook import check_options
-from soups.launch.fits import Evaluation
 from soups.launch.members import refuse_foreign
 from soups.launch.progress import SweepProgress
-from soups.launch.project import Project, ProjectTask, check_metric, ensure_shared_start, see_fit
-from soups.launch.project_soup import cook_project, show
 from soups.launch.quiet import quiet
 from soups.launch.search_space import expand, parse_space, split_arguments
 from soups.launch.settings import (
@@ -74,47 +71,10 @@ def run_sweep(
     return results
 
 
-def run_project_sweep(
-    config: DictConfig, context: HydraContext, launcher: Launcher, arguments: Sequence[str], program: ProjectTask
-) -> Sequence[JobReturn]:
-    """Run a sweep over somebody's own program that ends in a soup.
-
-    Raises:
-        UserError: a mistake in settings, program or pool; all ingredients failed.
-        SystemExit: 3, after the soup, when some ingredients failed.
-    """
-    quiet()
-    job = str(config.hydra.job.name)
-    load = context.config_loader.load_sweep_config
-    try:
-        refuse_sweeps_in_ranks()
-        fixed, points = plan(config, arguments)
-        fit = see_fit(program, config, context, fixed)
-        shared = ensure_shared_start(fit, Project.of(_compose_one(load, config, fixed), job))
-        told = shared.overrides()
-        wanted: dict[str, Wanted] = {}
-        for point in points:
-            own = Project.of(_compose_one(load, config, [*fixed, *point, *told]), job)
-            wanted.setdefault(own.fingerprint, Wanted(own.fingerprint, [*fixed, *point, *told], _label(point)))
-        # Validation shows before anything is trained whether the metric is there.
-        check_metric(Evaluation(fit).validate(), shared.monitor)
-
-        def describe(record: Ingredient) -> str:
-            return f"{shared.monitor} {record.heldout(str(shared.monitor)):.4f}"
-
-        results, failed = run_missing(Pool(shared.pool), list(wanted.values()), launcher, describe)
-        output = Path(str(OmegaConf.select(config, "paths.output") or "outputs"))
-        soup: dict[str, Any] = cast(dict[str, Any], OmegaConf.to_container(config.soup, resolve=True))
-        report, folder = cook_project(shared, soup, fit, output)
-    except SoupError as error:
-        raise UserError(f"\n{error}") from error
-    show(report, folder, Console())
-    leave(tell_failures(Console(), failed))
-    return results
-
-
-def _compose_one(load: Callable[..., DictConfig], config: DictConfig, overrides: list[str]) -> DictConfig:
-    """Compose the configuration of one job, without Hydra's own part.
+def compose_one(
+    load: Callable[..., DictConfig], config: DictConfig, overrides: list[str], hydra: bool = False
+) -> DictConfig:
+    """Compose the configuration of one job, without Hydra's own part unless `hydra`.
 
     Raises:
         ConfigError: a key does not exist, or a value does not fit.
@@ -127,8 +87,9 @@ def _compose_one(load: Callable[..., DictConfig], config: DictConfig, overrides:
             f"A setting of the sweep does not exist: {reason} Check sweep.space and the command line for a misspelt "
             f"key; `--cfg job` prints all there are."
         ) from error
-    OmegaConf.set_struct(composed, False)
-    composed.pop("hydra", None)
+    if not hydra:
+        OmegaConf.set_struct(composed, False)
+        composed.pop("hydra", None)
     return composed
 
 
@@ -170,10 +131,10 @@ def compose(
         ConfigError: a key of the search space does not exist, or a value does not fit.
     """
 
-    def compose_one(overrides: list[str]) -> Settings:
-        return resolve(_compose_one(context.config_loader.load_sweep_config, config, overrides))
+    def settings_of(overrides: list[str]) -> Settings:
+        return resolve(compose_one(context.config_loader.load_sweep_config, config, overrides))
 
-    settings = compose_one(fixed)
+    settings = settings_of(fixed)
     check(settings)
     if from_elsewhere(settings):  # those are cooked as they are
         return settings, []
@@ -181,7 +142,7 @@ def compose(
     start, _ = ensure_start(settings, splits)
     wanted: dict[str, Wanted] = {}
     for point in points:
-        own = compose_one([*fixed, *point])
+        own = settings_of([*fixed, *point])
         check(own)
         own_start, own_split = start.weights, splits.hash()
         if any(own[key] != settings[key] for key in ("model", "data", "start", "loader")):
@@ -189,11 +150,12 @@ def compose(
             own_split = own_splits.hash()
             own_start = ensure_start(own, own_splits)[0].weights
         name = fingerprint(fit_of(own).on(split=own_split, base_model=own_start))
-        wanted.setdefault(name, Wanted(name, [*fixed, *point], _label(point)))
+        wanted.setdefault(name, Wanted(name, [*fixed, *point], label(point)))
     return settings, list(wanted.values())
 
 
-def _label(point: Sequence[str]) -> str:
+def label(point: Sequence[str]) -> str:
+    """Return the overrides of one ingredient for people, without the sections of their keys."""
     pairs = (text.partition("=") for text in point)
     return " ".join(f"{key.lstrip('+').rpartition('.')[2]}={value}" for key, _, value in pairs)
 
@@ -203,7 +165,7 @@ def run_missing(
     wanted: list[Wanted],
     launcher: Launcher,
     describe: Callable[[Ingredient], str] = lambda record: f"held-out {record.heldout():.2%}",
-) -> tuple[Sequence[JobReturn], dict[str, str]]:
+) -> tuple[Sequence[JobReturn], dict[str, Failed]]:
     """Launch the ingredients that the pool lacks; return the launcher's results and why each failed one failed.
 
     Args:
@@ -218,10 +180,8 @@ def run_missing(
     console = Console(stderr=True)
     missing = [item for item in wanted if item.fingerprint not in pool]
     found = len(wanted) - len(missing)
-    console.print(
-        f"Pool [bold]{pool.url}[/]: {found} of {len(wanted)} ingredients found, {len(missing)} to fine-tune.",
-        highlight=False,
-    )
+    counts = f": {found} of {len(wanted)} ingredients found, {len(missing)} to fine-tune."
+    console.print(Text.assemble("Pool ", (pool.url, "bold"), counts), soft_wrap=True)
     if not missing:
         return [], {}
     results: Sequence[JobReturn] = []
@@ -239,21 +199,21 @@ def run_missing(
         for item, result in zip(missing, results, strict=False)
         if result.status == JobStatus.FAILED
     }
-    failed: dict[str, str] = {}
+    failed: dict[str, Failed] = {}
     for item in missing:
         if item.fingerprint in pool and item.fingerprint in errors:
             # Its weights are safe; what failed came after them (tracking, most often) and must not pass in silence.
-            console.print(f"[yellow]Ingredient {item.fingerprint[:8]} is finished, but:[/] {errors[item.fingerprint]}")
+            finished = (f"Ingredient {item.fingerprint[:8]} is finished, but:", "yellow")
+            console.print(Text.assemble(finished, f" {errors[item.fingerprint]}"))
         if item.fingerprint not in pool:
             failure = pool.failure(item.fingerprint)
             why = failure.error if failure else errors.get(item.fingerprint, str(crash or "it left no result"))
-            failed[item.fingerprint] = f"({item.label}) {why.strip()}"
+            failed[item.fingerprint] = Failed(item.label, why.strip())
     if crash is not None:
         raise RunError(
             f"The launcher stopped: {type(crash).__name__}: {crash}. {len(missing) - len(failed)} of {len(missing)} "
             f"ingredients are finished and kept; run the same command again for the rest."
         ) from crash
     if failed and len(failed) == len(wanted):
-        first = next(iter(failed.values()))
-        raise RunError(f"All {len(failed)} ingredients failed, so there is nothing to cook. The first one: {first}")
+        raise RunError(f"All {len(failed)} ingredients failed, so there is no soup. {'; '.join(reasons(failed))}")
     return results, failed

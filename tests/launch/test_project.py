@@ -12,12 +12,12 @@ import cloudpickle
 import lightning.pytorch as pl
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from soups.errors import ConfigError
-from soups.launch.fits import Fit, fits_go_to
-from soups.launch.project import Project, ProjectTask, check_metric, monitor_of
-from soups.launch.project_soup import cook_project
+from soups.launch.own_program.interception import Fit, fits_go_to
+from soups.launch.own_program.options import check_options
+from soups.launch.own_program.task import ProgramTask
+from soups.reporting import Report
 from soups.stores import read_safetensors
 from soups.stores.pool import Pool
 from tests.launch.conftest import ROOT
@@ -71,10 +71,16 @@ def run(installed: Path, project: Path) -> Run:
 def test_the_wheel_has_the_configuration_and_no_more(installed: Path) -> None:
     conf = installed / "soups" / "conf"
     for group in ("soup", "callbacks", "hydra/launcher"):
-        wanted = {path.name: path.read_text() for path in (ROOT / "conf" / group).glob("*.yaml")}
-        assert {path.name: path.read_text() for path in (conf / group).iterdir()} == wanted and wanted, group
+        wanted, found = (
+            {str(path.relative_to(root / group)): path.read_text() for path in (root / group).rglob("*.yaml")}
+            for root in (ROOT / "conf", conf)
+        )
+        assert found == wanted and wanted, group
     assert {path.name for path in conf.iterdir()} == {"soup", "callbacks", "hydra"}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "soups").rglob("*.py")}
+    modules |= {
+        f"soups/{path.relative_to(ROOT)}" for path in (ROOT / "callbacks").rglob("*.py")
+    }  # soups/callbacks is a link
     assert {str(path.relative_to(installed)) for path in (installed / "soups").rglob("*.py")} == modules
     assert not (installed / "conf").exists() and not (installed / "tests").exists()
 
@@ -84,7 +90,10 @@ def test_a_program_that_knows_nothing_of_soups_ends_in_one(run: Run, project: Pa
     command = ["+soup=greedy", "callbacks=[default,ema,lawa]"]
     done = run(*command)
     assert done.returncode == 0, done.stdout
-    assert "0 of 3 ingredients found, 3 to fine-tune" in done.stdout and "greedy soup by val/acc (max)" in done.stdout
+    assert (
+        "0 of 3 ingredients found, 3 to fine-tune" in done.stdout
+        and "selected by val/acc, larger is better" in done.stdout
+    )
 
     pool = Pool(project / "pools" / "train")
     records = pool.ingredients()
@@ -96,33 +105,62 @@ def test_a_program_that_knows_nothing_of_soups_ends_in_one(run: Run, project: Pa
     )
 
     (folder,) = (project / "outputs" / "soups").glob("greedy-*")
+    files = {
+        "report.json",
+        "page.json",
+        "report.html",
+        "results.csv",
+        "soup.safetensors",
+        "scatter.png",
+        "greedy_path.png",
+    }
+    assert {path.name for path in folder.iterdir()} == files
     report = json.loads((folder / "report.json").read_text())
-    rows = {row["name"]: row for row in report["rows"]}
+    rows = {row["name"]: row["metrics"] for row in report["rows"]}
     own = [record.heldout("val/acc") for record in records]
     assert rows["best single"]["heldout"]["val/acc"] == max(own)
     assert rows["mean of ingredients"]["heldout"]["val/acc"] == pytest.approx(sum(own) / 3)
     assert rows["greedy soup"]["heldout"]["val/acc"] >= max(own) > 0.8 > rows["start"]["heldout"]["val/acc"]
     assert rows["greedy soup"]["test"]["test/acc"] > 0.8
     assert all(set(record.metrics) == {"heldout"} and "test/acc" not in record.metrics["heldout"] for record in records)
+    assert all(record.history[-1]["epoch"] == 1 and 0 < record.history[-1]["val/acc"] <= 1 for record in records)
+    # val/best is the best so far, so that it is no metric of a model.
+    assert not any("val/best" in values for row in rows.values() for values in row.values())
+    assert (
+        "remember the models that were validated before" in " ".join(done.stdout.split()) and "val/best" in done.stdout
+    )
+    assert not list(project.glob("**/start")) and not list(project.glob("**/rehearsal")), (
+        "nothing but the ingredients' folders"
+    )
     soup = read_safetensors(folder / "soup.safetensors")
     members = [pool.weights(name, verify=True) for name in report["members"]]
     for name, tensor in soup.items():
         if tensor.is_floating_point():
             assert torch.equal(tensor, torch.stack([member[name].double() for member in members]).mean(0).float()), name
 
+    again = subprocess.run(
+        [sys.executable, "-m", "soups.cli", "report", str(folder)], cwd=project, text=True, capture_output=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert Report.load(folder).metric == "val/acc" and "greedy soup" in (folder / "report.html").read_text().lower()
+
     # Its BatchNorm layer was trained: the warning names it, and what to do in a program of one's own.
-    (warning,) = report["warnings"]
+    warning = report["warnings"][0]
     assert "layer 'net.1'" in warning and "torch.optim.swa_utils.update_bn(loader, model)" in warning
     assert "BatchNorm's running statistics differ" in " ".join(done.stdout.split())
 
     # Another recipe over the same pool, with the program's own start.
     again = run("+soup=wise_ft", "soup.points=3", command[1])
     assert again.returncode == 0 and "3 of 3 ingredients found, 0 to fine-tune" in again.stdout, again.stdout
-    assert "WiSE-FT soup by val/acc (max)" in again.stdout, again.stdout
+    assert "WiSE-FT soup of 3 ingredients: selected by val/acc" in again.stdout, again.stdout
     assert [record.created for record in pool.ingredients()] == [record.created for record in records]
 
     # A metric that remembers the best so far would choose wrongly, and is found out.
-    wrong = run(*command, "+ingredient.monitor=val/best")
+    # Nothing says which of its values are better, and nobody guesses.
+    unsaid = run(*command, "+ingredient.monitor=val/best")
+    assert unsaid.returncode == 1 and "++ingredient.mode=min" in unsaid.stdout, unsaid.stdout
+    wrong = run(*command, "+ingredient.monitor=val/best", "+ingredient.mode=max")
     assert wrong.returncode == 1 and "Traceback" not in wrong.stdout, wrong.stdout
     assert "val/best" in wrong.stdout and "best-so-far" in " ".join(wrong.stdout.split())
 
@@ -141,59 +179,26 @@ def test_two_processes_and_an_average(run: Run, project: Path) -> None:
     assert not torch.equal(average["net.0.weight"], raw["net.0.weight"])
 
 
-def test_statistics_are_not_measured_in_programs_that_only_validate(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"soup\.batchnorm=reestimate is not for programs of your own.*update_bn"):
-        cook_project(None, {"recipe": "greedy", "batchnorm": "reestimate"}, None, tmp_path)  # type: ignore[arg-type]
-
-
-CONFIG = {
-    "model": {"lr": 0.1, "width": "${size}"},
-    "size": 8,
-    "trainer": {"max_epochs": 1, "devices": 2, "strategy": "ddp"},
-    "paths": {"output_dir": "${hydra:runtime.output_dir}"},
-    "data": {"root": "${oc.env:HOME}/data", "num_workers": 4},
-}
-
-
-def project_of(**changes) -> Project:
-    config = OmegaConf.merge(CONFIG, changes)
-    return Project.of(config, "train")
-
-
-def test_a_fingerprint_is_what_decides_the_weights() -> None:
-    base = project_of()
-    assert base.pool == "pools/train" and base.weights == "raw"
-    for same in (
-        {"trainer": {"devices": 1}},
-        {"paths": {"output_dir": "elsewhere"}},
-        {"soup": {"recipe": "greedy"}},
-        {"pool": {"path": "s3://bucket/pool"}},
-        {"ingredient": {"monitor": "val/acc", "mode": "max"}},
-    ):
-        assert project_of(**same).fingerprint == base.fingerprint, same
-    for other in (
-        {"model": {"lr": 0.2}},
-        {"size": 9},
-        {"trainer": {"max_epochs": 2}},
-        {"ingredient": {"weights": "ema"}},
-    ):
-        assert project_of(**other).fingerprint != base.fingerprint, other
-    assert project_of(data={"num_workers": 8}).fingerprint != base.fingerprint
-    ignore = {"ignore": ["data.num_workers"]}
-    assert (
-        project_of(data={"num_workers": 8}, ingredient=ignore).fingerprint == project_of(ingredient=ignore).fingerprint
-    )
-
-
-def test_wrong_settings_are_named() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'monitor'"):
-        project_of(ingredient={"monitr": "val/acc"})
-    with pytest.raises(ConfigError, match=r"ingredient\.mode=maximum"):
-        project_of(ingredient={"mode": "maximum"})
-    with pytest.raises(ConfigError, match="Validation logs val/loss, val/f1"):
-        check_metric({"val/loss": 1.0, "val/f1": 0.5}, None)
-    with pytest.raises(ConfigError, match="does not log 'val/acc'"):
-        check_metric({"val/loss": 1.0}, "val/acc")
+@pytest.mark.parametrize(
+    ("options", "given", "message"),
+    [
+        ({"batchnorm": "reestimate"}, (), r"soup\.batchnorm=reestimate would do nothing.*update_bn"),
+        ({"metric": "loss"}, (), r"soup\.metric=loss would do nothing.*ingredient\.monitor"),
+        ({"metric": "accuracy"}, ("soup.metric",), r"soup\.metric=accuracy would do nothing"),
+        ({"racing": 0.05}, (), r"soup\.racing=0\.05 would do nothing"),
+        ({"barrier": True}, (), r"soup\.barrier=True would do nothing"),
+        ({"landscape": True}, (), r"soup\.landscape=True would do nothing"),
+        ({"tie": "paper"}, (), r"soup\.tie is no option of the recipe greedy: did you mean 'ties'"),
+        ({"recipe": "learned"}, (), r"soup\.recipe=learned is not for programs of your own"),
+        ({"foreign": "keep"}, (), r"soup\.foreign=keep"),
+    ],
+)
+def test_options_that_do_nothing_are_refused_by_name(options: dict, given: tuple, message: str) -> None:
+    defaults = {"recipe": "greedy", "metric": "accuracy", "foreign": "refuse", "exclude": [], "batchnorm": "average", "racing": None,
+                "barrier": False, "landscape": False, "grid": 9, "batchnorm_batches": 32, "ties": "official"}  # fmt: skip
+    check_options(defaults)
+    with pytest.raises(ConfigError, match=message):
+        check_options({**defaults, **options}, given)
 
 
 class Tiny(pl.LightningModule):
@@ -228,16 +233,10 @@ def test_a_fit_is_taken_over_and_given_back() -> None:
         seen[1].check()
 
 
-def test_the_metric_is_the_one_that_checkpoints_watch() -> None:
-    assert monitor_of(quiet_trainer()) == (None, "max")
-    stop = pl.callbacks.EarlyStopping("val/loss", mode="min")
-    assert monitor_of(quiet_trainer(callbacks=[stop])) == ("val/loss", "min")
-
-
 def test_a_program_travels_to_other_processes() -> None:
     def function(config) -> int:
         return config + 1
 
-    program = ProjectTask.of(function)
+    program = ProgramTask.of(function)
     assert cloudpickle.loads(cloudpickle.dumps(program)).function(1) == 2
     assert program.name.endswith("function") and program.module == __name__
