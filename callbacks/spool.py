@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from soups.averaging.checkpoint import read_checkpoint
 from soups.stores.averages import KEY
 
 
@@ -37,7 +36,7 @@ class Spool:
 
     def read(self) -> dict[str, Any]:
         """Return the `weight_averages` that were left."""
-        return read_checkpoint(self.path)[KEY]
+        return torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)[KEY]
 
     def clear(self) -> None:
         """Forget an earlier fit's averages."""

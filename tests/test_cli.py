@@ -91,10 +91,9 @@ def test_inspect(models):
     assert "layers.2" in result.output and "made: by hand" in result.output
     listed = json.loads(soups("inspect", models / "0.safetensors", "--tensors", "--json").output)
     assert listed["rows"]["layers.1.w"]["shape"] == [4, 6]
-    torch.save(
-        {"state_dict": {"w": torch.ones(2)}, "weight_averages": {"ema": {"w": torch.ones(2)}}}, models / "a.ckpt"
-    )
-    assert "weight_averages.ema" in soups("inspect", models / "a.ckpt").output
+    kept = {"averages": {"ema": {"kind": "EMA", "count": 1, "weights": {"w": torch.ones(2)}}}}
+    torch.save({"state_dict": {"w": torch.ones(2)}, "weight_averages": kept}, models / "a.ckpt")
+    assert "weight_averages.averages.ema" in soups("inspect", models / "a.ckpt").output
     soups("inspect", models / "a.ckpt", "--state", "average:ema")
     assert "no checkpoint at" in soups("inspect", models / "nothing", code=1).output
 

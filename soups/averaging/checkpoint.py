@@ -12,7 +12,6 @@ WeightAveraging callbacks, where the average is `state_dict` and the raw weights
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soups.errors import ConfigError, DataError, StorageError, did_you_mean
-from soups.stores.averages import KEY, plain_name, sources
-from soups.stores.files import replacing, storage_errors
+from soups.errors import ConfigError
+from soups.stores.averages import KEY, plain_name
+from soups.stores.checkpoint import TorchStore
+from soups.stores.distributed import SHARDED_PREFIX as SHARDED_PREFIX
+from soups.stores.distributed import DistributedStore, is_distributed
+from soups.stores.files import replacing
+from soups.stores.opening import open_store
 from soups.stores.safetensors import write_safetensors
+from soups.stores.states import RAW
+from soups.stores.store import Store
+from soups.stores.torch_writer import plain_parts
 
 VERSION = 2
-RAW = "raw"
-# Where averages lie among the tensors of a distributed (sharded) checkpoint.
-SHARDED_PREFIX = f"{KEY}/"
 
 
 @dataclass(frozen=True)
@@ -40,61 +43,6 @@ class AverageInfo:
     kind: str
     count: int
     tensors: int
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint: a file, or the folder of a distributed checkpoint. Nothing in it is executed.
-
-    Raises:
-        StorageError: the file is absent, damaged, or holds objects other than tensors and plain values.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return _read_distributed(path)
-    if not path.exists():
-        raise StorageError(f"There is no checkpoint {path}. Check the path; has the run that writes it saved yet?")
-    try:
-        with storage_errors(path, "read"):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise StorageError(
-            f"{path} holds objects other than tensors and plain values, which are not loaded since they could run code "
-            f"({str(error).splitlines()[0]}). Save hyperparameters as plain values, for instance with "
-            f"OmegaConf.to_container(config)."
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise StorageError(
-            f"{path} is not a whole torch checkpoint ({str(error).splitlines()[0]}). It may have been cut off while it "
-            f"was written or copied; use another checkpoint of the run."
-        ) from error
-    if not isinstance(checkpoint, dict):
-        raise StorageError(f"{path} holds a {type(checkpoint).__name__} instead of a checkpoint dictionary.")
-    return checkpoint
-
-
-def _read_distributed(path: Path) -> dict[str, Any]:
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    if not (path / ".metadata").exists():
-        raise StorageError(f"{path} is a folder without a distributed checkpoint in it (no .metadata). Check the path.")
-    checkpoint: dict[str, Any] = {}
-    if (path / "meta.pt").exists():
-        checkpoint = read_checkpoint(path / "meta.pt")
-    entries = FileSystemReader(path).read_metadata().state_dict_metadata
-    wanted: dict[str, Tensor] = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in entries.items()
-        if isinstance(entry, TensorStorageMetadata) and key.startswith("state_dict.")
-    }
-    load(wanted, checkpoint_id=path, no_dist=True)
-    tensors = {key.removeprefix("state_dict."): tensor for key, tensor in wanted.items()}
-    checkpoint["state_dict"] = {key: t for key, t in tensors.items() if not key.startswith(SHARDED_PREFIX)}
-    for name, entry in checkpoint.get(KEY, {}).get("averages", {}).items():
-        start = f"{SHARDED_PREFIX}{name}/mean/"
-        entry["weights"] = {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
-    return checkpoint
 
 
 def adopt_lightning(checkpoint: dict[str, Any]) -> bool:
@@ -130,13 +78,13 @@ def averages(path: str | Path) -> list[AverageInfo]:
     Raises:
         StorageError: the checkpoint cannot be read.
     """
-    checkpoint = read_checkpoint(path)
-    adopt_lightning(checkpoint)
-    rows = [
-        AverageInfo(RAW, "training weights", int(checkpoint.get("global_step", 0)), len(_state_dict(checkpoint, path)))
-    ]
-    for name, entry in checkpoint.get(KEY, {}).get("averages", {}).items():
-        rows.append(AverageInfo(name, entry["kind"], int(entry["count"]), len(entry["weights"])))
+    with _opened(path, RAW) as store:
+        if not isinstance(store, TorchStore | DistributedStore):
+            return [AverageInfo(RAW, "weights", 0, len(store.keys()))]
+        states = store.averages
+    rows = [AverageInfo(RAW, "training weights", states.step, len(states.raw))]
+    for name, average in states.averages.items():
+        rows.append(AverageInfo(name, average.kind, average.count, len(average.tensors)))
     return rows
 
 
@@ -146,10 +94,11 @@ def load_averaged(path: str | Path, which: str = "ema", *, strict: bool = True) 
     Keys are those of the checkpoint's `state_dict`, whatever hooks of the module made of them.
 
     Averaged tensors come in the dtypes of the raw weights; whatever is not averaged (integer buffers, frozen parameters,
-    buffers under `buffers="live"`) is the raw weights' own.
+    buffers under `buffers="live"`) is the raw weights' own. Hyperparameters and other objects in the file are not loaded, and
+    nothing in it is run.
 
     Args:
-        path: a Lightning checkpoint, or the folder of a distributed one.
+        path: a checkpoint of Lightning or another program, or the folder of a distributed one.
         which: the average's name, or "raw".
         strict: whether every averaged tensor must have its place in `state_dict`. False leaves out those that a hook of
             the module has dropped.
@@ -159,19 +108,17 @@ def load_averaged(path: str | Path, which: str = "ema", *, strict: bool = True) 
         DataError: it holds no such average; the message lists those it holds.
         WeightsError: an averaged tensor is not in `state_dict`, where the raw weights would stand in for it.
     """
-    checkpoint = read_checkpoint(path)
-    adopt_lightning(checkpoint)
-    raw = _state_dict(checkpoint, path)
-    if which == RAW:
-        return dict(raw)
-    held = checkpoint.get(KEY, {}).get("averages", {})
-    if which not in held:
-        hint = did_you_mean(which, [RAW, *held])
-        why = "" if held else " It was written without an averaging callback, or before the first point was taken."
-        raise DataError(f"{path} holds no average called {which!r}.{why} {hint[:1].upper()}{hint[1:]}")
-    entry = held[which]
-    average = {**entry["weights"], **entry.get("buffers", {}), **entry.get("saved", {})}
-    return overlay(raw, average, sources(raw, average, checkpoint[KEY], where=str(path), strict=strict))
+    with _opened(path, which, strict=strict) as store:
+        return store.load()
+
+
+def _opened(path: str | Path, which: str, *, strict: bool = True) -> Store:
+    state = RAW if which == RAW else f"average:{which}"
+    if is_distributed(Path(path)):
+        return DistributedStore(path, state, plain=False, strict=strict)
+    if Path(path).is_dir() or Path(path).suffix == ".safetensors":  # one set of weights, and no average of it
+        return open_store(path, state=None if which == RAW else state)
+    return TorchStore(path, state, plain=False, strict=strict)
 
 
 def overlay(raw: Mapping[str, Tensor], average: Mapping[str, Tensor], places: Mapping[str, str]) -> dict[str, Tensor]:
@@ -198,7 +145,7 @@ def overlay(raw: Mapping[str, Tensor], average: Mapping[str, Tensor], places: Ma
 def export(path: str | Path, which: str, to: str | Path) -> Path:
     """Write one average of a checkpoint to a file of its own, with plain names; `.safetensors`, `.pt` or `.ckpt`.
 
-    `.ckpt` is a minimal Lightning checkpoint: `state_dict` and the hyperparameters of the original.
+    `.ckpt` is a minimal Lightning checkpoint: `state_dict` and the plain hyperparameters of the original.
 
     Args:
         path: the checkpoint.
@@ -213,20 +160,18 @@ def export(path: str | Path, which: str, to: str | Path) -> Path:
     target = Path(to)
     if target.suffix not in (".safetensors", ".pt", ".ckpt"):
         raise ConfigError(f"{target} must end in .safetensors, .pt or .ckpt, which says what kind of file is written.")
-    weights = {plain_name(name): tensor for name, tensor in load_averaged(path, which).items()}
+    with _opened(path, which) as store:
+        weights = {plain_name(name): tensor for name, tensor in store.load().items()}
+        beside = plain_parts(store.root) if isinstance(store, TorchStore) else {}
     if target.suffix == ".safetensors":
         write_safetensors(target, weights, {"soups.average": which, "soups.source": Path(path).name})
         return target
-    # mmap'd tensors are copied, so that the file does not repeat the storage they are cut from
     content: dict[str, Any] = _clone(weights)
     if target.suffix == ".ckpt":
-        original = read_checkpoint(path)
         keep = ("hyper_parameters", "hparams_name", "datamodule_hyper_parameters", "epoch", "global_step")
-        content = {
-            "state_dict": content,
-            "pytorch-lightning_version": original.get("pytorch-lightning_version", "2.6.4"),
-        }
-        content |= {key: original[key] for key in keep if key in original}
+        version = beside.get("pytorch-lightning_version", "2.6.4")
+        content = {"state_dict": content, "pytorch-lightning_version": version}
+        content |= {key: beside[key] for key in keep if key in beside}
     with replacing(target) as temporary:
         torch.save(content, temporary)
     return target
@@ -235,11 +180,3 @@ def export(path: str | Path, which: str, to: str | Path) -> Path:
 def _clone(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     copies: dict[int, Tensor] = {}
     return {name: copies.setdefault(id(tensor), tensor.clone()) for name, tensor in weights.items()}
-
-
-def _state_dict(checkpoint: Mapping[str, Any], path: str | Path) -> Mapping[str, Tensor]:
-    if "state_dict" not in checkpoint:
-        raise StorageError(
-            f"{path} has no 'state_dict': it is not a Lightning checkpoint. It holds: {list(checkpoint)[:8]}."
-        )
-    return checkpoint["state_dict"]

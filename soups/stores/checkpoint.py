@@ -6,120 +6,121 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from soups.errors import StorageError, WeightsError, did_you_mean
+from soups.stores.averages import plain_name
+from soups.stores.inert import Opaque, TensorRecord, opaque_parts
+from soups.stores.states import RAW, USUAL, Placed, States, read_states, tensor_maps
 from soups.stores.store import Extent, ExtentStore, TensorMeta
-from soups.stores.torch_zip import Opaque, TensorRecord, TorchArchive, tensor_maps
-
-# Where our averaging callbacks keep their averages, one map a name, inside a Lightning checkpoint.
-AVERAGES = "weight_averages"
-# Where Lightning's own WeightAveraging keeps the live weights; `state_dict` then holds the average.
-LIVE = "current_model_state"
-_USUAL = ("", "state_dict", "model_state_dict", "model", "net", "weights")
+from soups.stores.torch_zip import TorchArchive
 
 
 class TorchStore(ExtentStore):
-    """The weights in one torch archive: a plain state dict, or one of the states in a training checkpoint.
+    """The weights in one torch file: a plain state dict, or one of the sets of weights in a training checkpoint.
 
     Args:
         path: the file or URL.
         state: which weights. `None` takes the model's own: the root if that is a state dict, else `state_dict`, else
-            another usual name. `"average"` takes the only average in it, `"average:NAME"` the one of that name
-            (averages that lack some tensors, buffers say, are completed from `state_dict`), `"live"` the weights being
-            trained where Lightning's `WeightAveraging` swapped them, and any other text a path such as `"state_dict_ema"`.
+            another usual name. `"raw"` takes the weights under training, `"average"` the only average in the file,
+            `"average:NAME"` the one of that name (completed from the raw weights, in their dtypes), and any other text a
+            path such as `"generator.state_dict"`.
+        strict: whether every tensor of an average must have its place among the raw weights.
+        plain: leave what `torch.compile` and distributed wrappers put into names out of them.
 
     Attributes:
         states: the paths of all state dicts in the file.
+        averages: the raw weights and the averages in the file.
+        skipped: what was not loaded, because only code could make it: path and class.
 
     Raises:
         StorageError: see `TorchArchive`; or the file has no such state.
+        DataError: the file has no such average.
     """
 
-    def __init__(self, path: str | os.PathLike[str], state: str | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], state: str | None = None, *, plain: bool = True, strict: bool = True
+    ) -> None:
         archive = TorchArchive(path)
         self.location = archive.source.location
         self._archive = archive
         try:
-            self._maps = {
-                name: records for name, records in tensor_maps(archive.root).items() if "optimizer" not in name.lower()
-            }
+            self._maps = tensor_maps(archive.root)
             self.states = list(self._maps)
-            records = self._select(state)
+            self.averages: States[TensorRecord] = read_states(
+                archive.root, self._maps, lambda record: int(archive.read(record))
+            )
+            self.skipped = dict(opaque_parts(archive.root))
             extents: dict[str, Extent] = {}
             tied: dict[str, str] = {}
-            first: dict[TensorRecord, str] = {}
-            self._strided: dict[str, TensorRecord] = {}
-            for name, record in records.items():
-                name = name.replace("_orig_mod.", "")  # torch.compile's wrapper is no part of the model
+            first: dict[Placed[TensorRecord], str] = {}
+            self._indirect: dict[str, Placed[TensorRecord]] = {}
+            for given, placed in self._select(state, strict).items():
+                name = plain_name(given) if plain else given
+                record, dtype = placed
                 offset = archive.place(record)
-                if record in first and record.span:
-                    tied[name] = first[record]
+                if placed in first and record.span:
+                    tied[name] = first[placed]
                     continue
-                first[record] = name
-                extents[name] = Extent(archive.source, offset, record.meta)
-                if not record.contiguous:
-                    self._strided[name] = record
+                first[placed] = name
+                extents[name] = Extent(archive.source, offset, TensorMeta(record.shape, dtype))
+                if not record.direct or record.dtype != dtype:
+                    self._indirect[name] = placed
         except BaseException:
             archive.close()
             raise
         super().__init__(extents, tied)
 
-    def _select(self, state: str | None) -> Mapping[str, TensorRecord]:
-        if state is None:
-            return self._named(next((name for name in _USUAL if name in self._maps), None), "the model's weights")
-        if state == "live":
-            return self._named(LIVE if LIVE in self._maps else "state_dict", "live weights")
-        if state == "average" or state.startswith("average:"):
-            return self._average(state.partition(":")[2])
-        return self._named(state, f"state {state!r}")
+    def _select(self, state: str | None, strict: bool) -> Mapping[str, Placed[TensorRecord]]:
+        if state == RAW and self.averages.raw:
+            return self.averages.select(RAW, self.location)
+        if state == "average" or (state or "").startswith("average:"):
+            return self.averages.select((state or "").partition(":")[2], self.location, strict=strict)
+        if state is None or state == RAW:
+            path, what = next((name for name in USUAL if name in self._maps), None), "the model's weights"
+            if path is None:
+                raise StorageError(
+                    f"{self.location} has no weights under a usual name: it has {self._listing()}.{self._not_loaded()}"
+                )
+        else:
+            path, what = state, f"state {state!r}"
+        return {name: Placed(record, record.dtype) for name, record in self._named(path, what).items()}
 
-    def _average(self, name: str) -> Mapping[str, TensorRecord]:
-        ours = {path: records for path, records in self._maps.items() if path.startswith(f"{AVERAGES}.")}
-        # Beside an average's weights lies what its callback needs to go on.
-        ours = {path: records for path, records in ours.items() if path.endswith(".weights")} or ours
-        if name:
-            homes = (AVERAGES, f"{AVERAGES}.averages")
-            wanted = {f"{home}.{name}{ending}" for home in homes for ending in ("", ".weights")}
-            ours = {path: records for path, records in ours.items() if path in wanted}
-        elif not ours and LIVE in self._maps:
-            return self._maps["state_dict"]
-        if not ours and not name and "state_dict_ema" in self._maps:
-            return self._maps["state_dict_ema"]
-        if len(ours) != 1:
-            which = f"no average called {name!r}" if name else "no average" if not ours else "several averages"
-            raise StorageError(
-                f"{self.location} holds {which}. Its weights are {self._listing()}; name one, as in state='average:NAME'."
-            )
-        (average,) = ours.values()
-        whole = self._maps.get("state_dict", {})
-        if not set(average) <= set(whole):
-            return average
-        # A tied name that the average leaves out is the average's tensor, not the live one.
-        heirs = {whole[name]: record for name, record in average.items()}
-        return {name: average.get(name, heirs.get(record, record)) for name, record in whole.items()}
-
-    def _named(self, path: str | None, what: str) -> Mapping[str, TensorRecord]:
-        if path is None or path not in self._maps:
-            found = _opaque(self._archive.root)
-            note = (
-                f" It holds objects that are not loaded, because that would run their code: {found[:3]}."
-                if found
-                else ""
-            )
-            hint = did_you_mean(path, [*self._maps, "average", "live"]) if path else f"It has {self._listing()}."
-            raise StorageError(f"{self.location} has no {what}: {hint}{note}")
+    def _named(self, path: str, what: str) -> Mapping[str, TensorRecord]:
+        if path not in self._maps:
+            hint = did_you_mean(path, [*self._maps, "average", RAW])
+            raise StorageError(f"{self.location} has no {what}: {hint}{self._not_loaded()}")
         raw: Any = self._archive.root
         for part in path.split(".") if path else []:
             raw = raw[part] if isinstance(raw, dict) and part in raw else {}
         for name, value in cast("dict[Any, Any]", raw).items():
-            if isinstance(value, Opaque):
+            # Extra state is a module's own affair, and no tensor of the model's.
+            if isinstance(value, Opaque) and not str(name).endswith("_extra_state") and not self._is_beside(path, name):
                 raise StorageError(
                     f"{self.location}: {name!r} among {what} is no plain tensor ({value}). Loading it would run code from "
                     f"the file; save the weights again as plain tensors."
                 )
         return self._maps[path]
+
+    def _is_beside(self, path: str, name: Any) -> bool:
+        """Tell whether an entry of the root lies beside weights rather than among them: its name is no tensor's."""
+        return path == "" and "." not in str(name) and any("." in key for key in self._maps[path])
+
+    def _not_loaded(self) -> str:
+        modules = [
+            f"{place or 'the whole file'} ({value.name})"
+            for place, value in _opaques(self._archive.root)
+            if value.is_module
+        ]
+        if modules:
+            return (
+                f" It holds pickled modules: {', '.join(modules[:3])}. They are not loaded, because that would run their "
+                f"code; where they were made, save `module.state_dict()` instead."
+            )
+        if self.skipped:
+            names = [f"{place or 'the whole file'} ({name})" for place, name in list(self.skipped.items())[:3]]
+            return f" It holds objects that are not loaded, because that would run their code: {', '.join(names)}."
+        return ""
 
     def _listing(self) -> str:
         return ", ".join(repr(name) if name else "'' (the whole file)" for name in self._maps) or "no tensors by name"
@@ -130,31 +131,40 @@ class TorchStore(ExtentStore):
         return self._archive.root
 
     @property
-    def strided(self) -> Collection[str]:
-        """Names of the tensors that were saved as strided views."""
-        return self._strided.keys()
+    def indirect(self) -> Collection[str]:
+        """Names of the tensors whose bytes in the file are not their own: strided, conjugate, negative, or converted."""
+        return self._indirect.keys()
 
     def read_flat(self, key: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
-        """Return elements `start:stop` of a tensor; one that was saved as a strided view is read whole first."""
-        record = self._strided.get(self._tied.get(key, key))
-        if record is None:
+        """Return elements `start:stop` of a tensor; one that was saved as a view of others is read whole first."""
+        placed = self._indirect.get(self._tied.get(key, key))
+        if placed is None:
             return super().read_flat(key, start, stop, out)
-        extent = self.extent(key)
-        span = extent.source.read_tensor(extent.offset, record.dtype, record.span)
-        return torch.as_strided(span, record.shape, record.stride).reshape(-1)[start:stop]
+        record, dtype = placed
+        source, offset, meta = self.extent(key)
+        if record.direct:
+            stop = meta.numel if stop is None else stop
+            elements = source.read_tensor(offset + start * record.dtype.itemsize, record.dtype, stop - start)
+            return elements.to(dtype)
+        return self._archive.read(record).reshape(-1)[start:stop].to(dtype)
+
+    def will_need(self, key: str, start: int, stop: int) -> None:
+        """Ask the system to read ahead."""
+        if self._tied.get(key, key) not in self._indirect:
+            super().will_need(key, start, stop)
 
     def close(self) -> None:
         """Close the file."""
         self._archive.close()
 
 
-def _opaque(root: Any, depth: int = 0) -> list[str]:
-    if isinstance(root, Opaque):
-        return [root.name]
-    if depth > 4 or not isinstance(root, dict | list | tuple):
+def _opaques(value: Any, path: str = "", depth: int = 0) -> list[tuple[str, Opaque]]:
+    if isinstance(value, Opaque):
+        return [(path, value)]
+    if depth > 4 or not isinstance(value, dict):
         return []
-    values = list(cast("dict[Any, Any]", root).values()) if isinstance(root, dict) else list(cast("list[Any]", root))
-    return [name for value in values[:1000] for name in _opaque(value, depth + 1)]
+    items = list(cast("dict[Any, Any]", value).items())[:1000]
+    return [found for key, item in items for found in _opaques(item, f"{path}.{key}" if path else str(key), depth + 1)]
 
 
 def strip_prefix(keys: list[str], prefix: str, location: str) -> dict[str, str | None]:

@@ -114,7 +114,9 @@ class FolderStore(ExtentStore):
             self.close()
             raise
         super().__init__(extents, tied)
-        self._strided = {key: store for store in self._stores if isinstance(store, TorchStore) for key in store.strided}
+        self._indirect = {
+            key: store for store in self._stores if isinstance(store, TorchStore) for key in store.indirect
+        }
 
     def _find(self) -> tuple[list[str], Mapping[str, str] | None]:
         for name in _INDEXED:
@@ -171,13 +173,13 @@ class FolderStore(ExtentStore):
 
     def read_flat(self, key: str, start: int = 0, stop: int | None = None, out: Any = None) -> Any:
         """Return elements `start:stop` of a tensor."""
-        store = self._strided.get(self._tied.get(key, key))
+        store = self._indirect.get(self._tied.get(key, key))
         return store.read_flat(key, start, stop, out) if store else super().read_flat(key, start, stop, out)
 
     @property
-    def strided(self) -> Collection[str]:
-        """Names of tensors whose elements lie in another order than row-major."""
-        return self._strided
+    def indirect(self) -> Collection[str]:
+        """Names of tensors whose bytes in the file are not their own: in another order, or of another sign."""
+        return self._indirect
 
     def close(self) -> None:
         """Close every shard."""

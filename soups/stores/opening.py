@@ -10,6 +10,7 @@ from torch import Tensor
 
 from soups.errors import StorageError
 from soups.stores.checkpoint import TorchStore, strip_prefix
+from soups.stores.distributed import DistributedStore, is_distributed
 from soups.stores.folder import FolderStore
 from soups.stores.lora import LoRAStore
 from soups.stores.memory import DictStore
@@ -36,7 +37,7 @@ def open_store(
     Args:
         place: a `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` file, a Hugging Face folder, an fsspec URL of
             either, weights in memory, or a store (returned as it is).
-        state: which weights of a training checkpoint (see `TorchStore`): `"average"`, `"average:NAME"`, `"live"`, a path.
+        state: which weights of a training checkpoint (see `TorchStore`): `"raw"`, `"average"`, `"average:NAME"`, a path.
         prefix: keep only tensors whose names begin with this, without it: `"model."` turns a LightningModule's names into
             its network's.
         adapter: a PEFT LoRA folder to apply.
@@ -65,6 +66,8 @@ def _open(place: str | os.PathLike[str] | Mapping[str, Tensor] | Store, state: s
         return DictStore(place)
     text = os.fspath(place)
     suffix = Path(text).suffix.lower()
+    if not is_remote(text) and is_distributed(Path(text)):
+        return DistributedStore(text, state)
     if _is_folder(text):
         return _no_state(FolderStore(text), state)
     if suffix not in (".safetensors", *_TORCH) and (is_remote(text) or Path(text).is_file()):

@@ -161,13 +161,13 @@ class ExtentStore(Store):
     def file_row(self, key: str, start: int) -> FileRow | None:
         """Return where a tensor's elements from `start` on lie."""
         source, offset, meta = self.extent(key)
-        if source.descriptor is None or self._tied.get(key, key) in self.strided:
+        if source.descriptor is None or self._tied.get(key, key) in self.indirect:
             return None
         return FileRow(source, offset + start * meta.dtype.itemsize, meta.dtype)
 
     @property
-    def strided(self) -> Collection[str]:
-        """Names of tensors whose elements lie in another order than row-major."""
+    def indirect(self) -> Collection[str]:
+        """Names of tensors whose bytes in the file are not their own: in another order, or of another sign."""
         return ()
 
     def will_need(self, key: str, start: int, stop: int) -> None:

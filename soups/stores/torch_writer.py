@@ -21,7 +21,6 @@ from torch._utils import _rebuild_tensor_v2  # pyright: ignore[reportPrivateUsag
 from soups.errors import WeightsError
 from soups.stores.files import replacing, storage_errors
 from soups.stores.store import TensorMeta
-from soups.stores.torch_zip import Opaque, TensorRecord
 from soups.stores.writer import Shard, Writer
 
 _PIECE = 1 << 20
@@ -34,7 +33,18 @@ _STORAGES = {
     torch.bool: torch.BoolStorage, torch.complex64: torch.ComplexFloatStorage,
 }  # fmt: skip
 # What a checkpoint says of a run that is no longer true of the merged weights.
-_DROPPED = ("optimizer_states", "lr_schedulers", "callbacks", "loops", "current_model_state", "weight_averages")
+_DROPPED = (
+    "optimizer_states",
+    "lr_schedulers",
+    "callbacks",
+    "loops",
+    "current_model_state",
+    "averaging_state",
+    "weight_averages",
+)
+
+
+_NOTHING: Any = object()
 
 
 class _Storage(NamedTuple):
@@ -146,20 +156,20 @@ def plain_parts(root: Any) -> dict[str, Any]:
     """
     if not isinstance(root, dict):
         return {}
-    entries = cast("dict[Any, Any]", root)
-    return {
-        key: value
-        for key, value in entries.items()
-        if isinstance(key, str) and key not in (*_DROPPED, "state_dict") and _is_plain(value)
-    }
+    entries = {key: item for key, item in cast("dict[Any, Any]", root).items() if isinstance(key, str)}
+    found = _plain({key: item for key, item in entries.items() if key not in (*_DROPPED, "state_dict")})
+    return {} if found is _NOTHING else found
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, TensorRecord | Opaque):
-        return False
+def _plain(value: Any) -> Any:
+    """Return a value without what is not plain in it, or `_NOTHING`. A list is plain as a whole or not at all."""
     if isinstance(value, dict):
         entries = cast("dict[Any, Any]", value)
-        return type(entries) is dict and all(_is_plain(key) and _is_plain(item) for key, item in entries.items())
-    if isinstance(value, list | tuple | set):
-        return all(_is_plain(item) for item in cast("list[Any]", value))
-    return value is None or isinstance(value, str | int | float | bool | bytes | complex | torch.dtype)
+        kept = {key: _plain(item) for key, item in entries.items() if _plain(key) is not _NOTHING}
+        kept = {key: item for key, item in kept.items() if item is not _NOTHING}
+        return kept if kept or not entries else _NOTHING
+    if type(value) in (list, tuple, set):
+        items = [_plain(item) for item in cast("list[Any]", value)]
+        return _NOTHING if any(item is _NOTHING for item in items) else type(value)(items)
+    plain = value is None or isinstance(value, str | int | float | bool | bytes | complex | torch.dtype)
+    return value if plain else _NOTHING

@@ -334,8 +334,8 @@ def test_errors_name_the_file_and_what_it_holds(tmp_path, toy):
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(DataError, match=r"a\.ckpt holds no average called 'emma'. Did you mean 'ema'"):
         load_averaged(tmp_path / "a.ckpt", "emma")
-    with pytest.raises(StorageError, match="no checkpoint"):
+    with pytest.raises(StorageError, match="There is no file"):
         load_averaged(tmp_path / "b.ckpt")
     (tmp_path / "cut.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:500])
-    with pytest.raises(StorageError, match="not a whole torch checkpoint"):
+    with pytest.raises(StorageError, match="not a whole torch archive"):
         load_averaged(tmp_path / "cut.ckpt")
