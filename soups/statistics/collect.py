@@ -40,6 +40,7 @@ def collect(
     device: torch.device | str = "cpu",
     budget: int | None = None,
     resume: Path | None = None,
+    weights_hash: str | None = None,
     on_group: Callable[[int, int], None] = lambda number, examples: None,
 ) -> Statistics:
     """Sum statistics of a model over data.
@@ -66,6 +67,8 @@ def collect(
         device: where the module is, and the batches go.
         budget: most bytes of sums; more is refused before any work. None: no limit.
         resume: a file where the sums so far are kept; a collection that was interrupted goes on from there.
+        weights_hash: of the checkpoint that the module was loaded from, where its dtype or names differ from the module's
+            (`soups.statistics.hash_store`); the module's own when None.
         on_group: told the number of each finished group, from 1, and the examples so far.
 
     Raises:
@@ -83,7 +86,7 @@ def collect(
     run = _Run(module, wanted, forward or _forward, masked, labels or _labels, fisher, seed, torch.device(device))
     check_budget(module, wanted, budget)
     rank, world = _ranks()
-    weights_hash = hash_weights(module.state_dict())
+    weights_hash = weights_hash or hash_weights(module.state_dict())
     partial = Partial(resume, rank, [weights_hash, sorted(wanted), fisher, seed, group, world, name])
     sums, done, digest, examples = Sums(), 0, None, 0
     start = partial.restore(sums)
