@@ -120,7 +120,9 @@ def _show(path: Path) -> None:
             names = found.names(kind)
             counts = sorted({found.count(name) for name in names})
             table.add_row(kind, str(len(names)), str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}")
-        console.print(Text(f"{path}: {found.examples} examples, {found.mask}, {readable(path.stat().st_size)}"))
+        console.print(
+            Text(f"{path}: {found.examples} examples, {found.mask}, {readable(path.stat().st_size)}"), soft_wrap=True
+        )
         console.print(table)
         if found.uncovered:
             console.print(f"{len(found.uncovered)} parameters are not covered:", highlight=False)
@@ -159,7 +161,7 @@ def _timm(model: str) -> tuple[nn.Module, str, Any]:
     with open_store(checkpoint) as store:
         weights = store.load()
     try:
-        module = timm.create_model(name)
+        module: Any = timm.create_model(name)
         head = weights.get(f"{module.default_cfg['classifier']}.weight")
         if head is not None:
             module.reset_classifier(len(head))
