@@ -287,7 +287,7 @@ class Targets:
             if shape != (a[1], b[0]):
                 raise self._misfit(key, (a[1], b[0]), target)
             return "embedding"
-        product = (b[0], a[1] * blocks[0], *a[2:])
+        rank, product = a[0], (b[0], a[1] * blocks[0], *a[2:])
         if len(a) > 2:
             inner = shape[1] if len(shape) == len(a) else 0
             grouped = inner > 0 and shape == (b[0], inner, *a[2:]) and a[1] % inner == 0
@@ -295,12 +295,12 @@ class Targets:
                 raise StorageError(
                     f"{self._adapter.location} adapts {module!r}, a grouped convolution, which PEFT cannot merge either."
                 )
-            if shape != product or b[1] != a[0]:
+            if shape != product or b[1] != rank:
                 raise self._misfit(key, product, target)
             return "conv"
-        if product not in (shape, shape[::-1]) or b[1] * blocks[1] != a[0]:
+        if product not in (shape, shape[::-1]) or b[1] * blocks[1] != rank:
             raise self._misfit(key, product, target)
-        if len(set(shape)) == 1:
+        if shape == shape[::-1]:
             return "transposed" if target.endswith(".weight") and self._layouts.transposed(module) else "linear"
         transposed = product != shape
         self._layouts.see(module, transposed=transposed)
