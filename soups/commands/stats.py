@@ -150,7 +150,8 @@ def _opened(model: str, data: Path, examples: int, batch: int, max_tokens: int) 
 
 def _timm(model: str) -> tuple[nn.Module, str, Any]:
     import timm
-    from timm.data import create_transform, resolve_data_config
+    from timm.data.config import resolve_data_config
+    from timm.data.transforms_factory import create_transform
 
     from soups.errors import ConfigError
     from soups.stores import open_store
