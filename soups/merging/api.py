@@ -19,11 +19,12 @@ from soups.merging.output import execute
 from soups.merging.plan import Methods, plan_merge
 from soups.merging.stream import DEFAULT_BUDGET
 from soups.statistics import Statistics
+from soups.stores.companions import carried_files
 from soups.stores.folder import folder_of
 from soups.stores.names import reconcile
 from soups.stores.opening import Checkpoint, open_store
 from soups.stores.store import Store
-from soups.stores.writer import DEFAULT_SHARD_BYTES, carried_files
+from soups.stores.writer import DEFAULT_SHARD_BYTES
 
 
 def _opened(place: Checkpoint, stack: ExitStack) -> Store:
