@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -94,16 +93,14 @@ class Failed:
 
 
 def reasons(failed: Mapping[str, Failed]) -> list[str]:
-    """Return each error once, with the ingredients that failed of it. Errors that differ in numbers alone are one.
+    """Return each error once, with the ingredients that failed of it.
 
     >>> reasons({"a" * 64: Failed("lr=1", "no disk"), "b" * 64: Failed("lr=2", "no disk")})
     ['2 of them (aaaaaaaa lr=1, bbbbbbbb lr=2): no disk']
     """
-    first: dict[str, str] = {}
     groups: dict[str, list[str]] = {}
     for name, one in failed.items():
-        why = first.setdefault(re.sub(r"[0-9a-f]{8,}|\d+", "#", one.why), one.why)
-        groups.setdefault(why, []).append(f"{name[:8]} {one.label}".rstrip())
+        groups.setdefault(one.why, []).append(f"{name[:8]} {one.label}".rstrip())
     return [
         f"{names[0]}: {why}"
         if len(names) == 1

@@ -1,16 +1,15 @@
-"""What runs behind `+protocol=…`: the plan's waves through Hydra's launcher, each node a job of its own, then the report.
+"""Hydra's driver of `+protocol=…`: the waves of a plan through Hydra's launcher, each node a job of its own, then the report.
 
 A job knows the settings and the fingerprint of its node (`+node=…`); it builds the plan again and does that node alone. So a
-job is a single run of the program for every launcher, and what Lightning's DDP repeats is that node, not the plan.
+job is a single run of the program for every launcher, and Lightning's DDP repeats that node, not the plan.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
@@ -20,62 +19,29 @@ from rich.console import Console
 from rich.panel import Panel
 
 from soups.errors import ConfigError, RunError, SoupError
-from soups.fitting.schema import build
+from soups.fitting.environment import (
+    is_first_process,
+    kind_of_processes,
+    needs_processes,
+    refuse_sweeps_in_ranks,
+    versions,
+)
+from soups.fitting.quiet import quiet
 from soups.launch.app import leave
 from soups.launch.progress import SweepProgress
-from soups.launch.quiet import quiet
 from soups.launch.search_space import split_arguments
 from soups.launch.settings import (
     Settings,
     UserError,
-    device_count,
-    is_first_process,
-    launched_outside,
     open_pool,
-    processes,
-    refuse_sweeps_in_ranks,
     resolve,
-    versions,
 )
-from soups.protocols import Node, Operation, Plan, execute, in_sequence, perform
+from soups.protocols import Node, Plan, ProtocolRunner, build_protocol, execute, in_sequence, perform
+from soups.protocols.plan import PLAN_VERSION
 from soups.reporting import draw_page, page_tables, write_html
-from soups.reporting.page import Page
-from soups.stores.files import fingerprint
 from soups.stores.pool import Failure, Ingredient, Pool
 from soups.tracking import group_name, log_page
 from soups.worker import Message, run_in_processes
-
-
-@runtime_checkable
-class Program(Protocol):
-    """What `protocol._target_` makes of `settings` (all of them) and its own section.
-
-    Attributes:
-        name: of the protocol, for folders and titles.
-    """
-
-    name: str
-
-    def plan(self) -> Plan:
-        """Return the plan; the same in every process that has these settings."""
-        ...
-
-    def operations(self) -> Mapping[str, Operation]:
-        """Return what the plan's nodes can ask for, by name."""
-        ...
-
-    def page(self, plan: Plan, pool: Pool) -> Page:
-        """Return the report of a finished plan, from its results alone."""
-        ...
-
-
-@runtime_checkable
-class Exports(Protocol):
-    """A program that leaves more than a report: models that other libraries load."""
-
-    def export(self, plan: Plan, pool: Pool, folder: Path) -> None:
-        """Write them into the report's folder, unless they are there."""
-        ...
 
 
 class NodeMessage(Message):
@@ -83,23 +49,6 @@ class NodeMessage(Message):
 
     settings: Settings
     node: str
-
-
-def build_program(settings: Settings) -> Program:
-    """Build the protocol of some settings.
-
-    Raises:
-        ConfigError: it cannot be built, or is no protocol.
-    """
-    settings = copy.deepcopy(settings)
-    settings.pop("node", None)
-    program = build(settings["protocol"], "protocol", settings=settings)
-    if not isinstance(program, Program):
-        raise ConfigError(
-            f"protocol._target_={settings['protocol'].get('_target_')} must make an object with name, plan(), operations() "
-            f"and page(plan, pool)."
-        )
-    return program
 
 
 def find_node(plan: Plan, name: str) -> Node:
@@ -124,16 +73,19 @@ def run_node(settings: Settings, name: str) -> None:
     Raises:
         SoupError: the node failed; the pool knows why.
     """
-    program = build_program(settings)
+    program = build_protocol(settings)
+    devices = program.configuration.devices
     pool, node = open_pool(settings), find_node(program.plan(), name)
     with pool.lock(f"node-{name[:16]}"):
         if name in pool:
             return
-        several = node.kind == "train" and device_count(settings) > 1 and not launched_outside()
+        several = node.kind == "train" and needs_processes(devices)
         if several or node.optional:
             message = NodeMessage(settings=settings, node=name)
             try:
-                run_in_processes(run_node_in_ranks, message, reuse=None if node.optional else processes(settings))
+                run_in_processes(
+                    run_node_in_ranks, message, reuse=None if node.optional else kind_of_processes(devices)
+                )
             except RunError as error:
                 pool.fail(Failure(fingerprint=name, error=str(error), determinants=node.determinants))
                 raise
@@ -144,7 +96,7 @@ def run_node(settings: Settings, name: str) -> None:
 def run_node_in_ranks(message: NodeMessage) -> None:
     """Do one node in this process, one of the ranks of its training; rank 0 keeps the result."""
     quiet()
-    program = build_program(message.settings)
+    program = build_protocol(message.settings)
     node = find_node(program.plan(), message.node)
     perform(node, open_pool(message.settings), program.operations(), keep=is_first_process())
 
@@ -167,7 +119,7 @@ def run_protocol(
                 f"A protocol is one plan; {min(swept)} sweeps. Run the command once for each value; they share the pool."
             )
         settings = resolve(context.config_loader.load_sweep_config(config, fixed))
-        program = build_program(settings)
+        program = build_protocol(settings)
         plan = program.plan()
         missing, results = _run(settings, program, plan, launcher, fixed)
         if missing:
@@ -187,10 +139,16 @@ def run_protocol(
 
 
 def _run(
-    settings: Settings, program: Program, plan: Plan, launcher: Launcher, fixed: list[str]
+    settings: Settings, program: ProtocolRunner[Any], plan: Plan, launcher: Launcher, fixed: list[str]
 ) -> tuple[dict[str, str], list[JobReturn]]:
     pool, console = open_pool(settings), Console(stderr=True)
     waves = plan.waves(pool)
+    if waves and (earlier := earlier_results(pool)):
+        console.print(
+            f"{earlier} results in {pool.url} were made before nodes were named by everything that decides their fits (plan "
+            f"version {PLAN_VERSION}); they stay, and this plan does not use them.",
+            highlight=False,
+        )
     left = sum(map(len, waves))
     console.print(
         f"{program.name}: {len(plan.nodes)} nodes in the plan, {left} to do in {len(waves)} waves; pool [bold]{pool.url}[/].",
@@ -226,6 +184,12 @@ def _run(
         return execute(plan, pool, run), results
 
 
+def earlier_results(pool: Pool) -> int:
+    """Return how many results of a pool have names of an earlier version, which no plan finds."""
+    versions = [record.determinants.get("plan_version") for record in pool.ingredients()]
+    return sum(version is not None and version < PLAN_VERSION for version in versions)
+
+
 def _line(record: Ingredient) -> str:
     numbers = [
         f"{split} {name} {value:.4g}"
@@ -236,21 +200,20 @@ def _line(record: Ingredient) -> str:
     return ", ".join(numbers[:3]) + (" …" if len(numbers) > 3 else "")
 
 
-def report_folder(settings: Settings, program: Program, plan: Plan) -> Path:
+def report_folder(program: ProtocolRunner[Any], plan: Plan) -> Path:
     """Return where a plan's report is written."""
-    name = fingerprint([node.fingerprint for node in plan.targets])
-    return Path(settings["paths"]["output"]) / "protocols" / f"{program.name}-{name[:8]}"
+    name = f"{program.name}-{program.fingerprint(plan)[:8]}"
+    return Path(program.configuration.paths.output) / "protocols" / name
 
 
-def _finish(settings: Settings, program: Program, plan: Plan) -> None:
+def _finish(settings: Settings, program: ProtocolRunner[Any], plan: Plan) -> None:
     """Write, show and track the report."""
-    console, folder = Console(), report_folder(settings, program, plan)
+    console, folder = Console(), report_folder(program, plan)
     known = (folder / "page.json").is_file()
     page = program.page(plan, open_pool(settings))
     page = page.model_copy(update={"environment": versions(), "configs": {program.name: _plain(settings)}})
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(program, Exports):
-        program.export(plan, open_pool(settings), folder)
+    program.export(plan, open_pool(settings), folder)
     figures = draw_page(page, folder)
     write_html(page, folder / "report.html")
     page.save(folder)  # last: a folder with this file is whole

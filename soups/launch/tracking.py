@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from soups.launch.settings import Settings, from_elsewhere, is_first_process, open_pool
-from soups.protocols import Work
 from soups.reporting import Report, differences, flatten, plain_rows
 from soups.stores.pool import Ingredient
 from soups.tracking import finish_ingredient, group_name, log_soup, require_wandb, start_run
@@ -77,11 +76,6 @@ def member_run(settings: Settings, name: str, title: str, determined: Settings) 
     finally:
         if logger is not None:
             logger.experiment.finish(exit_code=code)
-
-
-def node_run(settings: Settings, work: Work) -> contextlib.AbstractContextManager[Any | None]:
-    """Return the `member_run` of a plan's node."""
-    return member_run(settings, work.node.fingerprint, work.node.label, work.node.determinants)
 
 
 def summarise(logger: Any | None, numbers: Mapping[str, float]) -> None:

@@ -1,9 +1,8 @@
-"""A plan: what a protocol trains, merges and scores, as a frozen graph in which every node is named by what decides it.
+"""A plan: a frozen graph of the fits, merges and scores of a protocol, each node named by everything that decides it.
 
 A node's fingerprint comes from its kind, operation, parameters and the fingerprints of its inputs. Its result is kept in a
-pool under that name, whole or not at all, so a plan that is run again (after a crash, on another machine over the same pool,
-with more rounds) does only what is missing. Protocols build plans and read results; they run nothing. Who runs a wave of
-nodes is the caller's choice: `in_sequence` here, Hydra's launchers in `soups.launch.protocol`.
+pool under that name, whole or not at all. So a plan that is run again (after a crash, on another machine over the same pool,
+with more rounds) does only the nodes that are missing. See `soups.protocols.execution` for running one.
 
 >>> base = Node("train", "pretrain", {"seed": 0})
 >>> members = [Node("train", "fine_tune", {"seed": seed}, (base,)) for seed in range(2)]
@@ -17,23 +16,45 @@ nodes is the caller's choice: `in_sequence` here, Hydra's launchers in `soups.la
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from torch import Tensor
+from pydantic import BaseModel
 
-from soups.errors import ConfigError, SoupError, did_you_mean
+from soups.fitting.schema import Section
+from soups.fitting.spec import FitSpec
 from soups.stores.files import fingerprint
-from soups.stores.pool import Failure, Ingredient, Pool
-from soups.weights import Weights
 
 Kind = Literal["train", "merge", "score"]
 
-# Raise it when a change of this module changes what the same node gives.
-PLAN_VERSION = 1
+# Raise it when a change of this module or of the protocols' parameters changes the result or the name of the same node.
+PLAN_VERSION = 2
+
+
+class Parameters(Section):
+    """Typed parameters of an operation: everything that decides its result and is not in an input."""
+
+    def determinants(self) -> dict[str, Any]:
+        """Return what enters the node's fingerprint: every field; a `FitSpec` as what decides that fit."""
+        return {name: _determined(getattr(self, name)) for name in type(self).model_fields}
+
+
+def _determined(value: Any) -> Any:
+    if isinstance(value, FitSpec):
+        return value.determinants()
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {str(key): _determined(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_determined(part) for part in value]
+    return value
+
+
+# Nodes in the order that the operation expects, or by role; a role may have several nodes.
+Inputs = Sequence["Node"] | Mapping[str, "Node | Sequence[Node]"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,19 +63,19 @@ class Node:
 
     Attributes:
         kind: train, merge or score. Merges are small and run where the plan is driven; the others are jobs.
-        operation: which function does it.
-        parameters: plain JSON values; everything that decides the result and is not in an input.
-        inputs: nodes whose results it needs, in the order that the operation expects.
+        operation: name of the function that does it.
+        parameters: `Parameters`, or plain JSON values.
+        given: nodes whose results it needs.
         name: shown to people; decides nothing.
         optional: nodes that need this one go on without it when it fails; decides nothing.
-        determinants: what decides the result.
+        determinants: everything that decides the result, as JSON values.
         fingerprint: SHA-256 (hex) of the determinants.
     """
 
     kind: Kind
     operation: str
-    parameters: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    inputs: tuple[Node, ...] = ()
+    parameters: Parameters | Mapping[str, Any] = field(default_factory=dict[str, Any])
+    given: Inputs = ()
     name: str = ""
     optional: bool = False
 
@@ -63,15 +84,41 @@ class Node:
 
     def __post_init__(self) -> None:
         # At once: a chain of rounds may be longer than Python's stack, and parameters may be changed by their owner.
+        parameters = self.parameters
+        values = parameters.determinants() if isinstance(parameters, Parameters) else dict(parameters)
+        inputs: Any = [node.fingerprint for node in self.inputs]
+        if isinstance(self.given, Mapping):
+            inputs = {
+                role: nodes.fingerprint if isinstance(nodes, Node) else [node.fingerprint for node in nodes]
+                for role, nodes in self.given.items()
+            }
         determinants = {
             "plan_version": PLAN_VERSION,
             "kind": self.kind,
             "operation": self.operation,
-            "parameters": json.loads(json.dumps(dict(self.parameters))),
-            "inputs": [node.fingerprint for node in self.inputs],
+            "parameters": json.loads(json.dumps(values)),
+            "inputs": inputs,
         }
         object.__setattr__(self, "determinants", determinants)
         object.__setattr__(self, "fingerprint", fingerprint(determinants))
+
+    @property
+    def inputs(self) -> tuple[Node, ...]:
+        """The nodes whose results it needs, in their order."""
+        if not isinstance(self.given, Mapping):
+            return tuple(self.given)
+        return tuple(node for role in self.given for node in self.inputs_of(role))
+
+    def inputs_of(self, role: str) -> tuple[Node, ...]:
+        """Return the inputs in a role; none where the node has no such role."""
+        assert isinstance(self.given, Mapping)
+        nodes = self.given.get(role, ())
+        return (nodes,) if isinstance(nodes, Node) else tuple(nodes)
+
+    def input(self, role: str) -> Node:
+        """Return the only input in a role."""
+        (node,) = self.inputs_of(role)
+        return node
 
     @property
     def label(self) -> str:
@@ -81,7 +128,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Plan:
-    """The nodes whose results are wanted; those they need come with them."""
+    """The nodes whose results are wanted; the nodes that they need come with them."""
 
     targets: tuple[Node, ...]
 
@@ -101,9 +148,9 @@ class Plan:
         return found
 
     def waves(self, finished: Container[str]) -> list[list[Node]]:
-        """Return what is still to be done, in waves: the nodes of one need only finished ones and those of earlier waves.
+        """Return the missing nodes in waves: the nodes of a wave need only finished nodes and those of earlier waves.
 
-        A missing node that nothing unfinished needs is not done.
+        A missing node that nothing unfinished needs is left out.
         """
         wanted = {node.fingerprint for node in self.targets if node.fingerprint not in finished}
         for name, node in reversed(self.nodes.items()):
@@ -119,137 +166,3 @@ class Plan:
                 waves.append([])
             waves[depth[name]].append(node)
         return waves
-
-
-@dataclass(frozen=True)
-class Output:
-    """A node's result.
-
-    Attributes:
-        tensors: weights, logits or nothing; finite.
-        metrics: by split, then by name.
-        notes: plain JSON values.
-    """
-
-    tensors: Weights = field(default_factory=dict[str, Tensor])
-    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, dict[str, float]])
-    notes: Mapping[str, Any] = field(default_factory=dict[str, Any])
-
-
-@dataclass(frozen=True)
-class Work:
-    """What an operation gets: its node, and the results of the node's inputs."""
-
-    node: Node
-    pool: Pool
-
-    @property
-    def parameters(self) -> Mapping[str, Any]:
-        """The node's parameters."""
-        return self.node.determinants["parameters"]
-
-    def record(self, number: int) -> Ingredient:
-        """Return the record of an input: its metrics, notes, hash of tensors."""
-        return self.pool.ingredient(self.node.inputs[number].fingerprint)
-
-    def tensors(self, number: int) -> dict[str, Tensor]:
-        """Read the tensors of an input, checked against its record."""
-        return self.pool.weights(self.node.inputs[number].fingerprint)
-
-
-Operation = Callable[[Work], Output]
-# Runs the nodes of a wave, none of which needs another; returns why each one that failed did, as far as it knows.
-RunWave = Callable[[Sequence[Node]], Mapping[str, str]]
-
-
-def perform(node: Node, pool: Pool, operations: Mapping[str, Operation], *, keep: bool = True) -> None:
-    """Do one node in this process and add its result to the pool; one that is there stays as it is.
-
-    Args:
-        node: its inputs must be in the pool.
-        pool: where results are.
-        operations: what can be done, by name.
-        keep: false on the further ranks of a distributed run: they take part, one writes.
-
-    Raises:
-        ConfigError: there is no such operation.
-        Exception: whatever the operation raises, after it was recorded in the pool.
-    """
-    if node.fingerprint in pool:
-        return
-    if node.operation not in operations:
-        raise ConfigError(f"There is no operation {node.operation!r}: {did_you_mean(node.operation, operations)}")
-    began = time.perf_counter()
-    try:
-        output = operations[node.operation](Work(node, pool))
-        if keep:
-            record = Ingredient(
-                fingerprint=node.fingerprint,
-                determinants=node.determinants,
-                metrics={split: dict(values) for split, values in output.metrics.items()},
-                notes={**output.notes, "name": node.label},
-                durations={"total": time.perf_counter() - began},
-            )
-            pool.add(record, output.tensors)
-    except Exception as error:
-        if keep:
-            why = str(error) if isinstance(error, SoupError) else f"{type(error).__name__}: {error}"
-            pool.fail(Failure(fingerprint=node.fingerprint, error=why, determinants=node.determinants))
-        raise
-
-
-def in_sequence(pool: Pool, operations: Mapping[str, Operation]) -> RunWave:
-    """Return a runner that does one node after another in this process.
-
-    A failing node does not stop the others; errors that are not the user's to put right do.
-    """
-
-    def run(nodes: Sequence[Node]) -> dict[str, str]:
-        errors: dict[str, str] = {}
-        for node in nodes:
-            try:
-                with pool.lock(f"node-{node.fingerprint[:16]}"):
-                    perform(node, pool, operations)
-            except SoupError as error:
-                errors[node.fingerprint] = str(error)
-        return errors
-
-    return run
-
-
-def execute(
-    plan: Plan,
-    pool: Pool,
-    run: RunWave,
-    on_wave: Callable[[int, list[list[Node]]], None] = lambda number, waves: None,
-) -> dict[str, str]:
-    """Do what the pool lacks of a plan, wave by wave.
-
-    Args:
-        plan: what is wanted.
-        pool: where results are and go.
-        run: runs the nodes of one wave.
-        on_wave: told the number of each wave before it starts, and all waves.
-
-    Returns:
-        Why each missing node is missing, by fingerprint; empty when all targets are there.
-    """
-    pool.check_writable()
-    missing: dict[str, str] = {}
-    waves = plan.waves(pool)
-    for number, wave in enumerate(waves):
-        on_wave(number, waves)
-        ready: list[Node] = []
-        for node in wave:
-            lost = next((one for one in node.inputs if one.fingerprint in missing and not one.optional), None)
-            if lost is None:
-                ready.append(node)
-            else:
-                missing[node.fingerprint] = f"({node.label}) it needs {lost.label}, which failed"
-        known = run(ready) if ready else {}
-        for node in ready:
-            if node.fingerprint not in pool:
-                failure = pool.failure(node.fingerprint)
-                why = failure.error if failure else known.get(node.fingerprint, "it left no result")
-                missing[node.fingerprint] = f"({node.label}) {why.strip()}"
-    return missing

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from soups.errors import ConfigError, WeightsError
-from soups.launch.protocol import build_program
-from soups.launch.rewarded import RewardedSoups
-from soups.protocols import execute, in_sequence
-from soups.protocols.rewarded import Study, interpolate
+from soups.protocols import build_protocol, execute, in_sequence
+from soups.protocols.rewarded_soups import interpolate
+from soups.protocols.rewarded_soups.plan import RewardedStudy
+from soups.protocols.rewarded_soups.run import RewardedSoups
 from soups.stores.pool import Pool
 from soups.tasks.policies import choices, policy_values
 from tests.devices import ACCELERATOR
@@ -34,7 +34,7 @@ def test_interpolation_mistakes() -> None:
     with pytest.raises(WeightsError, match="model 2"):
         interpolate([{"w": torch.zeros(1)}, {"w": torch.zeros(2)}], [0.5, 0.5])
     with pytest.raises(ConfigError, match="the ends left out"):
-        Study(shares=[0.0, 0.5])
+        RewardedStudy(shares=[0.0, 0.5]).check()
 
 
 def test_policy_values_are_what_sampling_gives() -> None:
@@ -64,9 +64,9 @@ def test_the_whole_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "optimizer.lr=5e-3", f"trainer.accelerator={ACCELERATOR}", "trainer.threads=1", f"pool.path={tmp_path}/pool",
         f"paths.output={tmp_path}/out",
     ])  # fmt: skip
-    program = build_program(settings)
+    program = build_protocol(settings)
     assert isinstance(program, RewardedSoups)
-    pool, plan, found = Pool(tmp_path / "pool"), program.plan(), program.layout()
+    pool, plan, found = Pool(tmp_path / "pool"), program.plan(), program.nodes
     assert execute(plan, pool, in_sequence(pool, program.operations())) == {}
     first, second = (node.inputs[0] for node in found.ends)
     ends = [pool.weights(node.fingerprint) for node in (first, second)]

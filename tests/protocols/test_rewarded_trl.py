@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from soups.errors import ConfigError, DataError
-from soups.launch.protocol import build_program, report_folder
-from soups.launch.rewarded_trl import RewardedSoupsTRL
+from soups.launch.protocol import report_folder
 from soups.launch.settings import Settings
-from soups.protocols import Node, execute, in_sequence, perform
+from soups.protocols import Node, build_protocol, execute, in_sequence, perform
+from soups.protocols.rewarded_soups_trl.run import RewardedSoupsTRL
 from soups.reporting.page import Table
 from soups.stores.pool import Pool
 from soups.tasks.completion_rewards import brevity
@@ -72,7 +72,7 @@ def overrides(folder: Path) -> list[str]:
 
 
 def build(*given: str) -> RewardedSoupsTRL:
-    program = build_program(compose_settings(list(given)))
+    program = build_protocol(compose_settings(list(given)))
     assert isinstance(program, RewardedSoupsTRL)
     return program
 
@@ -114,7 +114,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
 @with_trl
 @pytest.mark.slow
 def test_interpolated_weights_are_the_mean_of_the_ends(done: Done) -> None:
-    found = done.program.layout()
+    found = done.program.nodes
     ends = [done.pool.weights(node.inputs[0].fingerprint) for node in found.ends]
     middle = done.pool.weights(found.soups[0.25, 0.75].inputs[0].fingerprint)
     start = dict(AutoModelForCausalLM.from_pretrained(done.folder / "gpt2", dtype=torch.float32).named_parameters())
@@ -129,7 +129,7 @@ def test_interpolated_weights_are_the_mean_of_the_ends(done: Done) -> None:
 @with_trl
 @pytest.mark.slow
 def test_references_are_tuned_to_the_weighted_sum(done: Done) -> None:
-    found = done.program.layout()
+    found = done.program.nodes
     history = done.pool.ingredient(found.references[0.25, 0.75].inputs[0].fingerprint).notes["history"]
     steps = [row for row in history if "reward" in row]
     assert len(steps) == 2
@@ -152,7 +152,7 @@ def test_rewards_are_those_of_completions_drawn_again(done: Done) -> None:
     arguments = written.arguments()
     assert arguments["prompts"] == [prompt for prompt in PROMPTS[5:] for _ in range(3)]
     expected = torch.tensor(brevity(**arguments)).view(3, 3)
-    kept = done.pool.weights(done.program.start().fingerprint)["rewards"]
+    kept = done.pool.weights(done.program.start.fingerprint)["rewards"]
     assert torch.equal(kept[1], expected) and len(set(expected.flatten().tolist())) > 1
     counts = torch.tensor(counted(**arguments, words=("good", "great", "film", "it")))
     assert torch.equal(kept[0].flatten(), counts)
@@ -169,8 +169,8 @@ def test_the_report(done: Done) -> None:
     scores = {
         name: done.pool.weights(node.fingerprint)["rewards"].double().mean(dim=(1, 2)).tolist()
         for name, node in {
-            "start": done.program.start(), "λ = 1": done.program.layout().ends[0], "λ = 0": done.program.layout().ends[1],
-            "λ = 0.25": done.program.layout().soups[0.25, 0.75], "MORL": done.program.layout().references[0.25, 0.75],
+            "start": done.program.start, "λ = 1": done.program.nodes.ends[0], "λ = 0": done.program.nodes.ends[1],
+            "λ = 0.25": done.program.nodes.soups[0.25, 0.75], "MORL": done.program.nodes.references[0.25, 0.75],
         }.items()
     }  # fmt: skip
     for name in rows:
@@ -186,7 +186,7 @@ def test_the_report(done: Done) -> None:
 def test_fits_leave_nothing_behind_and_repeat_to_the_bit(done: Done, tmp_path: Path) -> None:
     assert done.left == []
     again = Pool(tmp_path / "pool")
-    fit = done.program.layout().ends[0].inputs[0]
+    fit = done.program.nodes.ends[0].inputs[0]
     torch.manual_seed(123)
     perform(fit, again, done.program.operations())
     assert again.ingredient(fit.fingerprint).weights == done.pool.ingredient(fit.fingerprint).weights
@@ -205,16 +205,16 @@ def test_the_second_run_of_the_command_redoes_nothing_and_writes_the_model(done:
     assert ran.returncode == 0, ran.stdout
     assert "0 to do in 0 waves" in ran.stdout
     assert before == {path: path.stat().st_mtime_ns for path in (done.folder / "pool").rglob("*") if path.is_file()}
-    folder = report_folder(done.settings, done.program, done.program.plan())
+    folder = report_folder(done.program, done.program.plan())
     assert (folder / "report.html").is_file()
     model = AutoModelForCausalLM.from_pretrained(folder / "policy_0.25", dtype=torch.float32)
-    middle = done.pool.weights(done.program.layout().soups[0.25, 0.75].inputs[0].fingerprint)
+    middle = done.pool.weights(done.program.nodes.soups[0.25, 0.75].inputs[0].fingerprint)
     assert all(torch.equal(tensor, middle[name]) for name, tensor in model.named_parameters())
     assert AutoTokenizer.from_pretrained(folder / "policy_0.25")("the film")["input_ids"]
 
 
 def tuned(program: RewardedSoupsTRL, folder: Path) -> tuple[Node, dict[str, torch.Tensor]]:
-    pool, fit = Pool(folder), program.layout().ends[0].inputs[0]
+    pool, fit = Pool(folder), program.nodes.ends[0].inputs[0]
     perform(fit, pool, program.operations())
     return fit, pool.weights(fit.fingerprint)
 
@@ -244,9 +244,9 @@ def test_three_rewards(tmp_path: Path) -> None:
     third = f"+protocol.rewards.third={{_target_: {HERE}.counted, words: [so]}}"
     shares = ["protocol.study.shares=[[0.5,0.3,0.2]]", "protocol.study.multi_objective=[]", "protocol.export=[]"]
     program = build(*overrides(tmp_path), third, *shares)
-    found = program.layout()
+    found = program.nodes
     assert len(found.ends) == 3 and list(found.soups) == [(0.5, 0.3, 0.2)]
-    assert found.soups[0.5, 0.3, 0.2].inputs[0].parameters["shares"] == [0.5, 0.3, 0.2]
+    assert found.soups[0.5, 0.3, 0.2].inputs[0].parameters.shares == (0.5, 0.3, 0.2)
     with pytest.raises(ConfigError, match="lists of 3 shares with the sum 1"):
         build(*overrides(tmp_path / "again"), third)
 
@@ -256,7 +256,7 @@ def test_what_decides_nothing_is_not_in_the_plan(tmp_path: Path) -> None:
     given = overrides(tmp_path)
     base = set(build(*given).plan().nodes)
     assert base == set(build(*given, "+protocol.args.report_to=wandb", "trainer.threads=2").plan().nodes)
-    assert not base & set(build(*given, "protocol.study.seed=1").plan().nodes)
+    assert not base & set(build(*given, "seed=1").plan().nodes)
     kept = base & set(build(*given, "protocol.generation.samples=2").plan().nodes)
     assert len(kept) == 4, "three fits and their interpolation"
     (tmp_path / "train.txt").write_text("so it was\n")
@@ -277,7 +277,7 @@ def test_what_decides_nothing_is_not_in_the_plan(tmp_path: Path) -> None:
         (["+protocol.args.reward_weights=[1,1]"], "the λ of protocol.study"),
         (["~protocol.rewards.brevity"], "two rewards or more, and has 1"),
         (["protocol.rewards.brevity._target_=soups.tasks.completion_rewards.brevety"], "brevity._target_=.*cannot be imported"),
-        (["trainer.devices=2"], "one device"),
+        (["trainer.devices=2"], "trainer.devices is no setting of .*accelerator"),
         (["protocol.export=[0.3]"], "λ = 0.3, which is not among"),
         (["protocol.prompts.test=/no/where.txt"], "There is no file /no/where.txt"),
         (["protocol.study.shares=[1]"], "the ends left out"),

@@ -3,16 +3,21 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from soups.errors import ConfigError, WeightsError
-from soups.launch.protocol import build_program, run_node
-from soups.launch.warm import Warm
-from soups.protocols import execute, in_sequence, perform
-from soups.protocols.warm import Rewards, Study, average, best_first, layerwise
+from soups.launch.protocol import run_node
+from soups.protocols import build_protocol, execute, in_sequence, perform
+from soups.protocols.warm import average
+from soups.protocols.warm.average import best_first
+from soups.protocols.warm.features import layerwise
+from soups.protocols.warm.plan import WarmStudy
+from soups.protocols.warm.rewards import Rewards
+from soups.protocols.warm.run import Warm, WarmConfiguration
 from soups.seeding import generator
 from soups.stores import open_store, write_safetensors
 from soups.stores.pool import Pool
@@ -95,8 +100,8 @@ def test_what_is_no_set_of_reward_models(tmp_path: Path) -> None:
         average([one, one], keep=1)
     with pytest.raises(ConfigError, match="averages from 1 to 2 members here, not 3"):
         best_first([0.1, 0.2], 3)
-    with pytest.raises(ConfigError, match="at least one value each"):
-        Study(rates=[])
+    with pytest.raises(ConfigError, match=r"protocol\.study\.rates needs at least one value"):
+        WarmStudy(rates=[]).check()
 
 
 def test_the_median_and_the_mean_of_rewards() -> None:
@@ -134,19 +139,19 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Warm:
     settings = compose_settings([
         "+protocol=warm", f"model.name={write_bert(tmp_path / 'bert')}", "model.freeze_embeddings=false", "model.freeze_layers=0",
         "tracking=off",
-        "data.train=40", "data.heldout=24", "data.test=20", "data.swapped=0", "loader.size=12", "loader.batch_size=8",
+        "data.train=40", "data.heldout=24", "data.test=20", "loader.size=12", "loader.batch_size=8",
         "protocol.study.members=3", "protocol.study.keep=2", "protocol.study.points=2", "protocol.candidates=40",
         "protocol.ood_texts=20", "protocol.sizes=[1,4]", "protocol.trajectory.pairs=24", "protocol.control.pairs=24",
         "protocol.study.rates=[1e-20,2e-3]", "protocol.study.layers=[2]", f"trainer.accelerator={ACCELERATOR}", "trainer.threads=1",
         "optimizer.lr=1e-3", f"pool.path={tmp_path}/pool", f"paths.output={tmp_path}/out",
     ])  # fmt: skip
-    built = build_program(settings)
+    built = build_protocol(settings)
     assert isinstance(built, Warm)
     return built
 
 
 def test_the_whole_plan(program: Warm, tmp_path: Path) -> None:
-    pool, plan, found = Pool(tmp_path / "pool"), program.plan(), program.layout()
+    pool, plan, found = Pool(tmp_path / "pool"), program.plan(), program.nodes
     assert execute(plan, pool, in_sequence(pool, program.operations())) == {}
     assert plan.waves(pool) == [], "nothing is done twice"
     points = pool.weights(found.trajectory.fingerprint)
@@ -183,16 +188,20 @@ def test_the_whole_plan(program: Warm, tmp_path: Path) -> None:
 def test_what_decides_a_node(program: Warm) -> None:
     """The number kept changes averages and their scores alone; swapped labels leave the trajectory as it is."""
     plan = program.plan()
-    study = {**program.study.__dict__, "keep": 3}
-    other = Warm(program.settings, study, *program.fits.values(), program.candidates, program.ood_texts, program.sizes)
-    changed = [node.operation for name, node in other.plan().nodes.items() if name not in plan.nodes]
+
+    def other(**study: Any) -> Warm:
+        settings = program.configuration.plain()
+        settings["protocol"]["study"] |= study
+        return Warm(WarmConfiguration.model_validate(settings))
+
+    changed = [node.operation for name, node in other(keep=3).plan().nodes.items() if name not in plan.nodes]
     assert sorted(changed) == ["rewards", "rewards", "warm", "warm"]
-    study = {**program.study.__dict__, "swapped": [0.1]}
-    other = Warm(program.settings, study, *program.fits.values(), program.candidates, program.ood_texts, program.sizes)
-    kept = {node.operation for name, node in other.plan().nodes.items() if name in plan.nodes}
+    kept = {node.operation for name, node in other(swapped=[0.1]).plan().nodes.items() if name in plan.nodes}
     assert kept == {"trajectory", "control", "features", "rewards"}
+    settings = program.configuration.plain()
+    settings["protocol"]["sizes"] = [64]
     with pytest.raises(ConfigError, match=r"needs numbers up to protocol\.candidates=40"):
-        Warm(program.settings, {}, *program.fits.values(), 40, 20, [64])
+        Warm(WarmConfiguration.model_validate(settings))
 
 
 @pytest.mark.slow
@@ -210,9 +219,9 @@ def test_a_member_on_two_processes_is_the_member_on_one(tmp_path: Path) -> None:
         more = [f"trainer.devices={devices}", f"pool.path={tmp_path}/{devices}"]
         more += ["trainer.strategy=ddp"] if devices == 2 else []
         settings = compose_settings([*base, *more])
-        program, pool = build_program(settings), Pool(tmp_path / str(devices))
+        program, pool = build_protocol(settings), Pool(tmp_path / str(devices))
         assert isinstance(program, Warm)
-        group = program.layout().groups[0]
+        group = program.nodes.groups[0]
         perform(group.head, pool, program.operations())
         run_node(settings, group.members[0].fingerprint)
         found[devices] = pool.weights(group.members[0].fingerprint)

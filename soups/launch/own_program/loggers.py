@@ -28,9 +28,6 @@ class _NoExperiment:
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return None
 
-    def __len__(self) -> int:
-        return 0
-
     def __getitem__(self, key: Any) -> Any:
         return self
 
@@ -77,7 +74,7 @@ def muted_loggers() -> Generator[None]:
 
 
 def _kinds() -> list[type]:
-    """Return every logger class that is known by now, of both packages and of the program, and their bases."""
+    """Return every logger class that is known by now, of both packages and of the program."""
     found: dict[type, None] = {}
     waiting: list[type] = [importable.loggers.Logger for importable in packages()]
     while waiting:
@@ -85,8 +82,7 @@ def _kinds() -> list[type]:
         if kind not in found:
             found[kind] = None
             waiting += kind.__subclasses__()
-    bases = dict.fromkeys(base for kind in found for base in kind.__mro__)  # Lightning's loggers inherit from Fabric's
-    return [base for base in bases if base.__module__ not in ("builtins", "abc", "typing")]
+    return list(found)
 
 
 @contextlib.contextmanager

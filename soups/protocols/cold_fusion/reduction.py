@@ -20,10 +20,10 @@ from soups.stores.views import StoreView
 
 
 class UpdateStore(StoreView):
-    """A contribution as it counts on the current base, in float64.
+    """A contribution as an update of the current base, in float64.
 
     Args:
-        weights: what was pushed.
+        weights: the pushed weights.
         start: the base it started from.
         current: the current base.
         scale: factor on the update.
@@ -63,8 +63,8 @@ def update_norm(weights: Store, start: Store) -> float:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One accepted contribution: what was pushed, the base it started from, its factor, and whether that base is current."""
+class AcceptedUpdate:
+    """An accepted contribution: opens its weights and the base it started from; its factor; whether that base is current."""
 
     open: Callable[[], Store]
     open_start: Callable[[], Store]
@@ -72,7 +72,7 @@ class Part:
     fresh: bool
 
 
-def fuse_parts(policy: Policy, current: Store, parts: Sequence[Part]) -> dict[str, Tensor]:
+def fuse_updates(policy: Policy, current: Store, updates: Sequence[AcceptedUpdate]) -> dict[str, Tensor]:
     """Return the new base from the accepted contributions, in the dtypes of the current one.
 
     The arithmetic is in float64 whatever the dtype, in the order given, with one rounding at the end; the bits depend on
@@ -85,10 +85,10 @@ def fuse_parts(policy: Policy, current: Store, parts: Sequence[Part]) -> dict[st
     models: list[Store] = []
     opened: list[Store] = []
     try:
-        for part in parts:
-            weights, start = part.open(), part.open_start()
+        for update in updates:
+            weights, start = update.open(), update.open_start()
             opened += [weights, start]
-            models.append(UpdateStore(weights, start, current, part.scale, fresh=part.fresh))
+            models.append(UpdateStore(weights, start, current, update.scale, fresh=update.fresh))
         fused = execute(plan_merge(method, models, current), None)
     finally:
         for store in opened:

@@ -32,8 +32,8 @@ from torch import Tensor
 from soups.errors import SoupError, StorageError, WeightsError
 from soups.merging import make_method
 from soups.protocols.cold_fusion.records import Contribution, Manifest, Policy, Round
-from soups.protocols.cold_fusion.reduction import Part, fuse_parts
-from soups.protocols.cold_fusion.screening import Candidate, accepted_norms, misfit, screen
+from soups.protocols.cold_fusion.reduction import AcceptedUpdate, fuse_updates
+from soups.protocols.cold_fusion.screening import PendingUpdate, accepted_norms, misfit, screen
 from soups.stores.files import fingerprint
 from soups.stores.opening import open_store
 from soups.stores.safetensors import DTYPE_NAMES, SafetensorsStore, write_safetensors
@@ -287,7 +287,7 @@ class Repository:
     def reduce(self, policy: Policy, current: str, accepted: Sequence[tuple[Contribution, float]]) -> dict[str, Tensor]:
         """Return the new base's shared part from accepted contributions, each with its factor, in the order of their ids."""
         parts = [
-            Part(
+            AcceptedUpdate(
                 lambda record=record: self._open(record.weights, record.nbytes),
                 lambda record=record: self._open(record.base),
                 scale,
@@ -296,7 +296,7 @@ class Repository:
             for record, scale in sorted(accepted, key=lambda pair: pair[0].id)
         ]
         with self._open(current) as base:
-            return fuse_parts(policy, base, parts)
+            return fuse_updates(policy, base, parts)
 
     # Parts
 
@@ -338,7 +338,7 @@ class Repository:
         numbers: Mapping[str, int],
         stack: ExitStack,
         score: Callable[[Weights], float] | None,
-    ) -> Candidate:
+    ) -> PendingUpdate:
         start = stack.enter_context(self._open(record.base)) if record.base in numbers else None
         try:
             weights: Store | SoupError = stack.enter_context(self._open(record.weights, record.nbytes))
@@ -351,7 +351,7 @@ class Repository:
         if score and isinstance(weights, Store) and start is not None and not misfit(self.manifest, weights):
             frozen = self._load(self.manifest.frozen) if self.manifest.frozen else {}
             value = score(loaded | frozen)
-        return Candidate(record, weights, start, numbers.get(record.base), value)
+        return PendingUpdate(record, weights, start, numbers.get(record.base), value)
 
     def _contribution(self, name: str) -> Contribution:
         return self._parse(Contribution, f"pushed/{name}.json")

@@ -1,4 +1,4 @@
-"""Screening: which of the pushed contributions may enter a round, and why the others may not."""
+"""Screening: which pushed contributions may enter a round, and why the others may not."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from soups.stores.store import Store
 
 
 def misfit(manifest: Manifest, weights: Store) -> str:
-    """Return what is wrong with the names, shapes and dtypes of some weights; the empty string if nothing is.
+    """Return the first fault in the names, shapes and dtypes of some weights; the empty string if there is none.
 
-    Further tensors (heads) are no fault here; the caller leaves them out.
+    Further tensors (heads) are no fault; the caller leaves them out.
     """
     names = set(weights.keys())
     missing = [name for name in manifest.tensors if name not in names]
@@ -34,12 +34,12 @@ def misfit(manifest: Manifest, weights: Store) -> str:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class PendingUpdate:
     """A pushed contribution, opened.
 
     Attributes:
         contribution: its record.
-        weights: what was pushed, or why it cannot be read.
+        weights: the pushed weights, or the error of reading them.
         start: the base it started from; None when that base was never here.
         started: the number of that base.
         score: its held-out score, where the fuser has one.
@@ -55,7 +55,7 @@ class Candidate:
 def screen(
     manifest: Manifest,
     policy: Policy,
-    candidates: Sequence[Candidate],
+    candidates: Sequence[PendingUpdate],
     current: int,
     known_norms: Sequence[float] = (),
     base_score: float | None = None,
@@ -69,7 +69,7 @@ def screen(
     Args:
         manifest: of the repository.
         policy: in force.
-        candidates: what was pushed.
+        candidates: the pushed contributions.
         current: number of the current base.
         known_norms: norms of the updates that the round before accepted.
         base_score: the held-out score of the current base, where the fuser has one.
@@ -82,7 +82,9 @@ def screen(
     return [_compared(policy, verdict, usual) for verdict in verdicts]
 
 
-def _alone(manifest: Manifest, policy: Policy, candidate: Candidate, current: int, base_score: float | None) -> Verdict:
+def _alone(
+    manifest: Manifest, policy: Policy, candidate: PendingUpdate, current: int, base_score: float | None
+) -> Verdict:
     record = candidate.contribution
     fields: dict[str, Any] = {"id": record.id, "contributor": record.contributor, "started": candidate.started}
     if isinstance(candidate.weights, SoupError):
@@ -120,5 +122,5 @@ def _compared(policy: Policy, verdict: Verdict, usual: float) -> Verdict:
 
 
 def accepted_norms(verdicts: Sequence[Verdict]) -> list[float]:
-    """Return the norms of what was accepted."""
+    """Return the norms of the accepted updates."""
     return [verdict.norm for verdict in verdicts if verdict.accepted and verdict.norm is not None]
