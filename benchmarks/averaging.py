@@ -120,7 +120,7 @@ def peers(model: nn.Module) -> dict[str, Callable[[], Any]]:
         lucid.update()
         calls["ema-pytorch"] = lucid.update
     except ImportError:
-        print("ema-pytorch is not installed (pip install 'soups[peers]'): left out", file=sys.stderr)
+        print("ema-pytorch is not installed (in a clone: pip install -e '.[peers]'): left out", file=sys.stderr)
     module = LightningModule()
     module.model = model
     module.to(

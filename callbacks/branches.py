@@ -56,7 +56,9 @@ class Branches:
         assert self._before is not None
         assert self._after is not None
         before, after = self._before, self._after
-        start = {slot: before.get(slot) for slot in before.differences(after) if before.knows(slot)}
+        # Layers that the raw weights' evaluation has built stay: both evaluate one model.
+        changed = [slot for slot in before.differences(after) if before.knows(slot) and not before.structural(slot)]
+        start = {slot: before.get(slot) for slot in changed if not (after.knows(slot) and after.structural(slot))}
         own = self._own.get(name)
         kept = self._first if own is None else own
         start |= {slot: value for slot, value in kept.items() if before.knows(slot) and self._untouched(slot)}
@@ -78,14 +80,15 @@ class Branches:
             return
         before, now = self._before, self._take()
         for slot in before.differences(now):
-            if before.knows(slot) and slot not in self._trained:
+            if before.knows(slot) and slot not in self._trained and not before.structural(slot):
                 if self._untouched(slot):
                     self._first.setdefault(slot, before.get(slot))
                 else:
                     self._trained.add(slot)
                     self._first.pop(slot, None)
         for name, left in self._pending.items():
-            self._own[name] = {slot: left.get(slot) for slot in left.differences(now) if left.knows(slot)}
+            different = [slot for slot in left.differences(now) if left.knows(slot) and now.knows(slot)]
+            self._own[name] = {slot: left.get(slot) for slot in different if not now.structural(slot)}
         self._pending = {}
         # Slots are ids: those of objects that are gone may be given to others.
         for values in (self._first, *self._own.values()):

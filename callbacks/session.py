@@ -182,6 +182,9 @@ class Session:
         joined = {name: weights[name].detach() for name in change.joined}
         for tracked in self.tracked.values():
             tracked.mean.follow(change.renamed, joined, change.gone)
+            for old, new in change.renamed.items():
+                if old == f"{new}_orig":  # pruning was made permanent
+                    tracked.mean.zero(new, weights[new] == 0)
             tracked.statistics, tracked.measured_at, tracked.before_last = {}, 0, None
         if any(tracked.mean.count for tracked in self.tracked.values()):
             warnings.warn(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import io
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -87,6 +87,8 @@ def _write_set(target: Any, content: Any) -> None:
 
 
 def _read_tensor(tensor: Tensor) -> Tensor | None:
+    if nn.parameter.is_lazy(tensor):
+        return None
     if tensor.device.type == "meta" or tensor.layout != torch.strided or tensor.nbytes > LARGE:
         return None
     with torch.inference_mode(False), torch.no_grad():
@@ -127,11 +129,13 @@ def _same_array(one: Any, other: Any) -> bool:
 
 
 def _write_keys(target: dict[Any, Any], content: Mapping[Any, Any]) -> None:
+    # A class of the user's may override these methods; OrderedDict keeps its order in them.
+    base: Any = OrderedDict if isinstance(target, OrderedDict) else dict
     for key, value in content.items():
         if value is ABSENT:
-            dict.pop(target, key, None)
+            base.pop(target, key, None)
         else:
-            dict.__setitem__(target, key, value)
+            base.__setitem__(target, key, value)
 
 
 def _slot_names(item: Any) -> list[str]:
@@ -214,6 +218,8 @@ class ObjectState:
         self._keep: list[Any] = []  # ids stay taken while their objects are alive
         self.streams: list[str] = []
         self._copies: dict[Slot, Any] = {}
+        # Records of modules' dictionaries of layers, parameters and hooks.
+        self._structure: set[int] = set()
         for item in shallow:
             self._record(item, _ATTRIBUTES)
             self._seen.add(id(item))
@@ -284,6 +290,9 @@ class ObjectState:
             content = {key: value for key, value in content.items() if key != "state"}
         if not attributes and _plain(content.values()):
             return
+        if attributes and isinstance(item, nn.Module):
+            parts = [content[key] for key in content if key in ("_modules", "_parameters") or key.endswith("_hooks")]
+            self._structure.update(map(id, parts))
         for key, value in content.items():
             if isinstance(value, _ATOMS):
                 continue
@@ -294,6 +303,10 @@ class ObjectState:
                 except TypeError:
                     self.streams.append(place)
             stack.append((value, place))
+
+    def structural(self, slot: Slot) -> bool:
+        """Tell whether a place is about which layers, parameters and hooks a module has."""
+        return slot[0] in self._structure or isinstance(self.get(slot), nn.Module)
 
     # Slots ----------------------------------------------------------------------------------------------------------
 
@@ -354,7 +367,14 @@ class ObjectState:
 
     def put_back(self, now: ObjectState) -> None:
         """Bring all objects of this state back to it; `now` is their present state."""
-        self.write({slot: self.get(slot) for slot in self.differences(now) if self.knows(slot)})
+        different = [slot for slot in self.differences(now) if self.knows(slot)]
+        self.write({slot: self.get(slot) for slot in different})
+        # A key that came back lies at the end; the order of layers and parameters is part of the state.
+        for key in {slot[0] for slot in different}:
+            item, kind, content = self._records[key]
+            if kind is _DICT and list(item) != list(content):
+                _write_keys(item, dict.fromkeys(list(item), ABSENT))
+                _write_keys(item, content)
 
 
 def _plain(values: Any) -> bool:

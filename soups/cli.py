@@ -17,6 +17,7 @@ from soups.commands.merge import merge
 from soups.commands.methods import methods
 from soups.commands.pool import app as pool
 from soups.commands.report import report
+from soups.commands.stats import app as stats
 
 app = typer.Typer(
     name="soups",
@@ -29,6 +30,7 @@ for command in (merge, inspect, diff, methods, report, dashboard):
     app.command()(command)
 app.add_typer(pool, name="pool")
 app.add_typer(cold.app, name="cold")
+app.add_typer(stats, name="stats")
 
 
 def _version(wanted: bool) -> None:

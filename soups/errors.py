@@ -46,3 +46,12 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     close = get_close_matches(name, allowed, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}Allowed: {', '.join(map(repr, allowed))}." if allowed else "there is none to choose from."
+
+
+def install(extra: str) -> str:
+    """Return how to install one of the package's extras; it has not been published, so it is installed from a clone.
+
+    >>> install("ray")
+    "in a clone of soups, pip install -e '.[ray]'"
+    """
+    return f"in a clone of soups, pip install -e '.[{extra}]'"

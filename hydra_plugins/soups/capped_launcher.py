@@ -28,8 +28,10 @@ class CappedLauncher(Launcher):
         try:
             submitit: Any = import_module("hydra_plugins.hydra_submitit_launcher.submitit_launcher")
         except ModuleNotFoundError as error:
+            from soups.errors import install
+
             raise CompactHydraException(
-                f"hydra/launcher=submitit_local_capped needs submitit ({error}): pip install 'soups[slurm]'"
+                f"hydra/launcher=submitit_local_capped needs submitit ({error}): {install('slurm')}."
             ) from error
         self.jobs = max(1, int(jobs))
         self.local: Any = submitit.LocalLauncher(**settings)

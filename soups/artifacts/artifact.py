@@ -20,9 +20,9 @@ from soups.merging.plan import MergePlan
 from soups.merging.stream import Job
 from soups.statistics import hash_store
 from soups.stores import Checkpoint, SafetensorsStore, Store, TensorMeta, open_store
+from soups.stores.companions import carried_files
 from soups.stores.folder import is_folder_of
 from soups.stores.views import StoreView
-from soups.stores.writer import carried_files
 
 
 class TaskView(StoreView):

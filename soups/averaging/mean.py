@@ -228,6 +228,19 @@ class Mean(ABC):
         for name, tensor in joined.items():
             self.admit(name, tensor)
 
+    @torch.no_grad()
+    def zero(self, name: str, where: Tensor) -> None:
+        """Set elements of one tensor to zero, as if they had been zero at every point (a pruned weight).
+
+        Args:
+            name: the tensor.
+            where: bool, of its shape.
+        """
+        self._settle()
+        for tensors in self._planes.values():
+            if name in tensors:
+                tensors[name].masked_fill_(where.to(tensors[name].device), 0)
+
     def _overwritten(self) -> Sequence[str]:
         """Name the planes that the next update changes."""
         return list(self._planes)

@@ -9,6 +9,8 @@ its gradient is (1 - p) times the true one. Here the gradient is that of the for
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,13 @@ from soups.errors import ConfigError
 
 
 def mixout(
-    weight: Tensor, anchor: Tensor, p: float, *, share: str = "column", generator: torch.Generator | None = None
+    weight: Tensor,
+    anchor: Tensor,
+    p: float,
+    *,
+    share: str = "column",
+    inputs: Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Return the mixed weight, through which gradients flow to `weight`.
 
@@ -25,6 +33,7 @@ def mixout(
         anchor: the pre-trained value, the same shape; no gradient.
         p: probability with which an element is put back, in [0, 1).
         share: "column": one draw an input column, shared by all outputs (the published code); "element": one each.
+        inputs: the dimensions of the weight that run over inputs; all but the first when None.
         generator: where the randomness comes from; torch's own when None.
 
     >>> theta, start = torch.ones(2, 3, requires_grad=True), torch.zeros(2, 3)
@@ -40,7 +49,11 @@ def mixout(
         raise ConfigError(f"share={share!r} is none of 'column', 'element'.")
     if p == 0:
         return weight
-    shape = weight.shape if share == "element" or weight.dim() < 2 else weight.shape[1:]
+    if share == "element" or weight.dim() < 2:
+        inputs = range(weight.dim())
+    elif inputs is None:
+        inputs = range(1, weight.dim())
+    shape = [size if dimension in inputs else 1 for dimension, size in enumerate(weight.shape)]
     keep = torch.empty(shape, dtype=weight.dtype, device=weight.device).bernoulli_(1 - p, generator=generator)
     anchor = anchor.detach().to(weight.device, weight.dtype)
     # θ₀ + m (θ - θ₀)/(1 - p) is the formula with its terms collected.

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
-from soups.errors import ConfigError
+from soups.errors import ConfigError, install
 from soups.seeding import derive_seed, generator
 
 Proposal = TypeVar("Proposal")
@@ -228,5 +228,5 @@ def _import_cma() -> ModuleType:
     try:
         import cma
     except ImportError as error:
-        raise ConfigError("optimiser='cma' needs the package cma: pip install cma.") from error
+        raise ConfigError(f"optimiser='cma' needs the package cma: {install('cma')}.") from error
     return cast(ModuleType, cma)

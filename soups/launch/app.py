@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -93,14 +94,16 @@ class Failed:
 
 
 def reasons(failed: Mapping[str, Failed]) -> list[str]:
-    """Return each error once, with the ingredients that failed of it.
+    """Return each error once, with the ingredients that failed of it. Errors that differ in numbers alone are one.
 
     >>> reasons({"a" * 64: Failed("lr=1", "no disk"), "b" * 64: Failed("lr=2", "no disk")})
     ['2 of them (aaaaaaaa lr=1, bbbbbbbb lr=2): no disk']
     """
+    first: dict[str, str] = {}
     groups: dict[str, list[str]] = {}
     for name, one in failed.items():
-        groups.setdefault(one.why, []).append(f"{name[:8]} {one.label}".rstrip())
+        why = first.setdefault(re.sub(r"[0-9a-f]{8,}|\d+", "#", one.why), one.why)
+        groups.setdefault(why, []).append(f"{name[:8]} {one.label}".rstrip())
     return [
         f"{names[0]}: {why}"
         if len(names) == 1

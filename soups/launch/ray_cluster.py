@@ -16,7 +16,7 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from soups.errors import ConfigError, RunError
+from soups.errors import ConfigError, RunError, install
 
 # Ray keeps this much shared memory of a cluster that we start; weights go through the pool, so the smallest is enough.
 _OBJECT_STORE = 100 * 2**20
@@ -116,7 +116,7 @@ def cluster(options: Mapping[str, Any]) -> Generator[Any]:
     try:
         ray: Any = import_module("ray")
     except ModuleNotFoundError as error:
-        raise ConfigError(f"hydra/launcher=ray_… needs Ray ({error}): pip install 'soups[ray]'") from error
+        raise ConfigError(f"hydra/launcher=ray_… needs Ray ({error}): {install('ray')}.") from error
     address = options["address"]
     common: dict[str, Any] = {
         "runtime_env": dict(options["runtime_env"] or {}) or None,

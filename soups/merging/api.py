@@ -19,11 +19,12 @@ from soups.merging.output import execute
 from soups.merging.plan import Methods, plan_merge
 from soups.merging.stream import DEFAULT_BUDGET
 from soups.statistics import Statistics
-from soups.stores.folder import is_folder_of
+from soups.stores.companions import carried_files
+from soups.stores.folder import folder_of
 from soups.stores.names import reconcile
 from soups.stores.opening import Checkpoint, open_store
 from soups.stores.store import Store
-from soups.stores.writer import DEFAULT_SHARD_BYTES, carried_files
+from soups.stores.writer import DEFAULT_SHARD_BYTES
 
 
 def _opened(place: Checkpoint, stack: ExitStack) -> Store:
@@ -35,7 +36,7 @@ def _under_one_set_of_names(
     stores: Sequence[Store], start: Store | None, rename: Mapping[str, str] | None
 ) -> tuple[list[Store], Store | None]:
     every = dict(enumerate([*stores, *([] if start is None else [start])]))
-    folders = {number: folder for number, store in every.items() if (folder := is_folder_of(store)) is not None}
+    folders = {number: folder for number, store in every.items() if (folder := folder_of(store)) is not None}
     shown = reconcile(every, 0 if start is None else len(stores), folders, rename=rename).stores
     return [shown[number] for number in range(len(stores))], None if start is None else shown[len(stores)]
 
@@ -110,7 +111,7 @@ def merge(
             for one in statistics or []
         ]
         check_weights(stores, found)
-        folder = is_folder_of(start or stores[0])
+        folder = folder_of(start or stores[0])
         stores, start = _under_one_set_of_names(stores, start, rename)
         plan = plan_merge(method, stores, start, dtype=dtype, statistics=found if statistics is not None else None)
         metadata = {"soups.merge": json.dumps({"method": repr(method), "models": [store.location for store in stores]})}

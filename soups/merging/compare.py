@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from soups.errors import ConfigError
+from soups.errors import ConfigError, install
 from soups.merging.operands import Operands, Source
 from soups.merging.sums import BlockSum
 from soups.stores.opening import Checkpoint, open_store
@@ -106,7 +106,7 @@ def heatmap(differences: Mapping[str, Difference], path: str | os.PathLike[str])
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError("The figure needs matplotlib: pip install 'soups[train]'.") from error
+        raise ConfigError(f"The figure needs matplotlib: {install('train')}.") from error
     from soups.merging.mergekit.layers import Layers
 
     layers = Layers(differences)

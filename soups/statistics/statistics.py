@@ -18,7 +18,8 @@ A file holds one tensor for each kind and weight, named `kind/weight`:
 
 The header's metadata are text: `format`, `kind` (the kinds, separated by spaces), `weights_hash`, `data`, `examples` (a
 number), `rows` (JSON: the counts of tensors that are not summed over examples), `transposed` (JSON: the weights that are
-stored as (in, out), as GPT-2's are).
+stored as (in, out), as GPT-2's are), `mask`, `estimator`, `aliases`, `uncovered` (JSON). Gram matrices and Kronecker factors are
+kept as their upper triangles, row by row (…, n(n+1)/2), where `packed` says so.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ import torch
 from torch import Tensor
 
 from soups.errors import WeightsError, did_you_mean
+from soups.statistics.packing import UnpackedStore, is_symmetric, pack
 from soups.stores import DictStore, Store, open_store, write_safetensors
+from soups.stores.views import AliasedStore
 
 FORMAT = "soups.statistics/1"
 KINDS = ("gram", "kfac_out", "fisher", "second_moment", "frequency", "gradient", "sensitivity")
@@ -52,12 +55,16 @@ class Statistics:
         examples: the number of examples.
         rows: the counts of tensors that are summed over something else.
         transposed: weights that are stored as (in, out).
+        mask: which rows count: "padding left out", "all rows", or the name of a mask.
+        estimator: of `fisher` and `kfac_out`: "true", "sampled" or "empirical".
+        aliases: names whose sums are another name's, because two layers read one input.
+        uncovered: parameters that no statistic covers, and why.
 
     Raises:
         WeightsError: a name without a known kind, or a count that is not positive.
 
-    >>> part = Statistics({"fisher/w": torch.tensor([2.0])}, weights_hash="a1", data="b2", examples=4)
-    >>> total = part + part
+    >>> one, two = (Statistics({"fisher/w": torch.tensor([2.0])}, weights_hash="a1", data=d, examples=4) for d in "bc")
+    >>> total = one + two
     >>> total.load()["fisher/w"], total.count("fisher/w"), total.kinds
     (tensor([4.], dtype=torch.float64), 8, ('fisher',))
     """
@@ -71,10 +78,20 @@ class Statistics:
         examples: int,
         rows: Mapping[str, int] | None = None,
         transposed: Iterable[str] = (),
+        mask: str = "all rows",
+        estimator: str | None = None,
+        aliases: Mapping[str, str] | None = None,
+        uncovered: Mapping[str, str] | None = None,
     ) -> None:
-        self.store = sums if isinstance(sums, Store) else DictStore(sums, "statistics in memory")
+        self.store: Store = sums if isinstance(sums, Store) else DictStore(sums, "statistics in memory")
+        if aliases:
+            self.store = AliasedStore(self.store, aliases)
+        self.aliases, self.uncovered = dict(aliases or {}), dict(uncovered or {})
+        self.mask, self.estimator = mask, estimator
         self.weights_hash, self.data, self.examples = weights_hash, data, examples
         self.rows, self.transposed = dict(rows or {}), frozenset(transposed)
+        self.rows |= {name: self.rows[first] for name, first in self.aliases.items() if first in self.rows}
+        self._keys = frozenset(self.store)
         for name in self.store:
             kind = name.partition("/")[0]
             if kind not in KINDS:
@@ -101,12 +118,16 @@ class Statistics:
                     f"Statistics.save."
                 )
             return cls(
-                store,
+                UnpackedStore(store) if found.get("packed") == "upper" else store,
                 weights_hash=found["weights_hash"],
                 data=found["data"],
                 examples=int(found["examples"]),
                 rows=cast("dict[str, int]", json.loads(found.get("rows", "{}"))),
                 transposed=cast("list[str]", json.loads(found.get("transposed", "[]"))),
+                mask=found.get("mask", "all rows"),
+                estimator=found.get("estimator") or None,
+                aliases=cast("dict[str, str]", json.loads(found.get("aliases", "{}"))),
+                uncovered=cast("dict[str, str]", json.loads(found.get("uncovered", "{}"))),
             )
         except (KeyError, ValueError) as error:
             store.close()
@@ -130,12 +151,38 @@ class Statistics:
         """Return over how many rows, tokens or examples a tensor is summed."""
         return self.rows.get(name, self.examples)
 
+    def names(self, kind: str | None = None) -> list[str]:
+        """Return all names, or those of a kind."""
+        return [name for name in self.store if kind is None or name.startswith(f"{kind}/")]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._keys
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a sum, float64.
+
+        Raises:
+            WeightsError: there is none of that name.
+        """
+        if name not in self:
+            raise self.store.absent(name)
+        return self.store.read(name).double()
+
+    def mean(self, name: str) -> Tensor:
+        """Return a sum divided by its count: the mean over rows, tokens or examples."""
+        return self[name] / self.count(name)
+
     def load(self) -> dict[str, Tensor]:
         """Return all sums by name."""
         return self.store.load()
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a safetensors file, under a temporary name first."""
+    def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float64) -> Path:
+        """Write a safetensors file, under a temporary name first.
+
+        Args:
+            path: of the file.
+            dtype: float64, or float32 for half the bytes; parts then add up to its rounding.
+        """
         metadata = {
             "format": FORMAT,
             "kind": " ".join(self.kinds),
@@ -144,8 +191,16 @@ class Statistics:
             "examples": str(self.examples),
             "rows": json.dumps(self.rows, sort_keys=True),
             "transposed": json.dumps(sorted(self.transposed)),
+            "mask": self.mask,
+            "estimator": self.estimator or "",
+            "aliases": json.dumps(self.aliases),
+            "uncovered": json.dumps(self.uncovered),
+            "packed": "upper",
         }
-        write_safetensors(Path(path), self.load(), metadata)
+        sums = {name: self.store.read(name).to(dtype) for name in self.store if name not in self.aliases}
+        write_safetensors(
+            Path(path), {name: pack(one) if is_symmetric(name) else one for name, one in sums.items()}, metadata
+        )
         return Path(path)
 
     def __add__(self, other: Statistics) -> Statistics:
@@ -158,20 +213,41 @@ class Statistics:
             raise WeightsError(
                 f"{other.location} and {self.location} are statistics of different weights and do not add up."
             )
-        mine, theirs = self.load(), other.load()
-        if mine.keys() != theirs.keys() or self.transposed != other.transposed:
-            differing = sorted(mine.keys() ^ theirs.keys())
+        for what, ours, theirs in (
+            ("mask rules", self.mask, other.mask),
+            ("estimators", self.estimator, other.estimator),
+        ):
+            if ours != theirs:
+                raise WeightsError(
+                    f"{self.location} and {other.location} were collected with different {what}, {ours!r} and {theirs!r}, "
+                    f"and do not add up. Collect both with one."
+                )
+        mine, added = self.load(), other.load()
+        if mine.keys() != added.keys() or self.transposed != other.transposed:
+            differing = sorted(mine.keys() ^ added.keys())
             raise WeightsError(
-                f"{other.location} and {self.location} hold different statistics ({differing[:6]}). Collect the same kinds for all parts."
+                f"{other.location} and {self.location} hold different statistics ({differing[:6]}). Collect the same kinds "
+                f"for all parts."
             )
-        digests = sorted({*self.data.split("+"), *other.data.split("+")})
+        digests = [*self.data.split("+"), *other.data.split("+")]
+        if twice := sorted({digest for digest in digests if digests.count(digest) > 1}):
+            raise WeightsError(
+                f"{self.location} and {other.location} both hold the data {twice[0][:16]}, which would count twice. Add each "
+                f"part once."
+            )
+        # Two names share a sum only where they do so in both parts.
+        aliases = {name: first for name, first in self.aliases.items() if other.aliases.get(name) == first}
         return Statistics(
-            {name: mine[name].double() + theirs[name].double() for name in mine},
+            {name: mine[name].double() + added[name].double() for name in mine if name not in aliases},
             weights_hash=self.weights_hash,
-            data="+".join(digests),
+            data="+".join(sorted(digests)),
             examples=self.examples + other.examples,
             rows={name: self.count(name) + other.count(name) for name in self.rows | other.rows},
             transposed=self.transposed,
+            mask=self.mask,
+            estimator=self.estimator,
+            aliases=aliases,
+            uncovered={name: why for name, why in self.uncovered.items() if name in other.uncovered},
         )
 
     def check_weights(self, model: Store) -> None:

@@ -13,6 +13,7 @@ from soups.stores.checkpoint import TorchStore
 from soups.stores.safetensors import SafetensorsStore
 from soups.stores.sources import file_system, is_remote
 from soups.stores.store import Extent, ExtentStore, Store
+from soups.stores.views import StoreView
 
 _SINGLE = (
     "model.safetensors",
@@ -240,6 +241,8 @@ def contained(folder: Path, name: str) -> Path:
     return path
 
 
-def is_folder_of(store: Store) -> Path | None:
-    """Return the folder that a store was opened from, if it is one."""
+def folder_of(store: Store) -> Path | None:
+    """Return the folder on this machine that a model was opened from; that of the model underneath for a view."""
+    while isinstance(store, StoreView):
+        store = store.store
     return store.folder if isinstance(store, FolderStore) else None

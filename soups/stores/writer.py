@@ -15,7 +15,7 @@ import shutil
 import threading
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence, Set
+from collections.abc import Generator, Mapping, Set
 from pathlib import Path
 from typing import Self
 
@@ -305,7 +305,7 @@ class FolderWriter(Writer):
                 self._folder_lock = _locked(self._temporary)
                 for file in self._temporary.iterdir():
                     if file.name not in self._kept:
-                        file.unlink()
+                        shutil.rmtree(file) if file.is_dir() else file.unlink()
                 for name, part in self._parts.items():
                     if name not in self._kept:
                         here = {alias: first for alias, first in (tied or {}).items() if first in part}
@@ -313,6 +313,7 @@ class FolderWriter(Writer):
                 if len(self._parts) > 1:
                     (self._temporary / INDEX).write_text(shard_index(self._parts))
                 for name, content in (files or {}).items():
+                    (self._temporary / name).parent.mkdir(parents=True, exist_ok=True)
                     if isinstance(content, bytes):
                         (self._temporary / name).write_bytes(content)
                     else:
@@ -361,8 +362,8 @@ class FolderWriter(Writer):
     def _finish(self) -> None:
         for name in list(self._shards):
             self._keep(name)
-        for file in self._temporary.iterdir():
-            if file.name not in self._kept:
+        for file in self._temporary.rglob("*"):
+            if file.is_file() and file.name not in self._kept:
                 fsync_file(file)
         fsync_folder(self._temporary)
         if self.path.exists() and any(self.path.iterdir()):
@@ -471,20 +472,3 @@ def _removed_on_error(path: Path) -> Generator[None]:
         else:
             path.unlink(missing_ok=True)
         raise
-
-
-def carried_files(folder: Path, names: Sequence[str] | None = None) -> dict[str, Path]:
-    """Return the small files of a Hugging Face folder that belong to the model and not to its weights.
-
-    Args:
-        folder: where to look.
-        names: the names to take; `None` takes configuration, tokenizer, generation and processor files.
-    """
-    endings = (".json", ".model", ".txt", ".jinja", ".tiktoken")
-    weights = (".index.json", "adapter_config.json")
-    found: dict[str, Path] = {}
-    for file in sorted(folder.iterdir()) if folder.is_dir() else []:
-        wanted = file.name in names if names is not None else file.name.endswith(endings)
-        if wanted and file.is_file() and not file.name.endswith(weights):
-            found[file.name] = file
-    return found

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from soups.errors import ConfigError, did_you_mean
+from soups.errors import ConfigError, did_you_mean, install
 
 MODES = ("online", "offline", "off")
 
@@ -25,7 +25,7 @@ def require_wandb(mode: str) -> bool:
     if mode == "off":
         return False
     if find_spec("wandb") is None:
-        raise ConfigError("wandb is not installed: `pip install 'soups[train]'`, or run without it, tracking.mode=off.")
+        raise ConfigError(f"wandb is not installed: {install('train')}, or run without it, tracking.mode=off.")
     return True
 
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from soups.errors import ConfigError
+from soups.errors import ConfigError, install
 
 # What a sweep of the default search space varies, as columns of the parallel coordinates; "log": a logarithmic axis.
 _SETTINGS = (
@@ -125,4 +125,4 @@ def _library(module: str) -> Any:
     try:
         return importlib.import_module(f"wandb_workspaces.{module}")
     except ImportError as error:
-        raise ConfigError("The dashboard needs wandb-workspaces: pip install 'soups[dashboard]'.") from error
+        raise ConfigError(f"The dashboard needs wandb-workspaces: {install('dashboard')}.") from error

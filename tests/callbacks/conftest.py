@@ -85,6 +85,12 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in module.state_dict().items()}
 
 
+def snapshot_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of all tensors by the names that torch gives them, whatever the module's own `state_dict` does."""
+    named = nn.Module.state_dict(module)
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
+
+
 def trainer(tmp_path: Any, *callbacks: Any, **options: Any) -> pl.Trainer:
     defaults: dict[str, Any] = {
         "default_root_dir": tmp_path,

@@ -29,6 +29,10 @@ from soups.weights import Weights
 NO_FIT = "The program ended without calling Trainer.fit of lightning.pytorch or pytorch_lightning, so there is no ingredient."
 
 
+# Note of an ingredient whose program failed after the fit.
+AFTERWARDS = "failed after the fit"
+
+
 class NeedsProcesses(BaseException):
     """A fit on several devices, which runs in processes of its own; passes through the program's own `except Exception`."""
 
@@ -71,6 +75,9 @@ def make_ingredient(function: Callable[[DictConfig], Any], config: DictConfig, p
             function(config)
         except _Refused as refused:
             raise refused.error from None
+        except Exception as error:  # the program's own, after its fit: a test that fails loses no weights
+            run.keep(f"{type(error).__name__}: {error}")
+            raise
     run.finish()
 
 
@@ -128,6 +135,13 @@ class _Run:
             raise ConfigError(f"{NO_FIT}{called}")
         self._pool.add(*self._found)
 
+    def keep(self, why: str) -> None:
+        """Record the fit so far, if there is one, of a program that failed after it."""
+        if self._found is not None:
+            record, weights = self._found
+            notes = {**record.notes, AFTERWARDS: why}
+            self._pool.add(record.model_copy(update={"notes": notes}), weights)
+
     def _give(self, fit: Fit) -> None:
         try:
             load_weights(fit.module, self._start)
@@ -154,7 +168,8 @@ class _Run:
         weights = finished_weights(fit.trainer, fit.module, self._program.spec.weights)
         if fit.trainer.is_global_zero:
             with _same_random_numbers():
-                self._found = _measured(fit, weights, history, self._program, self._seconds), weights
+                record = _measured(fit, weights, history, self._program, self._seconds, self._count)
+                self._found = record, weights
         fit.trainer.strategy.barrier("ingredient")
 
 
@@ -176,7 +191,7 @@ def _same_random_numbers() -> Generator[None]:
     np.random.set_state(arrays)
 
 
-def _measured(fit: Fit, weights: Weights, history: History, program: Program, seconds: float) -> Ingredient:
+def _measured(fit: Fit, weights: Weights, history: History, program: Program, seconds: float, fits: int) -> Ingredient:
     """Validate the weights that a fit left; return their record.
 
     Raises:
@@ -201,6 +216,6 @@ def _measured(fit: Fit, weights: Weights, history: History, program: Program, se
         durations={"fit": seconds, "total": seconds + time.perf_counter() - began},
         versions=versions(),
         layout=layout(fit.trainer),
-        notes={"validation": evaluation.data.model_dump(mode="json")},
+        notes={"validation": evaluation.data.model_dump(mode="json"), "fits": fits},
         history=history.values,
     )

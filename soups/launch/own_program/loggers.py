@@ -28,6 +28,9 @@ class _NoExperiment:
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return None
 
+    def __len__(self) -> int:
+        return 0
+
     def __getitem__(self, key: Any) -> Any:
         return self
 
@@ -74,7 +77,7 @@ def muted_loggers() -> Generator[None]:
 
 
 def _kinds() -> list[type]:
-    """Return every logger class that is known by now, of both packages and of the program."""
+    """Return every logger class that is known by now, of both packages and of the program, and their bases."""
     found: dict[type, None] = {}
     waiting: list[type] = [importable.loggers.Logger for importable in packages()]
     while waiting:
@@ -82,7 +85,8 @@ def _kinds() -> list[type]:
         if kind not in found:
             found[kind] = None
             waiting += kind.__subclasses__()
-    return list(found)
+    bases = dict.fromkeys(base for kind in found for base in kind.__mro__)  # Lightning's loggers inherit from Fabric's
+    return [base for base in bases if base.__module__ not in ("builtins", "abc", "typing")]
 
 
 @contextlib.contextmanager

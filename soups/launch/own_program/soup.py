@@ -14,6 +14,7 @@ from soups.errors import ConfigError
 from soups.evaluation.cautions import averaged_statistics, running_statistics, statistics_gaps
 from soups.launch.own_program.configuration import Program
 from soups.launch.own_program.evaluation import Evaluation
+from soups.launch.own_program.ingredient import AFTERWARDS
 from soups.launch.own_program.members import Chosen, choose_members
 from soups.launch.own_program.module_weights import extra_state
 from soups.launch.own_program.options import recipe_options
@@ -314,6 +315,17 @@ class _Selection:
             found.append(
                 f"Not shown, because they remember the models that were validated before, or differ from one validation to "
                 f"the next: {', '.join(remembering)}."
+            )
+        if failed := [record for record in self.members if AFTERWARDS in record.notes]:
+            found.append(
+                f"The program failed after the fit of {', '.join(record.short for record in failed)}, whose weights were "
+                f"kept: {failed[0].notes[AFTERWARDS]}"
+            )
+        fits = max(int(record.notes.get("fits", 1)) for record in self.members)
+        if fits > 1 and self.program.spec.fit == "last":
+            found.append(
+                f"The program calls trainer.fit {fits} times on one module; the ingredients are the weights after the last. "
+                f"Another call counts with ++ingredient.fit=1, 2, …"
             )
         if extra := extra_state(self.evaluation.fit.module):
             shown = ", ".join(extra[:3]) + (", …" if len(extra) > 3 else "")

@@ -14,7 +14,7 @@ from soups.errors import ConfigError
 from soups.merging.mergekit.chat_templates import CHAT_TEMPLATES
 from soups.merging.mergekit.schema import Configuration, Document, Reference
 from soups.merging.mergekit.vocabulary import Shared
-from soups.stores.writer import carried_files
+from soups.stores.companions import carried_files
 
 _TOKENIZER = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

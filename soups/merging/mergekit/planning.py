@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +20,7 @@ from soups.merging.methods import make_method
 from soups.merging.operands import Source
 from soups.merging.plan import MergePlan, check_complex, is_averaged_dtype, output_dtype
 from soups.merging.stream import Job
-from soups.stores.folder import FolderStore
-from soups.stores.lora import LoRAStore
+from soups.stores.folder import folder_of
 from soups.stores.names import reconcile
 from soups.stores.store import Store, TensorMeta, headers
 from soups.weights import describe_mismatch
@@ -391,13 +389,6 @@ def _check_fit(donor: Store, names: Sequence[str], others: Sequence[tuple[Store,
                 f"(regular expressions), vocabularies are brought together by `tokenizer: {{source: union}}`; else leave the "
                 f"model out, or bring it to the same shape first."
             )
-
-
-def folder_of(store: Store) -> Path | None:
-    """Return the folder on this machine that a model was opened from, its base's if it is an adapted one."""
-    if isinstance(store, FolderStore):
-        return store.folder
-    return folder_of(store.base) if isinstance(store, LoRAStore) else None
 
 
 # mergekit's names for the parts of multimodal models, by what the tensors' names begin with; `None` is what is left.

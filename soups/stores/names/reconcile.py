@@ -100,17 +100,17 @@ def _complete(stores: dict[Key, Store], known: list[Architecture], matcher: Name
             names.setdefault(template(name)[0], name)
     owned = {key: _templates(store) for key, store in stores.items()}
     partial = [pattern for pattern in metas if not all(pattern in own for own in owned.values())]
-    ties = _ties(known, matcher)
+    ties = tie_groups(known, matcher)
     dropped: set[str] = set()
     aliases: dict[Key, dict[str, str]] = {key: {} for key in stores}
     for pattern in partial:
         name = names[pattern]
         lacking = [key for key, own in owned.items() if pattern not in own]
-        mates = {key: _mate(stores[key], name, metas[pattern], ties) for key in lacking}
-        if all(mate is not None for mate in mates.values()):
-            for key, mate in mates.items():
-                if mate is not None:
-                    aliases[key][name] = mate
+        mates = {key: mate(stores[key], name, metas[pattern], ties) for key in lacking}
+        if all(one is not None for one in mates.values()):
+            for key, one in mates.items():
+                if one is not None:
+                    aliases[key][name] = one
         elif is_derived(name, metas[pattern]) or any(one.search(name) for arch in known for one in arch.ignored):
             dropped.add(pattern)
     completed: dict[Key, Store] = {}
@@ -125,7 +125,7 @@ def _without(patterns: set[str]) -> Callable[[str], str | None]:
     return lambda name: None if template(name)[0] in patterns else name
 
 
-def _ties(known: list[Architecture], matcher: NameMatcher) -> list[set[str]]:
+def tie_groups(known: list[Architecture], matcher: NameMatcher) -> list[set[str]]:
     """Return the groups of tied names that transformers knows, in the reference's names where it has them."""
     groups: list[set[str]] = []
     for architecture in known:
@@ -139,7 +139,7 @@ def _ties(known: list[Architecture], matcher: NameMatcher) -> list[set[str]]:
     return groups
 
 
-def _mate(store: Store, name: str, meta: TensorMeta, ties: list[set[str]]) -> str | None:
+def mate(store: Store, name: str, meta: TensorMeta, ties: list[set[str]]) -> str | None:
     """Return the tensor of a store that a name it lacks is tied to."""
     own = set(store)
     for group in ties:

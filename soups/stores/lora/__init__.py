@@ -1,0 +1,7 @@
+"""PEFT adapters: applied to a base model while reading it."""
+
+from soups.stores.lora.config import AdapterConfig as AdapterConfig
+from soups.stores.lora.config import read_config as read_config
+from soups.stores.lora.files import is_adapter as is_adapter
+from soups.stores.lora.files import open_adapter as open_adapter
+from soups.stores.lora.store import LoRAStore as LoRAStore
