@@ -6,13 +6,17 @@ No average in this package touches the learning rate. Whoever wants the schedule
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from soups.errors import ConfigError
 
 
-def constant_swa(optimizer: Optimizer, *, start: int, swa_lr: float, anneal: int | None = None) -> LambdaLR:
+def constant_swa(
+    optimizer: Optimizer, *, start: int, swa_lr: float | Sequence[float], anneal: int | None = None
+) -> LambdaLR:
     """Keep the initial rate, then go down linearly to `swa_lr` and stay there (arXiv:1803.05407, section 3.2).
 
     The released code keeps the rate for half of `start`, goes down until nine tenths of it, and then stays; this is that
@@ -21,23 +25,30 @@ def constant_swa(optimizer: Optimizer, *, start: int, swa_lr: float, anneal: int
     Args:
         optimizer: its `lr` is the initial rate, of every parameter group.
         start: scheduler steps (batches or epochs, as Lightning's `interval` says) after which `swa_lr` holds.
-        swa_lr: the constant rate of the averaging phase.
+        swa_lr: the constant rate of the averaging phase, one for all parameter groups or one for each.
         anneal: steps the way down takes, ending at `start`; None for the released code's.
 
     Raises:
-        ConfigError: a length or rate that is not positive.
+        ConfigError: a length or rate that is not positive, or another number of rates than of parameter groups.
     """
-    if start < 1 or swa_lr <= 0 or (anneal is not None and not 0 < anneal <= start):
+    groups = optimizer.param_groups
+    rates = [float(swa_lr)] * len(groups) if isinstance(swa_lr, int | float) else [float(rate) for rate in swa_lr]
+    if len(rates) != len(groups):
+        raise ConfigError(
+            f"swa_lr={swa_lr} has {len(rates)} rates and the optimizer {len(groups)} parameter groups. Give one rate for all, "
+            f"or one for each group in their order."
+        )
+    if start < 1 or min(rates) <= 0 or (anneal is not None and not 0 < anneal <= start):
         raise ConfigError(
             f"start={start}, swa_lr={swa_lr} and anneal={anneal} must be positive, and anneal within start."
         )
     begin, end = (0.5 * start, 0.9 * start) if anneal is None else (float(start - anneal), float(start))
 
-    def factor(base: float) -> object:
-        ratio = swa_lr / base
+    def factor(base: float, rate: float) -> object:
+        ratio = rate / base
         return lambda step: ratio + (1 - ratio) * min(1.0, max(0.0, (end - step) / (end - begin)))  # pyright: ignore[reportUnknownVariableType]
 
-    return LambdaLR(optimizer, [factor(group["lr"]) for group in optimizer.param_groups])  # type: ignore[list-item]
+    return LambdaLR(optimizer, [factor(group["lr"], rate) for group, rate in zip(groups, rates, strict=True)])  # type: ignore[list-item]
 
 
 def cyclic_swa(optimizer: Optimizer, *, start: int, cycle: int, high: float, low: float) -> LambdaLR:

@@ -167,7 +167,7 @@ class Schedule:
         if self.by_epoch:
             if span.unit == "ep" or span.number == 0:
                 return math.ceil(span.number)
-            if span.unit == "%" and self.plan.epochs is not None:
+            if span.unit == "%" and self.plan.epochs is not None and not self.plan.lengths:
                 return math.ceil(span.number / 100 * self.plan.epochs - 1e-9)
             if self.plan.steps_per_epoch is None:
                 span.steps(self.plan)  # fails here, at the start, if it can never be resolved
