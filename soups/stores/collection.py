@@ -12,15 +12,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from soups.errors import StorageError, WeightsError
 from soups.stores.checkpoint import TorchStore
-from soups.stores.folder import is_model_folder
+from soups.stores.companions import is_left_by_training
+from soups.stores.folder import folder_of, is_model_folder
+from soups.stores.lora import LoRAStore, is_adapter
+from soups.stores.memory import HeaderStore
+from soups.stores.names import reconcile
 from soups.stores.opening import open_store
 from soups.stores.sources import is_remote
-from soups.stores.store import Store
+from soups.stores.store import Store, TensorMeta, headers
 from soups.stores.views import AliasedStore, RenamedStore
 from soups.weights import Weights, describe_mismatch, tied_names
 
@@ -34,19 +37,20 @@ def find_checkpoints(places: Place | Sequence[Place]) -> dict[str, str]:
 
     Args:
         places: a folder that is searched with those below it, or a list of files, Hugging Face folders and URLs. A Hugging
-            Face folder is one checkpoint; hidden folders are left out.
+            Face folder is one checkpoint, and so is the folder of a LoRA adapter, which stands for its base with the
+            adapter merged. Hidden folders and states of training are left out.
 
     Raises:
         StorageError: a place does not exist, or a folder holds no checkpoint.
     """
     if isinstance(places, (str, os.PathLike)):
         folder = Path(places).expanduser()
-        if is_remote(places) or not folder.is_dir() or is_model_folder(folder):
+        if is_remote(places) or not folder.is_dir() or _is_one(folder):
             return find_checkpoints([places])
         found = sorted(_below(folder))
         if not found:
             raise StorageError(
-                f"{folder} holds no checkpoints: neither files that end in {', '.join(_ENDINGS)} nor Hugging Face folders."
+                f"{folder} holds no checkpoints: neither files that end in {', '.join(_ENDINGS)} nor folders of models or of LoRA adapters."
             )
         return _named([(path.relative_to(folder).as_posix(), str(path)) for path in found])
     chosen: list[tuple[str, str]] = []
@@ -69,10 +73,15 @@ def _below(folder: Path) -> list[Path]:
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            found += [path] if is_model_folder(path) else _below(path)
-        elif path.name.endswith(_ENDINGS):
+            found += [path] if _is_one(path) else _below(path)
+        elif path.name.endswith(_ENDINGS) and not is_left_by_training(path.name):
             found.append(path)
     return found
+
+
+def _is_one(folder: Path) -> bool:
+    """Tell whether a folder is one checkpoint: a model, or an adapter of one."""
+    return is_model_folder(folder) or is_adapter(folder)
 
 
 def _named(found: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -103,8 +112,10 @@ def fitted(store: Store, like: Weights, prefix: str | None = None) -> Store:
     aliases = {name: first for name, first in _ties(like).items() if name not in held and first in held}
     if aliases:
         result = AliasedStore(result, aliases)
-    shapes = {key: _shape(result, key) for key in result}
-    if problem := describe_mismatch(_empty(like), shapes):
+    wanted = _empty(like)
+    if describe_mismatch(wanted, headers(result)):
+        result = _under_names(result, wanted, folder_of(store), whole=not isinstance(store, LoRAStore))
+    if problem := describe_mismatch(wanted, headers(result)):
         raise WeightsError(
             f"{store.location} does not fit the model: {problem}. It has another architecture or another head, or its "
             f"tensors have names of their own (pool.prefix=…, pool.state=… choose among those in it)."
@@ -126,9 +137,20 @@ def _find_prefix(names: Sequence[str], like: Weights) -> str:
     return max(sorted(prefixes), key=lambda prefix: sum(prefix + name in held for name in wanted), default="")
 
 
-def _shape(store: Store, key: str) -> Tensor:
-    meta = store.meta(key)
-    return torch.empty(meta.shape, dtype=meta.dtype, device="meta")
+def _under_names(store: Store, like: Weights, folder: Path | None, *, whole: bool) -> Store:
+    """Return a store under a network's names as far as they can be found.
+
+    Args:
+        store: the checkpoint.
+        like: the network's names and shapes.
+        folder: the checkpoint's, whose configuration tells the architecture.
+        whole: keep tensors that the network does not have, so that they are seen; an adapter's base may have heads of its own.
+    """
+    plan = {name: TensorMeta(tuple(tensor.shape), tensor.dtype) for name, tensor in like.items()}
+    places = {"checkpoint": folder} if folder else {}
+    shown = reconcile({"network": HeaderStore("the network", plan), "checkpoint": store}, "network", places)
+    result = shown.stores["checkpoint"]
+    return result if whole else RenamedStore(result, lambda name: name if name in like else None)
 
 
 def _empty(weights: Weights) -> dict[str, Tensor]:

@@ -49,9 +49,18 @@ def carried_files(folder: Path, names: Sequence[str] | None = None) -> dict[str,
     return {name: contained(folder, name) for name in found if names is None or name in names}
 
 
+def is_left_by_training(name: str) -> bool:
+    """Tell whether a file's name is that of a state of training, results or a log.
+
+    >>> is_left_by_training("training_args.bin"), is_left_by_training("model.bin")
+    (True, False)
+    """
+    return bool(_TRAINING.fullmatch(name))
+
+
 def _files(folder: Path, top: Path) -> Iterator[Path]:
     for path in folder.iterdir():
-        if path.name.startswith(".") or _TRAINING.fullmatch(path.name):
+        if path.name.startswith(".") or is_left_by_training(path.name):
             continue
         if path.is_dir():
             if not _FOLDERS.fullmatch(path.name) and not _is_another_checkpoint(path, top):

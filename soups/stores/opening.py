@@ -11,8 +11,8 @@ from torch import Tensor
 from soups.errors import StorageError
 from soups.stores.checkpoint import TorchStore, strip_prefix
 from soups.stores.distributed import DistributedStore, is_distributed
-from soups.stores.folder import FolderStore
-from soups.stores.lora import LoRAStore
+from soups.stores.folder import FolderStore, is_model_folder
+from soups.stores.lora import LoRAStore, base_of, is_adapter
 from soups.stores.memory import DictStore
 from soups.stores.safetensors import SafetensorsStore
 from soups.stores.sources import file_system, is_remote, open_bytes
@@ -36,7 +36,8 @@ def open_store(
 
     Args:
         place: a `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` file, a Hugging Face folder, an fsspec URL of
-            either, weights in memory, or a store (returned as it is).
+            either, the folder of a PEFT LoRA adapter (merged into the base that it names) or `BASE+ADAPTER`, weights in
+            memory, or a store (returned as it is).
         state: which weights of a training checkpoint (see `TorchStore`): `"raw"`, `"average"`, `"average:NAME"`, a path.
         prefix: keep only tensors whose names begin with this, without it: `"model."` turns a LightningModule's names into
             its network's.
@@ -68,6 +69,12 @@ def _open(place: str | os.PathLike[str] | Mapping[str, Tensor] | Store, state: s
     suffix = Path(text).suffix.lower()
     if not is_remote(text) and is_distributed(Path(text)):
         return DistributedStore(text, state)
+    if not is_remote(text) and is_adapter(Path(text)) and not is_model_folder(Path(text)):
+        return _adapted(str(base_of(Path(text))), text, state)
+    if "+" in text and not is_remote(text) and not Path(text).exists():
+        base, _, adapter = text.partition("+")
+        if Path(base).exists() and is_adapter(Path(adapter)):
+            return _adapted(base, adapter, state)
     if _is_folder(text):
         return _no_state(FolderStore(text), state)
     if suffix not in (".safetensors", *_TORCH) and (is_remote(text) or Path(text).is_file()):
@@ -83,6 +90,15 @@ def _open(place: str | os.PathLike[str] | Mapping[str, Tensor] | Store, state: s
         f"There is no checkpoint at {text}. Name a .safetensors, .pt, .pth, .bin or .ckpt file, a model folder on this "
         f"machine, or a URL such as s3://bucket/file.safetensors."
     )
+
+
+def _adapted(base: str, adapter: str, state: str | None) -> Store:
+    store = _open(base, state)
+    try:
+        return LoRAStore(store, adapter)
+    except BaseException:
+        store.close()
+        raise
 
 
 def _is_folder(place: str) -> bool:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from soups.errors import WeightsError
+from soups.errors import StorageError, WeightsError
 from soups.stores import open_store
 from tests.stores.test_lora_against_peft import check, trained
 
@@ -258,3 +258,65 @@ def test_old_adapters_of_separate_experts_on_stacked_ones(tmp_path):
     with open_store(base, adapter=tmp_path) as store:
         assert torch.allclose(store.read(name), expected, rtol=1e-6)
         assert store.changed() == [name]
+
+
+def pool_of_adapters(tmp_path, count=2, body="BertForPreTraining"):
+    """A run folder as PEFT and transformers' Trainer leave it: one base, an adapter and a state of training in each checkpoint."""
+    torch.manual_seed(0)
+    body = build(body, "bert", **TEXT)
+    body.save_pretrained(tmp_path / "base")
+    merged = []
+    for number in range(count):
+        torch.manual_seed(number)
+        model = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+        wrapped = trained(model, target_modules=["query"], task_type="SEQ_CLS", r=number + 1)
+        wrapped.peft_config["default"].base_model_name_or_path = "../../base"
+        folder = tmp_path / "run" / f"checkpoint-{number}"
+        wrapped.save_pretrained(folder)
+        for name in ("training_args.bin", "optimizer.pt", "rng_state.pth", "trainer_state.json"):
+            (folder / name).write_bytes(b"no weights")
+        merged.append({name: tensor.clone() for name, tensor in wrapped.merge_and_unload().state_dict().items()})
+    (tmp_path / "run" / "training_args.bin").write_bytes(b"no weights")
+    return tmp_path / "run", merged
+
+
+@pytest.mark.parametrize(
+    "body", ["BertForPreTraining", "BertModel"], ids=["a base with heads", "a base without the prefix"]
+)
+def test_adapters_are_ingredients_of_a_pool(tmp_path, body):
+    """Each is its base with the adapter merged, under the network's names and without heads that the network does not have."""
+    from soups.stores.collection import find_checkpoints, open_fitted
+
+    run, merged = pool_of_adapters(tmp_path, body=body)
+    found = find_checkpoints(run)
+    assert sorted(found) == ["checkpoint-0", "checkpoint-1"]
+    for number, expected in enumerate(merged):
+        with open_fitted(found[f"checkpoint-{number}"], expected) as store:
+            assert set(store) == set(expected)
+            for name, tensor in expected.items():
+                assert torch.allclose(store.read(name), tensor, rtol=1e-5, atol=1e-6), name
+    assert len(find_checkpoints(run / "checkpoint-0")) == 1
+
+
+def test_base_and_adapter_in_one_text(tmp_path):
+    run, _ = pool_of_adapters(tmp_path, 1)
+    both, alone = f"{tmp_path / 'base'}+{run / 'checkpoint-0'}", run / "checkpoint-0"
+    with open_store(both) as one, open_store(alone) as other, open_store(tmp_path / "base", adapter=alone) as third:
+        for name in one:
+            assert torch.equal(one.read(name), other.read(name))
+            assert torch.equal(one.read(name), third.read(name))
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ("somebody/llama-9", "LoRA adapter of 'somebody/llama-9', which is not on this machine"),
+        (None, "does not say which model"),
+    ],
+)
+def test_an_adapter_without_its_base_is_called_one(tmp_path, named, message):
+    import json
+
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "base_model_name_or_path": named}))
+    with pytest.raises(StorageError, match=message):
+        open_store(tmp_path)
