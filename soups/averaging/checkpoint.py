@@ -27,10 +27,10 @@ from soups.stores.distributed import SHARDED_PREFIX as SHARDED_PREFIX
 from soups.stores.distributed import DistributedStore, is_distributed
 from soups.stores.files import replacing
 from soups.stores.opening import open_store
-from soups.stores.safetensors import write_safetensors
 from soups.stores.states import RAW
 from soups.stores.store import Store
 from soups.stores.torch_writer import plain_parts
+from soups.stores.writer import write_safetensors
 
 VERSION = 2
 

@@ -16,7 +16,8 @@ import torch
 
 from soups.averaging.mean import DTYPES
 from soups.errors import ConfigError, DataError
-from soups.stores.safetensors import SafetensorsStore, write_safetensors
+from soups.stores.safetensors import SafetensorsStore
+from soups.stores.writer import write_safetensors
 from soups.weights import Weights, is_averaged
 
 _FACTS = "soups.snapshot"

@@ -13,11 +13,12 @@ from soups.errors import StorageError
 from soups.merging.plan import MergePlan, sources_of
 from soups.merging.stream import MemorySink, run
 from soups.stores.checkpoint import TorchStore
+from soups.stores.folder_writer import FolderWriter
 from soups.stores.remote import RemoteFolderWriter, uploaded
 from soups.stores.sources import is_remote
 from soups.stores.store import Store
 from soups.stores.torch_writer import TorchWriter, plain_parts
-from soups.stores.writer import DEFAULT_SHARD_BYTES, FileWriter, FolderWriter, Writer
+from soups.stores.writer import DEFAULT_SHARD_BYTES, FileWriter, Writer
 
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
 

@@ -18,6 +18,11 @@ from typing import Any
 
 from soups.errors import StorageError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 _WAY_OUT = {
     errno.ENOSPC: "the disk is full: free some space, or choose another place, and run the same command again",
     errno.EDQUOT: "the disk quota is used up: free some space, or choose another place, and run the same command again",
@@ -133,6 +138,68 @@ def replacing_folder(path: Path) -> Generator[Path]:
             fsync_folder(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+class FolderLock:
+    """A lock on a folder among processes, which a process that ends lets go.
+
+    Where folders cannot be locked (Windows) a file of the folder's name and the ending `.lock` beside it is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._descriptor = -1
+        self._file: Any = None
+
+    @property
+    def held(self) -> bool:
+        """Whether this object holds the lock."""
+        return self._descriptor >= 0 or self._file is not None
+
+    def acquire(self) -> None:
+        """Take the lock.
+
+        Raises:
+            StorageError: another process holds it.
+        """
+        if fcntl is None:
+            self._acquire_file()
+            return
+        descriptor = os.open(self._folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                os.close(descriptor)
+                raise self._taken() from error
+            # Some network file systems do not lock folders; two writers of one output then are the user's affair.
+        self._descriptor = descriptor
+
+    def _acquire_file(self) -> None:
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self._folder.with_name(f"{self._folder.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise self._taken() from error
+        self._file = lock
+
+    def _taken(self) -> StorageError:
+        return StorageError(
+            f"Another process is writing to {self._folder} at this moment. Wait until it has finished, or choose another "
+            f"output."
+        )
+
+    def release(self) -> None:
+        """Let the lock go; nothing happens where it is not held."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+        if self._file is not None:
+            self._file.release()
+            Path(self._file.lock_file).unlink(missing_ok=True)
+            self._file = None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -15,13 +15,11 @@ from soups.stores.sources import file_system, is_remote
 from soups.stores.store import Extent, ExtentStore, Store
 from soups.stores.views import StoreView
 
-_SINGLE = (
-    "model.safetensors",
-    "pytorch_model.bin",
-    "diffusion_pytorch_model.safetensors",
-    "open_clip_model.safetensors",
-)
-_INDEXED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# What makes a folder a model, in the order in which it is looked for.
+_WHOLE = (
+    "model.safetensors.index.json", "model.safetensors", "diffusion_pytorch_model.safetensors", "open_clip_model.safetensors",
+    "pytorch_model.bin.index.json", "pytorch_model.bin",
+)  # fmt: skip
 
 
 class _LocalFolder:
@@ -120,22 +118,22 @@ class FolderStore(ExtentStore):
         }
 
     def _find(self) -> tuple[list[str], Mapping[str, str] | None]:
-        for name in _INDEXED:
-            if self._files.exists(name):
-                index = read_index(f"{self.location}/{name}", self._files, name)
-                shards = sorted(set(index.values()))
-                absent = [shard for shard in shards if not self._files.exists(shard)]
-                for shard in shards:
-                    self._files.place(shard)
-                if absent:
-                    raise StorageError(
-                        f"{self.location}/{name} names {len(absent)} of {len(shards)} shards that are not there, "
-                        f"{absent[0]!r} among them. Finish the download or the copy."
-                    )
-                return shards, index
-        for name in _SINGLE:
-            if self._files.exists(name):
+        for name in _WHOLE:  # safetensors first: `.bin` files beside them are an older copy
+            if not self._files.exists(name):
+                continue
+            if not name.endswith(".index.json"):
                 return [name], None
+            index = read_index(f"{self.location}/{name}", self._files, name)
+            shards = sorted(set(index.values()))
+            absent = [shard for shard in shards if not self._files.exists(shard)]
+            for shard in shards:
+                self._files.place(shard)
+            if absent:
+                raise StorageError(
+                    f"{self.location}/{name} names {len(absent)} of {len(shards)} shards that are not there, "
+                    f"{absent[0]!r} among them. Finish the download or the copy."
+                )
+            return shards, index
         there = self._files.names()
         loose = [name for name in there if name.endswith(".safetensors") and name != "adapter_model.safetensors"]
         if loose:
@@ -190,7 +188,7 @@ class FolderStore(ExtentStore):
 
 def is_model_folder(folder: Path) -> bool:
     """Tell whether a folder is one model in Hugging Face's layout."""
-    return any((folder / name).exists() for name in (*_SINGLE, *_INDEXED))
+    return any((folder / name).exists() for name in _WHOLE)
 
 
 def open_file(path: str) -> SafetensorsStore | TorchStore:

@@ -34,9 +34,10 @@ from soups.stores.records import RECORD as RECORD
 from soups.stores.records import WEIGHTS as WEIGHTS
 from soups.stores.records import Failure as Failure
 from soups.stores.records import Ingredient as Ingredient
-from soups.stores.safetensors import SafetensorsStore, read_safetensors, write_safetensors
+from soups.stores.safetensors import SafetensorsStore, read_safetensors
 from soups.stores.shared import NotExclusiveError, SharedFolder
 from soups.stores.store import Store
+from soups.stores.writer import write_safetensors
 from soups.weights import Weights, check_finite, hash_architecture, hash_weights
 
 

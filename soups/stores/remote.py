@@ -15,9 +15,10 @@ from pathlib import Path
 
 from soups.errors import StorageError
 from soups.stores.safetensors import SafetensorsStore
+from soups.stores.shards import INDEX, Shard, name_shards, shard_index
 from soups.stores.shared import SharedFolder
 from soups.stores.store import TensorMeta
-from soups.stores.writer import DEFAULT_SHARD_BYTES, INDEX, Shard, Writer, name_shards, shard_index
+from soups.stores.writer import DEFAULT_SHARD_BYTES, Writer
 
 # In the header of each shard: which attempt it belongs to.
 _MARK = "soups.fingerprint"
@@ -44,6 +45,8 @@ class RemoteFolderWriter(Writer):
     Raises:
         StorageError: there is a model already, or the place is out of reach.
     """
+
+    makes_folder = True
 
     def __init__(
         self,

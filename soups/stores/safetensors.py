@@ -1,4 +1,4 @@
-"""Safetensors files: a lazily read store that checks every number in the header, and an atomic one-shot writer."""
+"""Safetensors files: a lazily read store that checks every number in the header."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from soups.errors import StorageError
 from soups.stores.sources import ByteSource, open_bytes
 from soups.stores.store import Extent, ExtentStore, TensorMeta
-from soups.weights import Weights, tied_names
 
 # Names that repeat another tensor are left out of the file (the format stores no sharing) and listed under this key.
 TIED = "soups.tied"
@@ -148,21 +147,6 @@ def _damaged(source: ByteSource, why: str) -> StorageError:
         f"{source.location} is not a whole safetensors file: {why[:300]}. It may have been cut off while it was copied; "
         f"copy or make it again."
     )
-
-
-def write_safetensors(path: str | Path, weights: Weights, metadata: Mapping[str, str] | None = None) -> None:
-    """Write weights to one safetensors file, atomically. Tied weights are stored once and are tied again when loaded.
-
-    Raises:
-        StorageError: the disk is full, read-only or out of reach; an old file at `path` is kept.
-    """
-    from soups.stores.writer import FileWriter
-
-    tied = tied_names(weights)
-    plan = {name: TensorMeta(tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items() if name not in tied}
-    with FileWriter(path, plan, metadata=metadata, tied=tied, overwrite=True) as writer:
-        for name in plan:
-            writer.write_flat(name, 0, weights[name].detach().cpu().reshape(-1))
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import threading
 import weakref
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -106,11 +107,12 @@ class LocalBytes(ByteSource):
         if not Path(path).is_file():
             raise StorageError(f"There is no file {self.location}. Check the path; was the run that makes it finished?")
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
+            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except OSError as error:
             raise StorageError(
                 f"Cannot read {self.location}: {error.strerror}. Check the file's permissions."
             ) from error
+        self._position = threading.Lock()
         self._finalizer = weakref.finalize(self, os.close, self._descriptor)
         self.descriptor = self._descriptor
         status = os.fstat(self._descriptor)
@@ -122,12 +124,21 @@ class LocalBytes(ByteSource):
         done = 0
         while done < len(buffer):
             try:
-                count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
+                count = self._read(buffer[done:], offset + done)
             except OSError as error:
                 raise StorageError(f"Cannot read {self.location}: {error.strerror}. Check the disk.") from error
             if count == 0:
                 raise self._ended_early(offset, len(buffer))
             done += count
+
+    def _read(self, buffer: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._descriptor, [buffer], offset)
+        with self._position:  # Windows, macOS before 11: move to the offset, then read
+            os.lseek(self._descriptor, offset, os.SEEK_SET)
+            data = os.read(self._descriptor, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
     def open(self) -> BinaryIO:
         """Return the file, opened once more."""

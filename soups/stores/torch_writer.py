@@ -20,8 +20,9 @@ from torch._utils import _rebuild_tensor_v2  # pyright: ignore[reportPrivateUsag
 
 from soups.errors import WeightsError
 from soups.stores.files import replacing, storage_errors
+from soups.stores.shards import Shard
 from soups.stores.store import TensorMeta
-from soups.stores.writer import Shard, Writer
+from soups.stores.writer import Writer
 
 _PIECE = 1 << 20
 # torch aligns storages to this, so that they can be mapped.

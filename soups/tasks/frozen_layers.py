@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from soups.errors import ConfigError
 from soups.stores.files import fingerprint, replacing_folder
-from soups.stores.safetensors import read_safetensors, write_safetensors
+from soups.stores.safetensors import read_safetensors
+from soups.stores.writer import write_safetensors
 from soups.tasks.wheels import cache_folder
 from soups.weights import hash_weights
 

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 from soups.errors import ConfigError, DataError
 from soups.seeding import generator
 from soups.stores.files import fingerprint, replacing_folder
-from soups.stores.safetensors import read_safetensors, write_safetensors
+from soups.stores.safetensors import read_safetensors
+from soups.stores.writer import write_safetensors
 from soups.tasks.data import Batch, Input, Keys, Samples
 from soups.tasks.wheels import cache_folder
 

@@ -36,10 +36,11 @@ from soups.protocols.cold_fusion.reduction import AcceptedUpdate, fuse_updates
 from soups.protocols.cold_fusion.screening import PendingUpdate, accepted_norms, misfit, screen
 from soups.stores.files import fingerprint
 from soups.stores.opening import open_store
-from soups.stores.safetensors import DTYPE_NAMES, SafetensorsStore, write_safetensors
+from soups.stores.safetensors import DTYPE_NAMES, SafetensorsStore
 from soups.stores.shared import SharedFolder
 from soups.stores.store import Store
 from soups.stores.tokenizer import tokenizer_hash
+from soups.stores.writer import write_safetensors
 from soups.weights import Weights, check_finite, hash_weights, is_averaged, tied_names
 
 MANIFEST = "repository.json"
