@@ -1,49 +1,84 @@
-"""`soups methods`: every merge method, what it needs, and where it is from."""
+"""`soups methods`: every merge method; with a name, the method's card."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from soups.commands.running import console, reported
 
+if TYPE_CHECKING:
+    from soups.merging.cards import Card
+
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Show one method in full.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="The method to describe, with a configuration to start from.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List merge methods: their parameters, whether they need a base model, their paper."""
-    with reported():
-        import inspect
+    """List the merge methods, or describe one.
 
+    A description has the idea, when the method fails, its parameters with their defaults, and a configuration for
+    `soups merge` that runs once its paths are filled in.
+    """
+    with reported():
         from soups.errors import ConfigError, did_you_mean
         from soups.merging import METHODS
+        from soups.merging.cards import card
+        from soups.merging.mergekit.methods import skeleton
 
         if name is not None and name not in METHODS:
             raise ConfigError(f"There is no merge method {name!r}; {did_you_mean(name, METHODS)}")
         chosen = METHODS if name is None else {name: METHODS[name]}
+        cards = {key: card(key, entry.make, entry.source) for key, entry in chosen.items()}
         if as_json:
             rows = {
                 key: {
-                    "summary": entry.summary,
-                    "source": entry.source,
-                    "base": entry.make().base,
-                    "parameters": entry.parameters,
+                    **asdict(found),
+                    "parameters": {one.name: one.default for one in found.parameters},
+                    "configuration": skeleton(key),
                 }
-                for key, entry in chosen.items()
+                for key, found in cards.items()
             }
             typer.echo(json.dumps(rows, indent=2))
             return
         if name is not None:
-            entry = METHODS[name]
-            console.print(f"{name} ({entry.source})\n\n{inspect.getdoc(entry.make)}", markup=False)
+            console.print(_page(cards[name], skeleton(name)), markup=False, highlight=False, soft_wrap=True)
             return
         from rich.table import Table
 
-        table = Table("method", "base", "parameters", "from", box=None)
-        for key, entry in chosen.items():
-            parameters = ", ".join(f"{parameter}={default}" for parameter, default in entry.parameters.items())
-            table.add_row(key, entry.make().base, parameters, entry.source)
+        table = Table("method", "base model", "parameters", "from", box=None)
+        for key, found in cards.items():
+            parameters = ", ".join(f"{one.name}={one.default}" for one in found.parameters)
+            table.add_row(key, found.base, parameters, found.source)
         console.print(table)
+
+
+def _page(card: Card, configuration: str) -> str:
+    needs = [f"base model: {card.base}", f"models: {card.models}"]
+    if card.statistics:
+        needs.append(f"statistics: {', '.join(card.statistics)}")
+    lines = [
+        f"{card.name} ({card.source})",
+        "",
+        card.idea,
+        "",
+        f"When it fails: {card.fails}",
+        "",
+        "; ".join(needs),
+        "",
+    ]
+    if card.parameters:
+        lines.append("Parameters")
+        width = max(len(one.name) for one in card.parameters)
+        for one in card.parameters:
+            each = "; one for all models, or one for each" if one.per_model and "one for" not in one.text else ""
+            lines.append(f"  {one.name:<{width}}  {one.text.rstrip('.')}{each} (default: {one.default})")
+        lines.append("")
+    return "\n".join(
+        [*lines, "Configuration for soups merge", "", *(f"  {line}" for line in configuration.splitlines())]
+    )

@@ -56,12 +56,14 @@ class Attachments:
                         f"{found.location} holds {', '.join(found.kinds) or 'nothing'}, but {name} needs {kind}. Collect it."
                     )
 
-    def of(self, method: Method, names: Sequence[str], weight: TensorMeta) -> dict[str, tuple[Statistic, ...]]:
+    def of(
+        self, method: Method, models: Sequence[tuple[int, Sequence[str]]], weight: TensorMeta
+    ) -> dict[str, tuple[Statistic, ...]]:
         """Return each model's statistics for a tensor, by kind; without the kinds that cover no model's.
 
         Args:
             method: how the tensor is merged.
-            names: the tensor's names; several if it is tied.
+            models: the number of each model that is merged, and the tensor's names in it; several if it is tied.
             weight: its shape and dtype.
 
         Raises:
@@ -69,17 +71,15 @@ class Attachments:
         """
         result: dict[str, tuple[Statistic, ...]] = {}
         for kind in method.statistics:
-            found = [
-                _find(statistics, known, store, kind, names)
-                for statistics, known, store in zip(self._statistics or [], self._names, self._models, strict=True)
-            ]
+            every = self._statistics or []
+            found = [_find(every[i], self._names[i], self._models[i], kind, names) for i, names in models]
             present = [one for one in found if one is not None]
             if not present:
                 continue
             if len(present) < len(found):
-                without = next(s for s, one in zip(self._statistics or [], found, strict=True) if one is None)
+                number, names = next(model for model, one in zip(models, found, strict=True) if one is None)
                 raise WeightsError(
-                    f"{without.location} holds no {kind} of {names[0]!r}, but the other models' statistics do. Collect the same "
+                    f"{every[number].location} holds no {kind} of {names[0]!r}, but the other models' statistics do. Collect the same "
                     f"tensors for all models."
                 )
             for one in present:

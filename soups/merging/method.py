@@ -17,6 +17,9 @@ from soups.stores.store import TensorMeta
 
 Scope = Literal["element", "row", "tensor", "model"]
 
+PerModel = float | Sequence[float]
+"""One number for all models, or one for each, in their order. `per_model` and `one_of` read it."""
+
 
 class Method(ABC):
     """A merge method with its parameters. Concrete methods are frozen dataclasses and are not subclassed.
@@ -96,7 +99,7 @@ class WholeModelMethod(Method):
         """Look at every tensor of every model before any `combine`; called once."""
 
 
-def per_model(value: float | Sequence[float], count: int, what: str = "weight") -> list[float]:
+def per_model(value: PerModel, count: int, what: str = "weight") -> list[float]:
     """Return one number a model from one number for all, or from one for each.
 
     >>> per_model(0.5, 2), per_model([1, 2], 2)
@@ -112,7 +115,7 @@ def per_model(value: float | Sequence[float], count: int, what: str = "weight") 
     return [float(item) for item in value]
 
 
-def one_of(value: float | Sequence[float], model: int, *, share: str | None = None) -> float:
+def one_of(value: PerModel, model: int, *, share: str | None = None) -> float:
     """Return a model's number from one number for all, or from one for each.
 
     Args:

@@ -136,7 +136,7 @@ def plan_merge(
         out = TensorMeta(meta.shape, output_dtype(meta.dtype, dtype))
         sources = tuple(Source(store, key) for store in models)
         names = [key, *(name for name, first in tied.items() if first == key)]
-        read = attached.of(rule, names, meta)
+        read = attached.of(rule, [(number, names) for number in range(len(models))], meta)
         jobs.append(Job(key, out, rule, sources, Source(base, key) if base else None, read))
     unused = [pattern for pattern in made if pattern not in used]
     if unused:

@@ -19,7 +19,7 @@ from soups.errors import ConfigError
 from soups.merging import kernels
 from soups.merging.chunk import Chunk, Unit
 from soups.merging.kernels import Choice
-from soups.merging.method import Scope, WholeModelMethod, as_mask, per_model, weighted_sum
+from soups.merging.method import PerModel, Scope, WholeModelMethod, as_mask, per_model, weighted_sum
 from soups.merging.operands import Operands
 from soups.merging.selection import Map
 from soups.merging.transforms import Keep, KeepNorm, Transform, WholeModelTransform, choices_of
@@ -74,7 +74,7 @@ class TaskVectors(WholeModelMethod):
     base: ClassVar[Literal["required", "optional", "none"]] = "required"
     loops: ClassVar[bool] = True
     transform: Transform = field(default_factory=Keep)
-    weight: float | tuple[float, ...] = 1.0
+    weight: PerModel = 1.0
     consensus: Elect | None = None
     reduce: Reduce = "sum"
     scale: float = 1.0
@@ -223,7 +223,7 @@ class TaskVectors(WholeModelMethod):
 def mergekit_form(
     transform: Transform,
     *,
-    weight: float | tuple[float, ...],
+    weight: PerModel,
     scale: float,
     normalize: bool,
     rescale: bool,

@@ -18,7 +18,7 @@ from torch import Tensor
 from soups.merging import kernels
 from soups.merging.chunk import Chunk, Unit
 from soups.merging.kernels import Choice, absolute
-from soups.merging.method import Scope, one_of
+from soups.merging.method import PerModel, Scope, one_of
 from soups.merging.noise import masked_
 from soups.merging.operands import HeldOperands, Operands
 from soups.merging.selection import Cut, Map, Stream, cut_at, exact_cut, held_cut, tensor_cut
@@ -112,7 +112,7 @@ class Trim(WholeModelTransform):
         extra: keep this many more (the paper's code keeps int(density · n) + 1).
     """
 
-    density: float | tuple[float, ...]
+    density: PerModel
     within: Literal["model", "tensor"] = "model"
     exact: bool = False
     extra: int = 0

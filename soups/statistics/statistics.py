@@ -102,8 +102,8 @@ class Statistics:
                 raise WeightsError(f"{self.location}: {name!r} is a sum over {self.count(name)} rows or examples.")
 
     @classmethod
-    def open(cls, place: str | os.PathLike[str]) -> Self:
-        """Open a file of statistics; its tensors are read when they are asked for.
+    def open(cls, place: str | os.PathLike[str] | Store) -> Self:
+        """Open a file of statistics, or take an opened one; its tensors are read when they are asked for.
 
         Raises:
             StorageError: there is no such file, or it is damaged.

@@ -1,28 +1,38 @@
-"""mergekit's method names: our preset for each, its parameters, and what the base model is to it."""
+"""What `merge_method` may be in a configuration, with the parameters and the part of the base model.
+
+A bare name that mergekit has means mergekit's form (`ties` is `ties.mergekit`). Every other registered method goes by its
+registered name, with its own parameters. Where mergekit has the bare name for another form, the paper's form is `NAME.paper`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from soups.merging.mergekit.parameters import Parameter
+from soups.merging.cards import ParameterCard, card
+from soups.merging.mergekit.parameters import REQUIRED, Parameter
+from soups.merging.methods import METHODS
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One of mergekit's methods.
+    """A method as configurations have it.
 
     Attributes:
-        preset: ours that reproduces it.
-        base: whether its base model is needed, optional, or an input like the others.
-        parameters: mergekit's.
+        preset: the registered method.
+        base: whether its base model is needed, optional, an input like the others, or only the model that configuration and
+            tokenizer are from.
+        parameters: as they are written in the file.
         seeded: whether it takes `--random-seed`.
+        own: whether it is a registered method under its own parameters; an unknown one is then an error, where mergekit ignores
+            it and a warning says so.
     """
 
     preset: str
-    base: Literal["required", "optional", "input"]
+    base: Literal["required", "optional", "input", "donor"]
     parameters: tuple[Parameter, ...] = ()
     seeded: bool = False
+    own: bool = False
 
 
 _WEIGHT = Parameter("weight", "weight", each=True)
@@ -125,3 +135,94 @@ SPECS: dict[str, Spec] = {
     "nearswap": Spec("nearswap", "required", (Parameter("t", "t"),)),
     "arcee_fusion": Spec("arcee_fusion", "required"),
 }
+
+
+PAPER = ".paper"
+"""What is put behind a registered name that means another form in mergekit."""
+
+
+def configuration_name(registered: str) -> str:
+    """Return what to write as `merge_method` for a registered method.
+
+    >>> configuration_name("tsv"), configuration_name("ties"), configuration_name("linear")
+    ('tsv', 'ties.paper', 'linear')
+    """
+    known = SPECS.get(registered)
+    return registered if known is None or known.preset == registered else registered + PAPER
+
+
+def configuration_names() -> list[str]:
+    """Return everything that `merge_method` may be: mergekit's names first."""
+    return list(dict.fromkeys([*SPECS, *(configuration_name(name) for name in METHODS)]))
+
+
+def find_spec(name: str) -> Spec | None:
+    """Return the method that `merge_method: NAME` means; `None` if there is none."""
+    if name in SPECS:
+        return SPECS[name]
+    registered = name.removesuffix(PAPER) if configuration_name(name.removesuffix(PAPER)) == name else name
+    return _own_spec(registered) if registered in METHODS else None
+
+
+def _own_spec(name: str) -> Spec:
+    entry = METHODS[name]
+    found = card(name, entry.make, entry.source)
+    # Without a seed of its own, the seed of the whole merge serves.
+    parameters = tuple(
+        Parameter(
+            one.name, one.name, _kind(one), default=None if one.name == "seed" else one.default, each=one.per_model
+        )
+        for one in found.parameters
+    )
+    seeded = any(one.name == "seed" for one in found.parameters)
+    return Spec(name, "donor" if entry.base == "none" else entry.base, parameters, seeded, own=True)
+
+
+def _kind(parameter: ParameterCard) -> Literal["float", "bool", "int", "names"]:
+    if parameter.type == "bool":
+        return "bool"
+    if parameter.type == "int":
+        return "int"
+    return "names" if parameter.type == "names" else "float"
+
+
+def skeleton(registered: str) -> str:
+    """Return a configuration for a registered method that runs once its paths are filled in."""
+    entry = METHODS[registered]
+    name = configuration_name(registered)
+    spec = find_spec(name)
+    assert spec is not None
+    method = entry.make()
+    count = max(method.least, 1 if method.most == 1 else 2)
+    lines = [f"merge_method: {name}"]
+    if spec.base == "required":
+        lines.append("base_model: PATH/TO/BASE")
+    lines.append("models:")
+    if spec.base == "required":
+        lines.append("  - model: PATH/TO/BASE")
+    for number in range(1, count + 1):
+        lines.append(f"  - model: PATH/TO/MODEL_{number}")
+        if entry.statistics:
+            lines.append(
+                f"    statistics: PATH/TO/MODEL_{number}.statistics.safetensors  # {', '.join(entry.statistics)}"
+            )
+    own = {one.name: one for one in card(registered, entry.make, entry.source).parameters}
+    given = [
+        (one, own[one.field].default if one.default is REQUIRED else one.default)
+        for one in spec.parameters
+        if one.field
+    ]
+    values = [f"  {one.name}: {_written(default)}" for one, default in given if default is not None]
+    if values:
+        lines += ["parameters:", *values]
+    return "\n".join([*lines, "dtype: float32", ""])
+
+
+def _written(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "[]"
+    # YAML takes 1e-05 for text; with a point it is a number.
+    text = repr(value)
+    return text.replace("e", ".0e") if "e" in text and "." not in text else text

@@ -11,6 +11,9 @@ from soups.merging.mergekit.schema import Conditional, Parameters, Scalar, Setti
 
 REQUIRED = object()
 
+Value = float | int | bool | tuple[str, ...]
+"""A parameter's value for one tensor."""
+
 
 def gradient(values: list[Scalar], t: float) -> Scalar:
     """Return the value at t ∈ [0, 1] of a list spread evenly over the layers, interpolated between numbers.
@@ -57,18 +60,18 @@ class Parameter:
     Attributes:
         name: in the file.
         field: the method's own name for it; empty where it changes nothing (memory, in mergekit).
-        kind: what it is converted to.
+        kind: what it is converted to; "names" are patterns of tensor names, for which a list is no gradient.
         default: its value when it is not given; `REQUIRED` where it must be.
         each: whether each model has its own value.
     """
 
     name: str
     field: str
-    kind: Literal["float", "bool", "int"] = "float"
+    kind: Literal["float", "bool", "int", "names"] = "float"
     default: Any = REQUIRED
     each: bool = False
 
-    def convert(self, value: Scalar, where: str) -> float | int | bool:
+    def convert(self, value: Scalar, where: str) -> Value:
         """Return the value in its kind; YAML reads `1e-1` as text.
 
         Raises:
@@ -78,12 +81,14 @@ class Parameter:
             if self.kind == "bool":
                 known = {"true": True, "1": True, "false": False, "0": False}
                 return value if isinstance(value, bool) else known[str(value).lower().removesuffix(".0")]
+            if self.kind == "names":
+                return (str(value),)
             number = float(value)
             return int(number) if self.kind == "int" else number
         except (ValueError, KeyError) as error:
             raise ConfigError(f"{where}: {self.name}: {value!r} is no {self.kind}.") from error
 
-    def look_up(self, levels: Iterable[Parameters | None], name: str, t: float, where: str) -> float | int | bool:
+    def look_up(self, levels: Iterable[Parameters | None], name: str, t: float, where: str) -> Value:
         """Return the first value that a level has for a tensor, else the default.
 
         Args:
@@ -97,8 +102,11 @@ class Parameter:
         """
         for level in levels:
             if level and self.name in level:
+                setting = level[self.name]
+                if self.kind == "names" and isinstance(setting, list):
+                    return tuple(str(item) for item in setting)
                 try:
-                    value = value_of(level[self.name], name, t)
+                    value = value_of(setting, name, t)
                 except ValueError as error:
                     raise ConfigError(f"{where}: {self.name}: {error}.") from error
                 if value is not None:

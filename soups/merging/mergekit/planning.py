@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from soups.errors import ConfigError, WeightsError, did_you_mean
+from soups.errors import ConfigError, SoupError, WeightsError, did_you_mean
+from soups.merging.attaching import Attachments, check_weights
 from soups.merging.mergekit.layers import Layers, Position, depth
-from soups.merging.mergekit.methods import SPECS, Spec
+from soups.merging.mergekit.methods import Spec, configuration_names, find_spec
 from soups.merging.mergekit.parameters import names_of
 from soups.merging.mergekit.schema import Configuration, Document, Module, Parameters, Reference
 from soups.merging.mergekit.vocabulary import Shared, share_vocabulary
@@ -20,6 +21,7 @@ from soups.merging.methods import make_method
 from soups.merging.operands import Source
 from soups.merging.plan import MergePlan, check_complex, is_averaged_dtype, output_dtype
 from soups.merging.stream import Job
+from soups.statistics import Statistics
 from soups.stores.folder import folder_of
 from soups.stores.names import reconcile
 from soups.stores.store import Store, TensorMeta, headers
@@ -36,12 +38,14 @@ class Input:
         model: which.
         first: its first layer; `None` for the whole model.
         parameters: its own.
+        statistics: the file of its statistics.
         implied: whether it is there only because it is the base.
     """
 
     model: Reference
     first: int | None = None
     parameters: Parameters | None = None
+    statistics: str | None = None
     implied: bool = False
 
 
@@ -112,7 +116,7 @@ def _of_part(part: Document | Module, document: Document, path: tuple[str | int,
     levels = (document.parameters,) if part is document else (part.parameters, document.parameters)
     base = document.base_model
     if part.models:
-        inputs = [Input(one.model, None, one.parameters) for one in part.models]
+        inputs = [Input(one.model, None, one.parameters, one.statistics) for one in part.models]
         if base and base not in [one.model for one in inputs]:
             inputs.append(Input(base, None, None, implied=True))
         yield Section(tuple(inputs), base, 0, None, (None, *levels), (*path, "models"))
@@ -152,17 +156,24 @@ class _Planner:
     def __init__(self, configuration: Configuration, number: int, opener: Opener, seed: int, truncate: bool) -> None:
         self.configuration, self.number, self.seed = configuration, number, seed
         self.document = configuration.documents[number]
-        if self.document.merge_method not in SPECS:
+        spec = find_spec(self.document.merge_method)
+        if spec is None:
             raise ConfigError(
                 f"{self.at('merge_method')}: merge_method {self.document.merge_method!r} is unknown; "
-                f"{did_you_mean(self.document.merge_method, SPECS)}"
+                f"{did_you_mean(self.document.merge_method, configuration_names())}"
             )
-        self.spec: Spec = SPECS[self.document.merge_method]
+        self.spec: Spec = spec
         self.sections = _sections(self.document, ())
+        if spec.base == "donor":  # it gives configuration and tokenizer, and is no input unless it is listed
+            self.sections = [
+                replace(section, inputs=tuple(one for one in section.inputs if not one.implied), base=None)
+                for section in self.sections
+            ]
         self.warnings: list[str] = []
         self.stores = {reference: opener(reference) for reference in references(self.document)}
         self.folders = {ref: folder for ref, store in self.stores.items() if (folder := folder_of(store)) is not None}
         self.donor = self.document.base_model or self.sections[0].inputs[0].model
+        self.numbers, self.attachments = self._attach(opener)
         shown = reconcile(self.stores, self.donor, self.folders, rename=self.document.rename)
         self.stores, self.heads = shown.stores, shown.heads
         self.shared = share_vocabulary(self.document, self.stores, self.folders, self.donor)
@@ -171,6 +182,26 @@ class _Planner:
         self.modules = self._split_modules()
         self.layers = {(module, reference): Layers(names) for (module, reference), names in self.modules.items()}
         self.methods: dict[tuple[Any, ...], Method] = {}
+
+    def _attach(self, opener: Opener) -> tuple[dict[Reference, int], Attachments]:
+        """Open the models' statistics; return which number of them each model has."""
+        rule = make_method(self.spec.preset)
+        inputs = {one.model: one for section in self.sections for one in section.inputs if one.model != section.base}
+        given = {one.model: one.statistics for one in inputs.values() if one.statistics is not None}
+        lacking = [model for model in inputs if model not in given]
+        if rule.statistics and lacking:
+            raise ConfigError(
+                f"{self.at('models')}: {self.document.merge_method} needs statistics ({', '.join(rule.statistics)}) of every "
+                f"model; give {lacking[0]} its file: `statistics: PATH` beside `model:`."
+            )
+        stores = [self.stores[model] for model in given]
+        opened = [Statistics.open(opener(Reference(path=path))) for path in given.values()]
+        try:
+            attachments = Attachments([rule], stores, opened or None)
+            check_weights(stores, opened)
+        except SoupError as error:
+            raise type(error)(f"{self.at('models')}: {error}") from error
+        return {model: number for number, model in enumerate(given)}, attachments
 
     def _split_modules(self) -> dict[tuple[str | None, Reference], list[str]]:
         """Return each model's tensor names by module; `None` is the whole model."""
@@ -218,6 +249,7 @@ class _Planner:
                     f"{self.at('modules', module)}: the output's {module} has {layers} layers; set that in its config.json."
                 )
                 layers = None
+        self.attachments.check_used()
         tied = self._tied({job.key for job in jobs})
         plan = MergePlan(tuple(job for job in jobs if job.key not in tied), tied)
         untied = any(head not in tied for head in self.heads & set(plan.outputs))
@@ -237,6 +269,10 @@ class _Planner:
         for section in self.sections:
             for name in sorted(names_of([*section.levels, *(one.parameters for one in section.inputs)]) - known):
                 hint = did_you_mean(name, known) if known else "it has none."
+                if self.spec.own:
+                    raise ConfigError(
+                        f"{self.configuration.where}: {self.document.merge_method} has no parameter {name!r}; {hint}"
+                    )
                 self.warnings.append(
                     f"{self.configuration.where}: {self.document.merge_method} has no parameter {name!r}, which was ignored; {hint}"
                 )
@@ -348,7 +384,8 @@ class _Planner:
         check_complex(method, meta, name, donor.store)
         dtype = self.document.out_dtype or self.document.dtype
         out = TensorMeta(meta.shape, output_dtype(meta.dtype, getattr(torch, dtype) if dtype else None))
-        return Job(name, out, method, tuple(sources[one.model] for one in others), base)
+        read = self.attachments.of(method, [(self.numbers.get(one.model, -1), [key]) for one, key in each], meta)
+        return Job(name, out, method, tuple(sources[one.model] for one in others), base, read)
 
     def _source(self, model: Reference, key: str) -> Source:
         return Source(self.stores[model], key)
@@ -364,7 +401,7 @@ class _Planner:
                 value = parameter.look_up(section.levels, name, t, where)
             if parameter.field:
                 values[parameter.field] = value
-        if self.spec.seeded:
+        if self.spec.seeded and values.get("seed") is None:
             values["seed"] = self.seed
         identity = tuple(sorted(values.items()))
         if identity not in self.methods:

@@ -91,6 +91,7 @@ class InputModel(Part):
 
     model: Reference
     parameters: Parameters | None = None
+    statistics: str | None = None
 
 
 class SliceSource(Part):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from soups.errors import ConfigError, did_you_mean
 from soups.merging.method import Method
@@ -44,6 +44,16 @@ class Entry(NamedTuple):
     def summary(self) -> str:
         """The first line of its documentation."""
         return (inspect.getdoc(self.make) or "").splitlines()[0]
+
+    @property
+    def base(self) -> Literal["required", "optional", "none"]:
+        """Whether it needs a base model."""
+        return self.make().base
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The kinds of statistics that it needs."""
+        return self.make().statistics
 
     @property
     def parameters(self) -> dict[str, Any]:

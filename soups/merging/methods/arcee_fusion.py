@@ -3,6 +3,8 @@
 mergekit's `arcee_fusion` (no paper): an element's importance is |τ| times the Kullback-Leibler divergence between the
 softmaxes of its row in both models; changes of at least median + 1.5 · (interquartile range) are taken over.
 Here the quartiles are exact at every size, where mergekit samples them from large tensors at random.
+
+When it fails: It takes one model besides the base. A softmax over a row means little where rows are no logits or projections.
 """
 
 from __future__ import annotations

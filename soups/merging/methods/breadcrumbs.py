@@ -2,6 +2,9 @@
 
 Model Breadcrumbs (arXiv:2312.06795), section 3: of each layer's |τ| the largest share γ is removed, the next largest
 `density` is kept, the rest is removed.
+
+When it fails: `gamma` removes the largest changes, which are the task itself where few elements learn most of it. In tensors of
+fewer than 1 / gamma elements it removes nothing.
 """
 
 from __future__ import annotations
@@ -14,13 +17,11 @@ from torch import Tensor
 
 from soups.merging.chunk import Chunk, Unit
 from soups.merging.kernels import Choice
-from soups.merging.method import one_of
+from soups.merging.method import PerModel, one_of
 from soups.merging.operands import Operands
 from soups.merging.selection import Cut
 from soups.merging.stages import TaskVectors, mergekit_form
 from soups.merging.transforms import Transform, tensor_cuts
-
-Several = float | tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Band(Transform):
         within: what the shares are of: each tensor, or each row as the authors' code has it.
     """
 
-    density: Several
-    gamma: Several = 0.01
+    density: PerModel
+    gamma: PerModel = 0.01
     within: Literal["tensor", "row"] = "tensor"
 
     @property
@@ -90,7 +91,7 @@ class Band(Transform):
 
 
 def breadcrumbs(
-    *, density: Several = 0.9, gamma: Several = 0.01, weight: Several = 1.0, scale: float = 0.3
+    *, density: PerModel = 0.9, gamma: PerModel = 0.01, weight: PerModel = 1.0, scale: float = 0.3
 ) -> TaskVectors:
     """The paper's Breadcrumbs: the middle of each layer's task vector, summed.
 
@@ -98,13 +99,13 @@ def breadcrumbs(
         density: the share to keep.
         gamma: the share of outliers to remove.
         weight: one for all models or one for each.
-        scale: λ.
+        scale: λ, the factor of the merged task vector.
     """
     return TaskVectors(Band(density, gamma), weight, None, "sum", scale)
 
 
 def breadcrumbs_official(
-    *, density: Several = 0.15, gamma: Several = 0.006, weight: Several = 1.0, scale: float = 0.2
+    *, density: PerModel = 0.15, gamma: PerModel = 0.006, weight: PerModel = 1.0, scale: float = 0.2
 ) -> TaskVectors:
     """The authors' code: shares are of each row, and these are its starting values."""
     return TaskVectors(Band(density, gamma, within="row"), weight, None, "sum", scale)
@@ -112,27 +113,45 @@ def breadcrumbs_official(
 
 def breadcrumbs_mergekit(
     *,
-    density: Several = 1.0,
-    gamma: Several = 0.01,
-    weight: Several = 1.0,
+    density: PerModel = 1.0,
+    gamma: PerModel = 0.01,
+    weight: PerModel = 1.0,
     scale: float = 1.0,
     normalize: bool = False,
     rescale: bool = False,
 ) -> TaskVectors:
-    """mergekit's `breadcrumbs`; where γ · n is below one nothing is removed at the top, and nothing is lost."""
+    """mergekit's `breadcrumbs`; where γ · n is below one nothing is removed at the top, and nothing is lost.
+
+    Args:
+        density: the share to keep.
+        gamma: the share of outliers to remove.
+        weight: one for all models or one for each.
+        scale: mergekit's `lambda`.
+        normalize: divide by the sum of the weights.
+        rescale: restore each task vector's L1 norm.
+    """
     band = Band(density, gamma)
     return mergekit_form(band, weight=weight, scale=scale, normalize=normalize, rescale=rescale, elect=False)
 
 
 def breadcrumbs_ties_mergekit(
     *,
-    density: Several = 1.0,
-    gamma: Several = 0.01,
-    weight: Several = 1.0,
+    density: PerModel = 1.0,
+    gamma: PerModel = 0.01,
+    weight: PerModel = 1.0,
     scale: float = 1.0,
     normalize: bool = False,
     rescale: bool = False,
 ) -> TaskVectors:
-    """mergekit's `breadcrumbs_ties`: the same, with an election in which weights vote."""
+    """mergekit's `breadcrumbs_ties`: the same, with an election in which weights vote.
+
+    Args:
+        density: the share to keep.
+        gamma: the share of outliers to remove.
+        weight: one for all models or one for each; they vote.
+        scale: mergekit's `lambda`.
+        normalize: divide by the sum of the weights of those that agree.
+        rescale: restore each task vector's L1 norm.
+    """
     band = Band(density, gamma)
     return mergekit_form(band, weight=weight, scale=scale, normalize=normalize, rescale=rescale, elect=True)

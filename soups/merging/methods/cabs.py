@@ -4,11 +4,12 @@ CABS (arXiv:2503.01874): task vectors are pruned one after another; of every m n
 among those still free, so that no two overlap (conflict-aware) and every neighbourhood is used alike (balanced). This is the
 n:m pruning of the authors' code for RoBERTa, and of theirs for 7B models where 2n ≤ m, for any number of models. That code
 drops an incomplete last group; here it is pruned like the others.
+
+When it fails: The first models choose first, so the order of the models decides; and n:m groups suit matrices, not short vectors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from soups.errors import ConfigError
 from soups.merging.chunk import Chunk
-from soups.merging.method import Method, per_model
+from soups.merging.method import Method, PerModel, per_model
 from soups.merging.sums import BLOCK
 
 
@@ -29,13 +30,13 @@ class CABS(Method):
         keep: n; 64 of 256 are the defaults of the authors' code for 7B models.
         group: m, neighbours in row-major order; a power of two.
         weight: one for all models or one for each.
-        scale: λ.
+        scale: λ, the factor of the merged task vector.
     """
 
     base: ClassVar[Literal["required", "optional", "none"]] = "required"
     keep: int = 64
     group: int = 256
-    weight: float | Sequence[float] = 1.0
+    weight: PerModel = 1.0
     scale: float = 1.0
 
     def combine(self, chunk: Chunk, seen: Any) -> Tensor:

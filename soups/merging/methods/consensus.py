@@ -2,11 +2,12 @@
 
 Localizing task information for improved model merging and compression (arXiv:2405.07813), equations 4 and 6:
 m_t = 1[|τ_t| > λ_t |τ_MTL − τ_t|], τ_MTL = Σ τ_t;  θ = θ_0 + α · 1[Σ m_t ≥ k] ⊙ τ_MTL.
+
+When it fails: Thresholds are chosen task by task on held-out data in the paper; one default for all suits none of them well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from soups.merging.chunk import Chunk
-from soups.merging.method import Method, as_mask, per_model
+from soups.merging.method import Method, PerModel, as_mask, per_model
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,11 @@ class Consensus(Method):
     Attributes:
         threshold: λ_t, one for all models or one for each; the paper chooses among 0.2 … 0.6 on held-out data.
         agree: k; 2 removes what no task or one task alone needs.
-        scale: α.
+        scale: α, the factor of the merged task vector.
     """
 
     base: ClassVar[Literal["required", "optional", "none"]] = "required"
-    threshold: float | Sequence[float] = 0.4
+    threshold: PerModel = 0.4
     agree: int = 2
     scale: float = 0.3
 

@@ -2,6 +2,9 @@
 
 Language models are super Mario (arXiv:2311.03099), equation 3: τ̂ = (1 − m) ⊙ τ / (1 − p), m ~ Bernoulli(p); here the
 density is 1 − p. The mask is a function of (seed, tensor, model, element) and of nothing else.
+
+When it fails: Below a density of about 0.1 the rescaled noise outweighs the task vectors, the sooner the larger they are (long
+fine-tuning, new vocabulary).
 """
 
 from __future__ import annotations
@@ -13,12 +16,10 @@ from torch import Tensor
 
 from soups.merging.chunk import Chunk
 from soups.merging.kernels import Choice
-from soups.merging.method import one_of
+from soups.merging.method import PerModel, one_of
 from soups.merging.noise import kept, masked_, rounded, to_draw
 from soups.merging.stages import Elect, TaskVectors, mergekit_form
 from soups.merging.transforms import Transform
-
-Several = float | tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Drop(Transform):
     """
 
     revisits: ClassVar[bool] = False
-    density: Several
+    density: PerModel
     rescale: bool = True
     seed: int = 0
 
@@ -54,29 +55,29 @@ class Drop(Transform):
 
 
 def dare(
-    *, density: Several = 0.5, weight: Several = 1.0, scale: float = 1.0, normalize: bool = False, seed: int = 0
+    *, density: PerModel = 0.5, weight: PerModel = 1.0, scale: float = 1.0, normalize: bool = False, seed: int = 0
 ) -> TaskVectors:
     """DARE, then a weighted sum.
 
     Args:
         density: the share of each task vector to keep, 1 − p.
         weight: one for all models or one for each.
-        scale: λ.
+        scale: λ, the factor of the merged task vector.
         normalize: divide the sum by Σ w_t.
         seed: of the masks.
     """
     return TaskVectors(Drop(density, seed=seed), weight, None, "mean" if normalize else "sum", scale)
 
 
-def dare_ties(*, density: Several = 0.5, weight: Several = 1.0, scale: float = 1.0, seed: int = 0) -> TaskVectors:
+def dare_ties(*, density: PerModel = 0.5, weight: PerModel = 1.0, scale: float = 1.0, seed: int = 0) -> TaskVectors:
     """DARE, then TIES' election and disjoint mean (without its trimming: DARE has dropped already)."""
     return TaskVectors(Drop(density, seed=seed), weight, Elect(), "mean", scale)
 
 
 def dare_linear_mergekit(
     *,
-    density: Several = 1.0,
-    weight: Several = 1.0,
+    density: PerModel = 1.0,
+    weight: PerModel = 1.0,
     scale: float = 1.0,
     normalize: bool = False,
     rescale: bool = True,
@@ -89,8 +90,8 @@ def dare_linear_mergekit(
 
 def dare_ties_mergekit(
     *,
-    density: Several = 1.0,
-    weight: Several = 1.0,
+    density: PerModel = 1.0,
+    weight: PerModel = 1.0,
     scale: float = 1.0,
     normalize: bool = False,
     rescale: bool = True,

@@ -5,6 +5,9 @@ element, F_t the diagonal of model t's Fisher information (the mean over example
 also divides λ_t by the norm of F_t over the whole model, which `normalize` does. An element that no data move (the biases of
 attention keys, for example, which softmax cancels) has a Fisher information of rounding noise: F_t is raised to `floor`
 times its largest element, so that such elements are averaged plainly.
+
+When it fails: A diagonal knows nothing of how elements act together, so linear layers merge better by `regmean`. Fisher information
+from few examples is noise, which weighs elements at random.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor
 
 from soups.merging.chunk import Chunk
-from soups.merging.method import Scope, WholeModelMethod, per_model
+from soups.merging.method import PerModel, Scope, WholeModelMethod, per_model
 from soups.merging.methods.linear import reduced
 from soups.merging.operands import Operands
 from soups.merging.selection import Map
@@ -49,7 +52,7 @@ class Fisher(WholeModelMethod):
     """
 
     statistics: ClassVar[tuple[str, ...]] = ("fisher",)
-    weight: float | Sequence[float] = 1.0
+    weight: PerModel = 1.0
     floor: float = 1e-8
     normalize: bool = False
 

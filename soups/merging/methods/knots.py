@@ -8,6 +8,9 @@ As in the authors' code, S stands with V_t before trimming, directions with sing
 share to keep is of all matrices of a task together (int(density · n) + 1 elements and those equal to the last), and signs
 are elected by sums. There a sum of zero takes the majority's sign; here nobody agrees. Other tensors, which the authors
 leave out, are averaged.
+
+When it fails: Task vectors of full rank leave nothing to align, and the SVD of all of them side by side takes memory and time that
+grow with the number of models.
 """
 
 from __future__ import annotations

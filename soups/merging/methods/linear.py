@@ -15,13 +15,16 @@ from torch import Tensor
 from soups.errors import ConfigError
 from soups.merging import kernels
 from soups.merging.chunk import Chunk
-from soups.merging.method import Method, per_model
+from soups.merging.method import Method, PerModel, per_model
 from soups.reduction import Sum, total_weight
 
 
 @dataclass(frozen=True)
 class Linear(Method):
     """θ = Σ w_i θ_i / Σ w_i, rounded by the rule of `soups.reduction`.
+
+    When it fails: models that do not lie in one basin, because they did not start from one base model: their average is
+    worse than each of them.
 
     Attributes:
         weight: one for all models or one for each.
@@ -30,7 +33,7 @@ class Linear(Method):
 
     loops: ClassVar[bool] = True
     complex: ClassVar[bool] = True
-    weight: float | Sequence[float] = 1.0
+    weight: PerModel = 1.0
     normalize: bool = True
 
     def combine(self, chunk: Chunk, seen: Any) -> Tensor:
@@ -57,10 +60,12 @@ def reduced(weights: Sequence[float], chunk: Chunk, divisor: float = 1.0) -> Ten
 
 @dataclass(frozen=True)
 class Passthrough(Method):
-    """θ = s · θ_1: a copy, or a scaled one; with mergekit's slices, layers from several models (a frankenmerge).
+    """θ = s · θ_1: a copy, or a scaled one; with slices in a configuration, layers from several models.
+
+    When it fails: layers that never saw each other's outputs are stacked without training; each seam costs accuracy.
 
     Attributes:
-        scale: s.
+        scale: s, the factor; none copies the model.
     """
 
     most: ClassVar[int | None] = 1
@@ -78,6 +83,8 @@ class Nearswap(Method):
     """Pull the base towards a model where the two are near each other, by at most t.
 
     w = clip(t / |θ_0 − θ_1|, 0, 1);  θ = (1 − w) θ_0 + w θ_1, element by element.
+
+    When it fails: t is a length in weight space, so one value suits neither all layers nor two models of another scale.
 
     Attributes:
         t: how far: differences of at most t are taken over whole.

@@ -2,6 +2,9 @@
 
 Model Stock (arXiv:2403.19522), equation 7: t = N cos θ / (1 + (N − 1) cos θ);  w = t · mean(θ_i) + (1 − t) θ_0, tensor by
 tensor. For more than two models the cosine is the mean over all pairs, as mergekit takes it; the paper has no code.
+
+When it fails: It is for fine-tunes of one base on one task. Task vectors of different tasks are nearly orthogonal, and the result
+falls back to the base.
 """
 
 from __future__ import annotations

@@ -8,6 +8,9 @@ whole model and mm() the scaling of the result to 0 … 1:
 
 This is the form of the authors' vision code; their language code takes tanh(τ_t Σ τ_s), which changes when all models are
 scaled. Negative scores, of elements that most tasks disagree with, never survive.
+
+When it fails: Scores are made from the whole model four times, and the survivors' share suits tasks of like size. Task vectors that
+differ in norm should be brought to one norm first.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ class PCB(WholeModelMethod):
     Attributes:
         ratio: r, the share of each task vector that survives.
         clip: c, the share of magnitudes to clip at either end.
-        scale: λ.
+        scale: λ, the factor of the merged task vector.
     """
 
     base: ClassVar[Literal["required", "optional", "none"]] = "required"

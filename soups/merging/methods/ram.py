@@ -4,6 +4,9 @@ Behavior Knowledge Merge in Reinforced Agentic Models (arXiv:2601.13572): fine-t
 elements, and others in each model, so that a mean over models dilutes them. An element is changed where |τ_t| > ε. Changed by
 one model alone it keeps its τ_t, changed by several it is their mean. RAM+ also multiplies a model's own elements by
 λ_t = 1 + r · min(α, shared_t / own_t), counts of its changed elements, to make up for the shared part that is averaged.
+
+When it fails: `epsilon` decides what counts as changed. In bfloat16 rounding alone can exceed it, and then every element is
+changed by all models, which is a plain mean.
 """
 
 from __future__ import annotations

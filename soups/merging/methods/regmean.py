@@ -6,11 +6,13 @@ its off-diagonal elements times `off_diagonal` (section 4.2). Grams are means ov
 
 The system is solved in float64 by Cholesky's method, for the difference from the plain average, with a small multiple of the
 identity added: directions in which no data lie keep the average. (The authors' code inverts in float32, without one.)
+
+When it fails: Later layers of the merged model see other inputs than those that each expert's Grams were taken from. Grams of few
+rows say nothing about most directions, which keep the average.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from soups.errors import WeightsError
 from soups.merging.chunk import Chunk, Unit
-from soups.merging.method import Method, Scope, per_model
+from soups.merging.method import Method, PerModel, Scope, per_model
 from soups.merging.methods.linear import reduced
 from soups.reduction import Sum, total_weight
 from soups.stores.store import TensorMeta
@@ -36,7 +38,7 @@ class RegMean(Method):
     """
 
     statistics: ClassVar[tuple[str, ...]] = ("gram",)
-    weight: float | Sequence[float] = 1.0
+    weight: PerModel = 1.0
     off_diagonal: float = 0.9
     ridge: float = 1e-6
 

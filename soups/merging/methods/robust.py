@@ -1,6 +1,8 @@
 """Element-wise robust means: the median, and the mean without the extremes.
 
 Yin et al., Byzantine-robust distributed learning (arXiv:1803.01498), definitions 1 and 2, on weights.
+
+When it fails: With few models they throw away most of what averaging gains; they are for pools with damaged or hostile models.
 """
 
 from __future__ import annotations

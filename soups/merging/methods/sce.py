@@ -2,6 +2,8 @@
 
 FuseChat (arXiv:2408.07990), section 3.3: elements whose variance over the task vectors is among the largest are kept; each
 task vector weighs as its mean square within the tensor; elements against the sign of the sum are erased.
+
+When it fails: Weights are squared norms: a model that moved far, by more steps or a higher rate, decides the merge.
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 
 SLERP: Shoemake, SIGGRAPH 1985. Karcher mean: the point with the least sum of squared angles, by fixed-point iteration.
 All are linear combinations of their inputs, tensor by tensor, with coefficients from the inner products (`GramMethod`).
+
+When it fails: A tensor is treated as one direction, which means little for biases and norms; and opposite directions have no mean.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from soups.errors import ConfigError
 from soups.merging.chunk import Chunk, Unit
 from soups.merging.gram import GramMethod, Matrix, Vector, norms_and_units
-from soups.merging.method import Scope, per_model
+from soups.merging.method import PerModel, Scope, per_model
 from soups.merging.operands import Operands
 
 
@@ -83,7 +84,7 @@ class NuSlerp(GramMethod):
 
     least: ClassVar[int] = 2
     most: ClassVar[int | None] = 2
-    weight: float | Sequence[float] = 1.0
+    weight: PerModel = 1.0
     flatten: bool = True
     row_wise: bool = False
 
@@ -140,7 +141,7 @@ class MultiSlerp(GramMethod):
         eps: added to norms.
     """
 
-    weight: float | Sequence[float] = 1.0
+    weight: PerModel = 1.0
     normalize: bool = True
     eps: float = 1e-8
 
@@ -179,7 +180,7 @@ class Karcher(GramMethod):
     """
 
     base: ClassVar[Literal["required", "optional", "none"]] = "none"
-    weight: float | Sequence[float] = 1.0
+    weight: PerModel = 1.0
     max_iter: int = 10
     tol: float = 1e-5
 

@@ -9,6 +9,9 @@ Each matrix is needed whole. Tensors that are no matrices (biases, norms, convol
 | `IsoC` | arXiv:2502.04959, equation 7 | SVD of Σ τ_t with its mean singular value in the place of all |
 | `IsoCTS` | arXiv:2502.04959, algorithm 2 | the same for a common subspace and task-specific ones beside it |
 | `CART` | arXiv:2412.12153, equation 4 | the average plus λ Σ of low-rank parts of θ_t − average |
+
+When it fails: `scale` is chosen on held-out data in the papers, and 1 is not always near the best. With many tasks each keeps few
+singular directions. Embeddings and heads gain little: leave them out by `exclude`.
 """
 
 from __future__ import annotations
@@ -202,7 +205,7 @@ class CART(MatrixMethod):
     """CART: θ̄ + λ Σ SVD_k(θ_t − θ̄): task vectors are centred on the average, and only their leading parts are added.
 
     Attributes:
-        scale: λ.
+        scale: λ, the factor of the merged task vector.
         rank: k as a share of min(m, n).
         exclude: names to average.
     """

@@ -1,16 +1,18 @@
 """Task arithmetic: add, subtract and scale task vectors.
 
 Editing models with task arithmetic (arXiv:2212.04089), section 2: θ = θ_0 + λ Σ τ_t; λ is chosen on held-out data.
+
+When it fails: Task vectors interfere: the more tasks, the further their sum overshoots, so `scale` must be chosen on held-out
+data.
 """
 
 from __future__ import annotations
 
+from soups.merging.method import PerModel
 from soups.merging.stages import TaskVectors
 
 
-def task_arithmetic(
-    *, weight: float | tuple[float, ...] = 1.0, scale: float = 0.3, normalize: bool = False
-) -> TaskVectors:
+def task_arithmetic(*, weight: PerModel = 1.0, scale: float = 0.3, normalize: bool = False) -> TaskVectors:
     """θ_0 + λ Σ w_t τ_t.
 
     Args:
@@ -21,8 +23,6 @@ def task_arithmetic(
     return TaskVectors(weight=weight, reduce="mean" if normalize else "sum", scale=scale)
 
 
-def task_arithmetic_mergekit(
-    *, weight: float | tuple[float, ...] = 1.0, scale: float = 1.0, normalize: bool = False
-) -> TaskVectors:
+def task_arithmetic_mergekit(*, weight: PerModel = 1.0, scale: float = 1.0, normalize: bool = False) -> TaskVectors:
     """mergekit's `task_arithmetic`: λ = 1."""
     return task_arithmetic(weight=weight, scale=scale, normalize=normalize)

@@ -9,17 +9,19 @@ Resolving interference when merging models (arXiv:2306.01708), section 4 and alg
 | `ties.adamerging` | the whole model | as official | none | as official | sum over who agrees | 0.3 |
 | `ties.mergekit` | each tensor | exactly int(dn), at least 1 | before the election, and vote | plus | Σwτ / Σw | 1 |
 | `ties.peft` | each tensor | exactly int(dn), at least 1 | after the election | plus | Σwτ / how many agree | 1 |
+
+When it fails: Over the whole model, trimming favours layers that moved far: a small but decisive head can be trimmed away
+(`ties.peft` trims each tensor by itself). With few models there is little to elect.
 """
 
 from __future__ import annotations
 
+from soups.merging.method import PerModel
 from soups.merging.stages import Elect, TaskVectors, mergekit_form
 from soups.merging.transforms import Trim
 
-Several = float | tuple[float, ...]
 
-
-def ties(*, density: Several = 0.2, weight: Several = 1.0, scale: float = 1.0) -> TaskVectors:
+def ties(*, density: PerModel = 0.2, weight: PerModel = 1.0, scale: float = 1.0) -> TaskVectors:
     """The paper's TIES.
 
     Args:
@@ -30,20 +32,20 @@ def ties(*, density: Several = 0.2, weight: Several = 1.0, scale: float = 1.0) -
     return TaskVectors(Trim(density), weight, Elect(), "mean", scale)
 
 
-def ties_official(*, density: Several = 0.2, scale: float = 1.0) -> TaskVectors:
+def ties_official(*, density: PerModel = 0.2, scale: float = 1.0) -> TaskVectors:
     """The authors' code: one element more is kept, and a tie between signs goes to the whole model's majority."""
     return TaskVectors(Trim(density, extra=1), 1.0, Elect(zero="majority"), "count", scale)
 
 
-def ties_adamerging(*, density: Several = 0.2, scale: float = 0.3) -> TaskVectors:
+def ties_adamerging(*, density: PerModel = 0.2, scale: float = 0.3) -> TaskVectors:
     """The variant of AdaMerging, EMR and FusionBench: a sum in the place of the mean, λ = 0.3."""
     return TaskVectors(Trim(density, extra=1), 1.0, Elect(zero="majority"), "sum", scale)
 
 
 def ties_mergekit(
     *,
-    density: Several = 1.0,
-    weight: Several = 1.0,
+    density: PerModel = 1.0,
+    weight: PerModel = 1.0,
     scale: float = 1.0,
     normalize: bool = True,
     rescale: bool = False,
@@ -61,6 +63,6 @@ def ties_mergekit(
     return mergekit_form(trim, weight=weight, scale=scale, normalize=normalize, rescale=rescale, elect=True)
 
 
-def ties_peft(*, density: Several = 0.2, weight: Several = 1.0) -> TaskVectors:
+def ties_peft(*, density: PerModel = 0.2, weight: PerModel = 1.0) -> TaskVectors:
     """PEFT's `ties`, on full weights: divides by how many agree, whatever their weights."""
     return TaskVectors(Trim(density, within="tensor", exact=True), weight, Elect(zero="plus"), "count")
