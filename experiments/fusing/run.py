@@ -12,7 +12,7 @@ from pathlib import Path
 
 from experiments.pages import scatter, study
 
-PAIRS = (("from the fused body", "from pretrained"), ("from the fused body", "from one auxiliary task (mean)"))
+PAIRS = (("from the fused backbone", "from pretrained"), ("from the fused backbone", "from one auxiliary task (mean)"))
 
 if __name__ == "__main__":
     study("fusing", Path(__file__).parent, PAIRS, scatter, output="recycling", description=__doc__)

@@ -14,7 +14,7 @@ from experiments.pages import scatter, study
 
 PAIRS = (
     ("ratatouille", "uniform soup"),
-    ("ratatouille", "recycled members (mean)"),
+    ("ratatouille", "recycled fits (mean)"),
     ("uniform soup", "vanilla (mean)"),
     ("ratatouille", "fusing"),
 )

@@ -64,7 +64,7 @@ def main() -> None:
     arguments = parser.parse_args()
     pages = repeat(
         "rewarded_soups", arguments.seeds, arguments.output,
-        lambda seed: [f"protocol.study.seed={seed}", f"protocol.split_seed={seed}", *arguments.overrides],
+        lambda seed: [f"seed={seed}", f"protocol.split_seed={seed}", *arguments.overrides],
     )  # fmt: skip
     text = (
         f"{tables(pages)}\nλ-weighted reward within a seed (mean ± sd over {len(pages)} seeds, standard deviations of a "

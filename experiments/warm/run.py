@@ -48,7 +48,7 @@ def main() -> None:
     arguments = parser.parse_args()
     pages = repeat(
         "warm", arguments.seeds, arguments.output,
-        lambda seed: [f"protocol.study.seed={seed}", f"data.split_seed={seed}", *arguments.overrides],
+        lambda seed: [f"seed={seed}", f"data.split_seed={seed}", *arguments.overrides],
     )  # fmt: skip
     text = f"{tables(pages)}\nDifferences within a seed (mean ± sd over {len(pages)} seeds, points):\n\n{differences(pages)}"
     print(text)

@@ -177,7 +177,7 @@ def test_mistakes(data: Path, tmp_path: Path) -> None:
     for wrong, message in (
         ("protocol.mode=async", "synchronous or asynchronous"),
         ("+protocol.policy.tolerance=0.1", r"needs a score to compare: write protocol.policy.heldout="),
-        ("protocol.policy.heldout=0.1", r"must say how far a score may fall"),
+        ("protocol.policy.heldout=0.1", r"which says how far a score may fall"),
         ("protocol.policy.heldout={tolerance: 2}", r"tolerance=2 must be an accuracy"),
         ("protocol.policy.heldout={tolerance: 0.1, task: a}", r"heldout.task is unknown: did you mean 'tasks'"),
         ("protocol.policy.heldout={tolerance: 0.1, tasks: [new]}", r"'new' is none of protocol.tasks"),
