@@ -19,5 +19,5 @@ from soups.coefficients.optimisers import Points as Points
 from soups.coefficients.optimisers import Random as Random
 from soups.coefficients.parameters import search_parameters as search_parameters
 from soups.coefficients.search import Found as Found
-from soups.coefficients.search import Trial as Trial
+from soups.coefficients.search import ScoredPoint as ScoredPoint
 from soups.coefficients.search import search as search

@@ -18,7 +18,7 @@ GRANULARITIES = ("model", "group", "tensor", "column", "element")
 
 
 @dataclass(frozen=True)
-class Block:
+class CoefficientBlock:
     """The rows of a coefficient matrix that belong to one tensor.
 
     Attributes:
@@ -43,7 +43,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Rows:
+class CoefficientRows:
     """Which rows of the coefficient matrix belong to which tensor.
 
     Attributes:
@@ -52,12 +52,14 @@ class Rows:
         count: rows in all.
     """
 
-    blocks: dict[str, Block]
+    blocks: dict[str, CoefficientBlock]
     names: list[str]
     count: int
 
 
-def assign_rows(tensors: Mapping[str, TensorMeta], granularity: str, groups: str | Sequence[str] | None = None) -> Rows:
+def assign_rows(
+    tensors: Mapping[str, TensorMeta], granularity: str, groups: str | Sequence[str] | None = None
+) -> CoefficientRows:
     """Assign each tensor its rows.
 
     Args:
@@ -84,22 +86,26 @@ def assign_rows(tensors: Mapping[str, TensorMeta], granularity: str, groups: str
             f"granularity={granularity!r} with groups={groups!r}: `groups` belongs to granularity='group', which needs it."
         )
     if granularity == "model":
-        return Rows({name: Block(0, ()) for name in tensors}, ["model"], 1)
+        return CoefficientRows({name: CoefficientBlock(0, ()) for name in tensors}, ["model"], 1)
     if granularity == "tensor":
-        return Rows({name: Block(row, ()) for row, name in enumerate(tensors)}, list(tensors), len(tensors))
+        return CoefficientRows(
+            {name: CoefficientBlock(row, ()) for row, name in enumerate(tensors)}, list(tensors), len(tensors)
+        )
     if granularity == "group":
         assert groups is not None
         labels = {name: _label(name, groups) for name in tensors}
         names = list(dict.fromkeys(labels.values()))
         _check_groups(groups, names)
-        return Rows({name: Block(names.index(label), ()) for name, label in labels.items()}, names, len(names))
-    blocks: dict[str, Block] = {}
+        return CoefficientRows(
+            {name: CoefficientBlock(names.index(label), ()) for name, label in labels.items()}, names, len(names)
+        )
+    blocks: dict[str, CoefficientBlock] = {}
     count = 0
     for name, meta in tensors.items():
         shape = meta.shape if granularity == "element" else meta.shape[-1:] if len(meta.shape) > 1 else ()
-        blocks[name] = Block(count, shape)
+        blocks[name] = CoefficientBlock(count, shape)
         count += blocks[name].count
-    return Rows(blocks, list(tensors), count)
+    return CoefficientRows(blocks, list(tensors), count)
 
 
 def _label(name: str, groups: str | Sequence[str]) -> str:

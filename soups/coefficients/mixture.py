@@ -16,7 +16,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from soups.coefficients.granularity import Block, assign_rows
+from soups.coefficients.granularity import CoefficientBlock, assign_rows
 from soups.coefficients.links import find_link
 from soups.errors import ConfigError
 from soups.reduction import accumulation_dtype
@@ -209,13 +209,13 @@ class Mixture:
         self._link.forward(self.free).backward(slope)
 
 
-def _factor(block: Block, coefficients: Tensor, number: int, dtype: torch.dtype) -> float | Tensor:
+def _factor(block: CoefficientBlock, coefficients: Tensor, number: int, dtype: torch.dtype) -> float | Tensor:
     if not block.shape:
         return float(coefficients[block.start, number])
     return block.of(coefficients, number).to(dtype)
 
 
-def _add_scaled(total: Tensor, vector: Tensor, block: Block, coefficients: Tensor, number: int) -> None:
+def _add_scaled(total: Tensor, vector: Tensor, block: CoefficientBlock, coefficients: Tensor, number: int) -> None:
     factor = _factor(block, coefficients, number, total.dtype)
     if isinstance(factor, float):
         total.add_(vector, alpha=factor)
@@ -223,7 +223,7 @@ def _add_scaled(total: Tensor, vector: Tensor, block: Block, coefficients: Tenso
         total.add_(vector.to(total.dtype) * factor)
 
 
-def _reduced(gradient: Tensor, vector: Tensor, block: Block) -> Tensor:
+def _reduced(gradient: Tensor, vector: Tensor, block: CoefficientBlock) -> Tensor:
     """Return ⟨gradient, vector⟩ summed over what each coefficient of the block multiplies, (rows of the block,)."""
     if not block.shape:
         return (gradient @ vector).reshape(1)

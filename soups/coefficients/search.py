@@ -18,7 +18,7 @@ Proposal = TypeVar("Proposal")
 Score = Callable[[dict[str, Tensor]], float]
 
 
-class Trial(NamedTuple, Generic[Proposal]):
+class ScoredPoint(NamedTuple, Generic[Proposal]):
     """A point that was tried, and its score."""
 
     point: Proposal
@@ -34,9 +34,9 @@ class Found(NamedTuple, Generic[Proposal]):
         trials: all trials, in order.
     """
 
-    best: Trial[Proposal]
+    best: ScoredPoint[Proposal]
     weights: dict[str, Tensor]
-    trials: list[Trial[Proposal]]
+    trials: list[ScoredPoint[Proposal]]
 
 
 def search(
@@ -47,7 +47,7 @@ def search(
     prefer: Callable[[Proposal], float] = lambda point: 0.0,
     journal: Path | None = None,
     fingerprint: str = "",
-    on_trial: Callable[[Trial[Proposal]], None] = lambda trial: None,
+    on_trial: Callable[[ScoredPoint[Proposal]], None] = lambda trial: None,
 ) -> Found[Proposal]:
     """Try the points that an optimiser proposes and keep the best.
 
@@ -67,8 +67,8 @@ def search(
         StorageError: the journal is of another search.
     """
     recorded = _read(journal, fingerprint) if journal else []
-    trials: list[Trial[Proposal]] = []
-    best: Trial[Proposal] | None = None
+    trials: list[ScoredPoint[Proposal]] = []
+    best: ScoredPoint[Proposal] | None = None
     kept: dict[str, Tensor] | None = None
     while (point := optimiser.ask()) is not None:
         made: dict[str, Tensor] | None = None
@@ -83,7 +83,7 @@ def search(
             value = float(score(made))
             if journal:
                 _append(journal, fingerprint, point, value)
-        trial = Trial(point, value)
+        trial = ScoredPoint(point, value)
         trials.append(trial)
         optimiser.tell(point, value)
         on_trial(trial)
@@ -94,7 +94,7 @@ def search(
     return Found(best, make(best.point) if kept is None else kept, trials)
 
 
-def _rank(trial: Trial[Proposal], prefer: Callable[[Proposal], float]) -> tuple[bool, float, float]:
+def _rank(trial: ScoredPoint[Proposal], prefer: Callable[[Proposal], float]) -> tuple[bool, float, float]:
     known = not math.isnan(trial.score)
     return known, trial.score if known else 0.0, prefer(trial.point)
 
