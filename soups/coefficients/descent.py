@@ -56,6 +56,7 @@ def descend(
     weight_decay: float = 0.0,
     order: Order | None = None,
     seed: int = 0,
+    penalty: Callable[[Tensor], Tensor] | None = None,
     state: State | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> tuple[dict[str, Tensor], list[float]]:
@@ -72,6 +73,7 @@ def descend(
         weight_decay: its weight decay.
         order: of the batches; shuffled with `seed` when None.
         seed: of the order.
+        penalty: a function of the coefficients (rows, models) that is added to the loss.
         state: where to keep the state, and to continue from, if anywhere.
         on_step: told the number of each step, from 1, and its loss.
 
@@ -99,10 +101,11 @@ def descend(
         slope = objective.gradient(weights, batches[position])
         moved.zero_grad()
         mixture.backward(slope.by_tensor)
+        loss = slope.loss + (0.0 if penalty is None else mixture.penalise(penalty))
         for name, parameter in objective.parameters.items():
             parameter.grad = slope.by_parameter[name].to(parameter.dtype)
         moved.step()
-        losses.append(slope.loss)
+        losses.append(loss)
         del slope
         mixture.weights(into=weights)
         if state and ((step + 1) % state.every == 0 or step + 1 == steps):

@@ -9,7 +9,7 @@ coefficient multiplies; it streams the same way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -22,7 +22,7 @@ from soups.errors import ConfigError
 from soups.reduction import accumulation_dtype
 from soups.stores import Checkpoint, Store, open_store
 from soups.stores.store import headers
-from soups.weights import Weights, check_same, is_averaged
+from soups.weights import Weights, check_same, hash_weights, is_averaged
 
 
 class Mixture:
@@ -152,6 +152,23 @@ class Mixture:
         )
         return ((means * sizes[:, None]).sum(0) / sizes.sum()).tolist()
 
+    def moving(self) -> list[str]:
+        """Return the mixed tensors that the coefficients change: where some model differs from the base, or from the first."""
+        found: list[str] = []
+        for key in self.keys:
+            first = self._donor.read(key)
+            if any(not torch.equal(store.read(key), first) for store in self.stores if store is not self._donor):
+                found.append(key)
+            elif self.base is None and self.link != "softmax":
+                found.append(key)  # the coefficients need not sum to 1
+        return found
+
+    def identity(self) -> list[object]:
+        """Return what tells this mixture from another: the models' files or contents, the granularity and the link."""
+        stores = [*self.stores, *([] if self.base is None else [self.base])]
+        files = [[store.identity(key) or _digest(store, key) for key in self.keys] for store in stores]
+        return [self.names, self.granularity, self.link, self.rows.names, self.base is None, files]
+
     def weights(self, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Return the mixed weights.
 
@@ -207,6 +224,16 @@ class Mixture:
                 slope[block.start : block.start + block.count, number] += _reduced(gradient, vector, block)
         self.free.grad = None
         self._link.forward(self.free).backward(slope)
+
+    def penalise(self, penalty: Callable[[Tensor], Tensor]) -> float:
+        """Add the gradient of a function of the coefficients to that of `free`; return its value."""
+        value = penalty(self._link.forward(self.free))
+        value.backward()
+        return float(value.detach())
+
+
+def _digest(store: Store, key: str) -> str:
+    return hash_weights({key: store.read(key)})
 
 
 def _factor(block: CoefficientBlock, coefficients: Tensor, number: int, dtype: torch.dtype) -> float | Tensor:
