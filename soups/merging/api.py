@@ -21,6 +21,7 @@ from soups.merging.stream import DEFAULT_BUDGET
 from soups.statistics import Statistics
 from soups.stores.companions import carried_files
 from soups.stores.folder import folder_of
+from soups.stores.lora import adapted_configuration
 from soups.stores.names import reconcile
 from soups.stores.opening import Checkpoint, open_store
 from soups.stores.store import Store
@@ -115,10 +116,14 @@ def merge(
         stores, start = _under_one_set_of_names(stores, start, rename)
         plan = plan_merge(method, stores, start, dtype=dtype, statistics=found if statistics is not None else None)
         metadata = {"soups.merge": json.dumps({"method": repr(method), "models": [store.location for store in stores]})}
+        files: dict[str, bytes | Path] = dict(carried_files(folder)) if folder else {}
+        if isinstance(path := files.get("config.json"), Path):
+            donors = [start] if start is not None else stores
+            files["config.json"] = adapted_configuration(path, [*donors, *stores], plan.tied) or path
         return execute(
             plan,
             out,
-            files=dict(carried_files(folder)) if folder else None,
+            files=files,
             metadata=metadata,
             shard_bytes=shard_bytes,
             overwrite=overwrite,

@@ -31,6 +31,7 @@ def open_store(
     state: str | None = None,
     prefix: str | None = None,
     adapter: str | os.PathLike[str] | None = None,
+    rename: Mapping[str, str] | None = None,
 ) -> Store:
     """Open a checkpoint for lazy reading.
 
@@ -42,6 +43,7 @@ def open_store(
         prefix: keep only tensors whose names begin with this, without it: `"model."` turns a LightningModule's names into
             its network's.
         adapter: a PEFT LoRA folder to apply.
+        rename: regular expressions and replacements for the adapter's names, where the model has others.
 
     Returns:
         The store; close it, or use it in a `with` block.
@@ -54,7 +56,7 @@ def open_store(
     try:
         if prefix:
             store = RenamedStore(store, strip_prefix(store.keys(), prefix, store.location).__getitem__)
-        return LoRAStore(store, adapter) if adapter else store
+        return LoRAStore(store, adapter, rename=rename) if adapter else store
     except BaseException:
         store.close()
         raise

@@ -320,3 +320,45 @@ def test_an_adapter_without_its_base_is_called_one(tmp_path, named, message):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "base_model_name_or_path": named}))
     with pytest.raises(StorageError, match=message):
         open_store(tmp_path)
+
+
+@pytest.mark.parametrize("by", ["merge", "configuration"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["saved head", "resized"])
+def test_a_merged_folder_of_adapters_loads(tmp_path, by, tied, kind):
+    """config.json follows what the adapters changed: a head of its own, a larger vocabulary."""
+    from soups.merging import merge
+    from soups.merging.mergekit import merge_configuration
+
+    llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    wanted = {}
+    for number in range(2):
+        torch.manual_seed(number)
+        model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        if kind == "resized":
+            model.resize_token_embeddings(22)
+        saved = {"modules_to_save": ["lm_head"]} if kind == "saved head" else {}
+        wrapped = trained(model, target_modules=QV, r=number + 1, **saved)
+        wrapped.save_pretrained(tmp_path / f"a{number}", save_embedding_layers=kind == "resized")
+        for name, tensor in wrapped.merge_and_unload().state_dict().items():
+            wanted[name] = wanted.get(name, 0) + tensor / 2
+    models = [f"{tmp_path / 'base'}+{tmp_path / f'a{number}'}" for number in range(2)]
+    if by == "merge":
+        merge("linear", models, out=tmp_path / "out")
+    else:
+        entries = [{"model": model, "parameters": {"weight": 1}} for model in models]
+        merge_configuration({"merge_method": "linear", "models": entries}, tmp_path / "out")
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    for name, expected in wanted.items():
+        assert torch.allclose(loaded[name], expected, rtol=1e-5, atol=1e-6), name
+
+
+def test_an_adapters_names_can_be_mapped(tmp_path):
+    base = {"net.proj.weight": torch.zeros(3, 2)}
+    save_file({"base_model.model.linear.lora_A.weight": torch.ones(1, 2), "base_model.model.linear.lora_B.weight": torch.ones(3, 1)},
+              tmp_path / "adapter_model.safetensors")  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text('{"r": 1, "lora_alpha": 2}')
+    with pytest.raises(WeightsError, match=r"'linear.weight' among them.*rename"):
+        open_store(base, adapter=tmp_path)
+    with open_store(base, adapter=tmp_path, rename={r"\.linear\.": ".net.proj."}) as store:
+        assert torch.equal(store.read("net.proj.weight"), torch.full((3, 2), 2.0))

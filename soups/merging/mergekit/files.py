@@ -33,6 +33,7 @@ def folder_files(
     layers: int | None,
     untied: bool,
     shared: Shared | None = None,
+    vocabulary: int | None = None,
     copy_tokenizer: bool,
     write_card: bool,
 ) -> dict[str, bytes | Path]:
@@ -46,6 +47,7 @@ def folder_files(
         layers: the number of layers of the output, if it was changed.
         untied: whether the output has a head of its own where some models had not.
         shared: the vocabulary that the models were brought to.
+        vocabulary: the number of tokens of the output, if it was changed.
         copy_tokenizer: take the tokenizer along.
         write_card: write a README.md.
 
@@ -61,7 +63,7 @@ def folder_files(
     files |= {name: path for name, path in carried.items() if name not in _TOKENIZER and name not in files}
     if "config.json" in carried:
         files["config.json"] = updated_config(
-            carried["config.json"], document, layers, untied=untied, vocabulary=shared.size if shared else None
+            carried["config.json"], document, layers, untied=untied, vocabulary=vocabulary
         )
     if copy_tokenizer:
         files |= _tokenizer_files(document, donor, folders, shared)
@@ -80,7 +82,7 @@ def updated_config(
     dtype = document.out_dtype or document.dtype
     if dtype:
         config["dtype" if "dtype" in config else "torch_dtype"] = dtype
-    if untied and "tie_word_embeddings" in config:
+    if untied:  # also where it is not written: the library ties many models by default
         config["tie_word_embeddings"] = False
     if vocabulary is not None:
         for part in (config, config.get("text_config")):

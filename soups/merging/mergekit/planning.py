@@ -23,6 +23,7 @@ from soups.merging.plan import MergePlan, check_complex, is_averaged_dtype, outp
 from soups.merging.stream import Job
 from soups.statistics import Statistics
 from soups.stores.folder import folder_of
+from soups.stores.lora import resized_vocabulary, untied_heads
 from soups.stores.names import reconcile
 from soups.stores.store import Store, TensorMeta, headers
 from soups.weights import describe_mismatch
@@ -83,6 +84,7 @@ class Planned:
         warnings: what is odd about the document.
         untied: whether an output head is written that some models had tied to the embedding.
         shared: the vocabulary that the models are brought to, if one was asked for.
+        vocabulary: the number of tokens, if it was changed.
     """
 
     plan: MergePlan
@@ -91,6 +93,7 @@ class Planned:
     warnings: list[str] = field(default_factory=list[str])
     untied: bool = False
     shared: Shared | None = None
+    vocabulary: int | None = None
 
 
 def references(document: Document) -> list[Reference]:
@@ -252,8 +255,10 @@ class _Planner:
         self.attachments.check_used()
         tied = self._tied({job.key for job in jobs})
         plan = MergePlan(tuple(job for job in jobs if job.key not in tied), tied)
-        untied = any(head not in tied for head in self.heads & set(plan.outputs))
-        return Planned(plan, self.donor, layers, self.warnings, untied, self.shared)
+        heads = self.heads | untied_heads(self.stores.values())
+        untied = any(head not in tied for head in heads & set(plan.outputs))
+        vocabulary = self.shared.size if self.shared else resized_vocabulary(self.stores.values())
+        return Planned(plan, self.donor, layers, self.warnings, untied, self.shared, vocabulary)
 
     def _tied(self, names: set[str]) -> dict[str, str]:
         donor = self.stores[self.donor].tied()

@@ -79,7 +79,7 @@ def merge_configuration(
             last = number == order[-1]
             target = out if last else parts / str(document.name) if parts else None
             with ExitStack() as stack:
-                stores = _opener(stack, finished)
+                stores = _opener(stack, finished, document.rename)
                 plan = plan_document(configuration, number, stores, seed=seed, truncate_embeddings=truncate_embeddings)
                 for warning in plan.warnings:
                     report(warning)
@@ -94,6 +94,7 @@ def merge_configuration(
                     layers=plan.layers,
                     untied=plan.untied,
                     shared=plan.shared,
+                    vocabulary=plan.vocabulary,
                     copy_tokenizer=copy_tokenizer,
                     write_card=write_card,
                 )
@@ -159,7 +160,7 @@ def describe_plan(
     for number in document_order(configuration):
         document = configuration.documents[number]
         with ExitStack() as stack:
-            opener = _opener(stack, finished)
+            opener = _opener(stack, finished, document.rename)
             plan = plan_document(configuration, number, opener, seed=seed, truncate_embeddings=truncate_embeddings)
         for warning in plan.warnings:
             report(warning)
@@ -168,12 +169,14 @@ def describe_plan(
     return configuration, plans
 
 
-def _opener(stack: ExitStack, finished: Mapping[str, Path | Weights | Store]) -> Callable[[Reference], Store]:
+def _opener(
+    stack: ExitStack, finished: Mapping[str, Path | Weights | Store], rename: Mapping[str, str] | None = None
+) -> Callable[[Reference], Store]:
     opened: dict[Reference, Store] = {}
 
     def opener(reference: Reference) -> Store:
         if reference not in opened:
-            opened[reference] = stack.enter_context(open_reference(reference, finished))
+            opened[reference] = stack.enter_context(open_reference(reference, finished, rename))
         return opened[reference]
 
     return opener
@@ -226,8 +229,17 @@ def document_order(configuration: Configuration) -> list[int]:
     return order
 
 
-def open_reference(reference: Reference, finished: Mapping[str, Path | Weights | Store]) -> Store:
+def open_reference(
+    reference: Reference,
+    finished: Mapping[str, Path | Weights | Store],
+    rename: Mapping[str, str] | None = None,
+) -> Store:
     """Open a model: an earlier document's result, a path, or a repository of the Hugging Face Hub.
+
+    Args:
+        reference: the model.
+        finished: results by their documents' names.
+        rename: for the names in its adapter, if it has one.
 
     Raises:
         StorageError: it is in none of these places.
@@ -235,8 +247,8 @@ def open_reference(reference: Reference, finished: Mapping[str, Path | Weights |
     place = finished.get(reference.path, reference.path)
     adapter = _local(reference.lora, reference.lora_revision) if reference.lora else None
     if not isinstance(place, str):
-        return open_store(place, adapter=adapter)
-    return open_store(_local(place, reference.revision), adapter=adapter)
+        return open_store(place, adapter=adapter, rename=rename)
+    return open_store(_local(place, reference.revision), adapter=adapter, rename=rename)
 
 
 def _local(path: str, revision: str | None) -> str:

@@ -31,6 +31,9 @@ class LoRAStore(StoreView):
         adapter: the adapter's folder (`adapter_config.json` and `adapter_model.safetensors` or `.bin`).
         rename: regular expressions and replacements for the adapter's names, where the base has others.
 
+    Attributes:
+        own: names that the base ties to another tensor or does not have, and that the adapter gives a tensor of their own.
+
     Raises:
         StorageError: the folder is no LoRA adapter, or one of a kind that fixed weights cannot express.
         WeightsError: the adapter's tensors do not fit the base.
@@ -52,7 +55,7 @@ class LoRAStore(StoreView):
             contents = read_contents(self._adapter, self._adapter.location)
             targets = Targets(base, self._adapter, contents, self._config)
             self._changes = {name: tuple(changes) for name, changes in targets.changes.items() if changes}
-            self._own = targets.own
+            self.own = targets.own
             self._metas = {name: self._meta_of(name) for name in self._changes}
         except BaseException:
             self._adapter.close()
@@ -69,11 +72,11 @@ class LoRAStore(StoreView):
     def keys(self) -> list[str]:
         """Return the base's names, then those of modules that the adapter adds."""
         known = self.store.keys()
-        return [*known, *sorted(self._own - set(known))]
+        return [*known, *sorted(self.own - set(known))]
 
     def source(self, key: str) -> str:
         """Return the name that decides a tensor: its own where the adapter unties it."""
-        return key if key in self._own else super().source(key)
+        return key if key in self.own else super().source(key)
 
     def changes(self, name: str) -> bool:
         """Tell whether the adapter changes a tensor."""
