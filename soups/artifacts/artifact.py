@@ -21,7 +21,7 @@ from soups.merging.stream import Job
 from soups.statistics import hash_store
 from soups.stores import Checkpoint, SafetensorsStore, Store, TensorMeta, open_store
 from soups.stores.companions import carried_files
-from soups.stores.folder import is_folder_of
+from soups.stores.folder import folder_of
 from soups.stores.views import StoreView
 
 
@@ -197,7 +197,7 @@ class Artifact:
         try:
             tied = view.tied()
             jobs = [Job(key, view.meta(key), None, (Source(view, key),)) for key in view if key not in tied]
-            folder = is_folder_of(view.store)
+            folder = folder_of(view.store)
             files = dict(carried_files(folder)) if folder else None
             return execute(MergePlan(tuple(jobs), tied), out, files=files, overwrite=overwrite, **options)
         finally:
