@@ -25,6 +25,7 @@ from soups.errors import ConfigError
 from soups.stores.averages import KEY
 
 from . import saving
+from .fit import Fit, Member
 from .session import Session
 from .settings import Settings
 from .spool import Spool, in_worker
@@ -60,10 +61,10 @@ class Averaging(Callback):
         """Whether the last step of the planned run is a point even when the spacing misses it."""
         return False
 
-    def after_step(self, session: Session, trainer: pl.Trainer, *, epoch_end: bool) -> None:
+    def after_step(self, session: Fit, trainer: pl.Trainer, *, epoch_end: bool) -> None:
         """Do more after the averages were updated (write a snapshot)."""
 
-    def on_begin(self, session: Session, trainer: pl.Trainer, run: dict[str, Any] | None) -> None:
+    def on_begin(self, session: Fit, trainer: pl.Trainer, run: dict[str, Any] | None) -> None:
         """Get ready, when the plan is known and a resumed run's state is in place.
 
         Args:
@@ -137,7 +138,7 @@ class Averaging(Callback):
             return
         others = [callback for callback in owner.callbacks if not isinstance(callback, Averaging)]
         owner.callbacks = [*everyone, *others]
-        members = [member for callback in everyone for member in callback.members()]
+        members: list[Member] = [member for callback in everyone for member in callback.members()]
         fresh = stage == "fit" or self._session is None or self._session.module is not pl_module
         if fresh:
             earlier = self._session

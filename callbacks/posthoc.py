@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 import lightning.pytorch as pl
 
@@ -15,12 +15,10 @@ from soups.averaging.snapshots import Snapshots
 from soups.averaging.units import Plan, Schedule
 
 from .base import Averaging
+from .fit import Fit
 from .folders import SnapshotFolder
 from .settings import Options, settings_of
 from .sharding import gather
-
-if TYPE_CHECKING:
-    from .session import Session
 
 
 class PostHocEMA(Averaging):
@@ -72,7 +70,7 @@ class PostHocEMA(Averaging):
             for name, sigma in self._names().items()
         }
 
-    def on_begin(self, session: Session, trainer: pl.Trainer, run: dict[str, Any] | None) -> None:
+    def on_begin(self, session: Fit, trainer: pl.Trainer, run: dict[str, Any] | None) -> None:
         """Open the folder, and remove what a run that is resumed wrote after the checkpoint."""
         self._folder.name = self.settings.name
         self._snapshots = self._folder.open(trainer, session.steps, list(self._names()), run)
@@ -81,7 +79,7 @@ class PostHocEMA(Averaging):
         """Return which run this is and where its snapshots lie."""
         return self._folder.state()
 
-    def after_step(self, session: Session, trainer: pl.Trainer, *, epoch_end: bool) -> None:
+    def after_step(self, session: Fit, trainer: pl.Trainer, *, epoch_end: bool) -> None:
         """Write the snapshots that are due."""
         schedule, snapshots = self._schedule, self._snapshots
         if schedule is None or snapshots is None or not session.steps:

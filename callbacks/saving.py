@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -22,10 +22,8 @@ from soups.averaging.swapping import slots
 from soups.errors import WeightsError, did_you_mean
 from soups.stores.averages import KEY
 
+from .fit import Fit
 from .sharding import any_sharded, gather, like, local, shard_of
-
-if TYPE_CHECKING:
-    from .session import Session
 
 
 class Hook:
@@ -34,12 +32,12 @@ class Hook:
     A copy or pickle of the module has the hook without the session, and behaves as if there were no callback.
     """
 
-    def __init__(self, name: str, module: pl.LightningModule, session: Session) -> None:
+    def __init__(self, name: str, module: pl.LightningModule, session: Fit) -> None:
         self.name = name
         self.module = module
         before = module.__dict__.get(name)
         self.before = before.before if isinstance(before, Hook) else before
-        self.session: weakref.ref[Session] | None = weakref.ref(session)
+        self.session: weakref.ref[Fit] | None = weakref.ref(session)
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         """Do what the hook does, with the session if there is one."""
@@ -62,7 +60,7 @@ class Hook:
         return {"name": self.name, "module": self.module, "before": self.before, "session": None}
 
 
-def install(module: pl.LightningModule, session: Session) -> None:
+def install(module: pl.LightningModule, session: Fit) -> None:
     """Let the session take part in saving and loading of the module, until another one does."""
     for name in ("on_save_checkpoint", "on_load_checkpoint"):
         object.__setattr__(module, name, Hook(name, module, session))
@@ -71,7 +69,7 @@ def install(module: pl.LightningModule, session: Session) -> None:
 # Saving -------------------------------------------------------------------------------------------------------------
 
 
-def add(session: Session, checkpoint: dict[str, Any]) -> None:
+def add(session: Fit, checkpoint: dict[str, Any]) -> None:
     """Add the averages to a checkpoint, and see to it that `state_dict` holds the raw weights.
 
     Hooks of the module have run: keys of `state_dict` may be others than the module's, so they are learnt here.
@@ -112,7 +110,7 @@ def add(session: Session, checkpoint: dict[str, Any]) -> None:
     }
 
 
-def _places(session: Session, state: dict[str, Any]) -> Places:
+def _places(session: Fit, state: dict[str, Any]) -> Places:
     tensors = slots(session.module)
     if any_sharded(tensors):
         return find_places(state, tensors, by_name=True)
@@ -123,7 +121,7 @@ def _places(session: Session, state: dict[str, Any]) -> Places:
     return Places(names, [key for key in places.unknown if f"{key}_orig" not in pruned])
 
 
-def _masked(session: Session, planes: dict[str, Tensor], places: Places) -> dict[str, Tensor]:
+def _masked(session: Fit, planes: dict[str, Tensor], places: Places) -> dict[str, Tensor]:
     """Return averages of pruned parameters, with the mask that their saved form has."""
     tensors = slots(session.module)
     return {
@@ -133,7 +131,7 @@ def _masked(session: Session, planes: dict[str, Tensor], places: Places) -> dict
     }
 
 
-def _entry(session: Session, name: str, checkpoint: dict[str, Any], places: Places, *, full: bool) -> dict[str, Any]:
+def _entry(session: Fit, name: str, checkpoint: dict[str, Any], places: Places, *, full: bool) -> dict[str, Any]:
     session.check_finite(name)
     tracked = session.tracked[name]
     state = tracked.mean.state_dict()
@@ -175,7 +173,7 @@ def _distributed(trainer: pl.Trainer) -> bool:
     return bool(getattr(trainer.strategy, "_save_distributed_checkpoint", False))
 
 
-def portable(session: Session) -> dict[str, Any]:
+def portable(session: Fit) -> dict[str, Any]:
     """Return a weights-only checkpoint of the module and its averages, on the CPU. Every process must call this."""
     checkpoint: dict[str, Any] = {"state_dict": session.module.state_dict()}
     add(session, checkpoint)
@@ -185,20 +183,20 @@ def portable(session: Session) -> dict[str, Any]:
 # Loading ------------------------------------------------------------------------------------------------------------
 
 
-def receive(session: Session, checkpoint: dict[str, Any]) -> None:
+def receive(session: Fit, checkpoint: dict[str, Any]) -> None:
     """Keep what a checkpoint holds until the averages are there; at once if they are (a learning-rate finder)."""
     owner: Any = session.trainer
     theirs = any(kind.__name__ == "WeightAveraging" for item in owner.callbacks for kind in type(item).__mro__)
     if not theirs:  # beside Lightning's own callback its part of the checkpoint is its own to read
         adopt_lightning(checkpoint)
     content = checkpoint.get(KEY)
-    if session.begun and not session._evaluating:
-        session.restore(content or {"averages": {}, "step": 0, "epoch": 0})
+    if session.begun and not session.evaluating:
+        restore(session, content or {"averages": {}, "step": 0, "epoch": 0})
     else:
         session.loaded = content if content is not None else {"averages": {}, "step": None}
 
 
-def restore(session: Session, content: dict[str, Any]) -> None:
+def restore(session: Fit, content: dict[str, Any]) -> None:
     """Give every average the state that a checkpoint holds for it; without one it starts anew, and says so."""
     session.steps = content["step"] if content["step"] is not None else session.trainer.global_step
     session.epochs = content.get("epoch", session.trainer.current_epoch)
@@ -230,7 +228,7 @@ def restore(session: Session, content: dict[str, Any]) -> None:
         tracked.statistics = {key: tensor.clone() for key, tensor in entry.get("buffers", {}).items()}
 
 
-def _undo_last(session: Session, name: str, entry: dict[str, Any]) -> None:
+def _undo_last(session: Fit, name: str, entry: dict[str, Any]) -> None:
     """Take back a last point that only the end of a shorter run had brought in."""
     undo, tracked = entry.get("undo"), session.tracked[name]
     if undo is None or undo["step"] != tracked.last_point:
@@ -266,7 +264,7 @@ def _renamed(names: Iterable[str], known: Collection[str], average: str) -> dict
     return found
 
 
-def _state(session: Session, name: str, entry: dict[str, Any]) -> dict[str, Any]:
+def _state(session: Fit, name: str, entry: dict[str, Any]) -> dict[str, Any]:
     """Return the state of one average, cut to this process's shards and to the tensors that are averaged."""
     mean = session.tracked[name].mean
     if entry["kind"] == "Lightning":
@@ -291,7 +289,7 @@ def _state(session: Session, name: str, entry: dict[str, Any]) -> dict[str, Any]
     return state
 
 
-def whole_entry(entry: dict[str, Any], name: str, session: Session) -> dict[str, Any]:
+def whole_entry(entry: dict[str, Any], name: str, session: Fit) -> dict[str, Any]:
     """Return an entry with its tensors; those of a distributed checkpoint are read now, this process's shards only."""
     if "planes" not in entry:
         return entry
@@ -315,7 +313,7 @@ def whole_entry(entry: dict[str, Any], name: str, session: Session) -> dict[str,
     return whole
 
 
-def for_module(session: Session, name: str, entry: dict[str, Any]) -> dict[str, Tensor]:
+def for_module(session: Fit, name: str, entry: dict[str, Any]) -> dict[str, Tensor]:
     """Return a loaded average's tensors by the names of the module that is evaluated, this process's shards.
 
     Raises:

@@ -8,55 +8,34 @@ import contextlib
 import math
 import warnings
 from collections.abc import Generator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from soups.averaging.checkpoint import overlay
-from soups.averaging.mean import Mean, release, update
+from soups.averaging.mean import release, update
 from soups.averaging.places import find_places
 from soups.averaging.swapping import Swap, slots
-from soups.averaging.units import Plan, Schedule
+from soups.averaging.units import Schedule
 from soups.errors import ConfigError, did_you_mean
-from soups.stores.averages import plain_name, sources
+from soups.stores.averages import sources
 
 from . import saving
 from .batchnorm import remeasure
 from .branches import Branches
 from .evaluation import evaluate_beside
-from .finite import Finite
+from .fit import Fit, Member, Tracked
 from .plan import plan_of, steps_before
 from .reach import state_of
 from .settings import Evaluate, Settings
 from .sharding import any_sharded, like, local, refuse_opaque, reshard
 from .tensors import Tensors
 
-if TYPE_CHECKING:
-    from .base import Averaging
 
-
-@dataclass
-class Tracked:
-    """One average in a fit."""
-
-    name: str
-    settings: Settings
-    mean: Mean
-    schedule: Schedule
-    last_point: int = -1
-    # BatchNorm statistics measured for the average, and the number of points it had then.
-    statistics: dict[str, Tensor] = field(default_factory=dict)
-    measured_at: int = 0
-    # The average as it was before a last point that only the end of the planned run has brought in.
-    before_last: dict[str, Any] | None = None
-    finite: Finite = field(default_factory=Finite)
-
-
-class Session:
-    """The averages of one module through a fit, and through the evaluations that follow it.
+class Session(Fit):
+    """A fit, and the evaluations that follow it: counts steps, updates, swaps, evaluates.
 
     Args:
         trainer: the Trainer.
@@ -64,44 +43,17 @@ class Session:
         members: the callbacks that say what is averaged.
 
     Raises:
-        ConfigError: two averages of one name, two that both want to be validated under the plain names, or a strategy
-            whose weights cannot be averaged.
+        ConfigError: see `Fit`; or a strategy whose weights cannot be averaged.
     """
 
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, members: list[Averaging]) -> None:
-        self.trainer = trainer
-        self.module = module
-        self.members = members
-        self.tracked: dict[str, Tracked] = {}
-        self.steps = 0
-        self.epochs = 0
-        self.plan = Plan()
-        self.begun = False
-        # What a checkpoint held, until the averages are there to take it; in evaluations, what is evaluated.
-        self.loaded: dict[str, Any] | None = None
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, members: list[Member]) -> None:
+        super().__init__(trainer, module, members)
         # Steps that an earlier fit of the same module and Trainer has counted.
         self.earlier: int | None = None
         self._dirty = False
         self._handles: list[Any] = []
         self._optimizers: list[Any] = []
-        self._tensors: Tensors | None = None
-        self._swap: Swap | None = None
-        self._evaluating = False
         self._branches = self._new_branches()
-        self._check()
-
-    def _check(self) -> None:
-        names = [member.settings.name for member in self.members]
-        for name in names:
-            if names.count(name) > 1:
-                raise ConfigError(f"Two averages are called {name!r}. Give each a name of its own: EMA(name='slow').")
-        for what in ("validate", "test", "predict"):
-            plain = [m.settings.name for m in self.members if getattr(m.settings, what) == "average"]
-            if len(plain) > 1:
-                raise ConfigError(
-                    f"{' and '.join(plain)} both ask for {what}='average', and only one can be evaluated under the plain "
-                    f"names of the metrics. Use {what}='both' for all but one."
-                )
 
     def _new_branches(self) -> Branches:
         return Branches(lambda: state_of(self.trainer, self.module, skip=map(id, self.originals().values())))
@@ -111,7 +63,7 @@ class Session:
     def attach(self, trainer: pl.Trainer, *, evaluating: bool) -> None:
         """Hook into the module's saving and loading, for a fit or an evaluation."""
         self.trainer = trainer
-        self._evaluating = evaluating
+        self.evaluating = evaluating
         if evaluating:
             self.loaded = None
             self._branches = self._new_branches()
@@ -142,7 +94,7 @@ class Session:
         self.begun = True
         content, self.loaded = self.loaded, None
         if content is not None:
-            self.restore(content)
+            saving.restore(self, content)
         self._listen()
         for member in self.members:
             member.on_begin(self, self.trainer, (content or {}).get("runs", {}).get(member.settings.name))
@@ -164,43 +116,6 @@ class Session:
         if settings.buffers == "average":
             return None
         return lambda name: name not in self.tensors.buffers
-
-    # The module's tensors -------------------------------------------------------------------------------------------
-
-    @property
-    def tensors(self) -> Tensors:
-        """What is averaged: trainable parameters and running statistics."""
-        assert self._tensors is not None
-        return self._tensors
-
-    def follow(self) -> None:
-        """Take note of layers and parameters that were exchanged, added or removed since the last time."""
-        change = self._tensors.follow() if self._tensors is not None and not self.swapped else None
-        if change is None:
-            return
-        weights = self.tensors.weights()
-        joined = {name: weights[name].detach() for name in change.joined}
-        for tracked in self.tracked.values():
-            tracked.mean.follow(change.renamed, joined, change.gone)
-            for old, new in change.renamed.items():
-                if old == f"{new}_orig":  # pruning was made permanent
-                    tracked.mean.zero(new, weights[new] == 0)
-            tracked.statistics, tracked.measured_at, tracked.before_last = {}, 0, None
-        if any(tracked.mean.count for tracked in self.tracked.values()):
-            warnings.warn(
-                f"The module has changed after {self.steps} steps ({change}). Averages go on: tensors that joined begin at "
-                f"their present values, renamed ones keep their history.",
-                stacklevel=2,
-            )
-
-    def weights(self) -> dict[str, Tensor]:
-        """Return what is averaged, as it is now, this process's shards."""
-        self.follow()
-        return self.tensors.weights()
-
-    def originals(self) -> dict[str, Tensor]:
-        """Return the module's tensors of the same names, DTensors whole; before a fit has begun, all it has."""
-        return self._tensors.originals() if self._tensors is not None else slots(self.module)
 
     # Counting -------------------------------------------------------------------------------------------------------
 
@@ -286,12 +201,6 @@ class Session:
                 )
             self.check_finite(tracked.name)
 
-    def check_finite(self, name: str) -> None:
-        """Warn, once, of an average that holds values that are not finite where the raw weights have finite ones."""
-        tracked = self.tracked.get(name)
-        if tracked is not None and tracked.mean.count and not self.swapped:
-            tracked.finite.check(tracked.name, tracked.mean, self.weights(), self.steps)
-
     # The averages ---------------------------------------------------------------------------------------------------
 
     def value(self, name: str) -> dict[str, Tensor]:
@@ -302,11 +211,11 @@ class Session:
             WeightsError: it holds nothing yet.
         """
         held = (self.loaded or {}).get("averages", {})
-        if self._evaluating and name in held:
+        if self.evaluating and name in held:
             entry = saving.whole_entry(held[name], name, self)
             return saving.for_module(self, name, entry)
         # A checkpoint that was loaded and lacks the average must not be tested on one that happens to be in memory.
-        if name not in self.tracked or (self._evaluating and self.loaded is not None):
+        if name not in self.tracked or (self.evaluating and self.loaded is not None):
             known = did_you_mean(name, held if self.loaded is not None else self.tracked)
             raise ConfigError(
                 f"There is no average called {name!r}: neither does the checkpoint that was loaded hold it, nor, without a "
@@ -333,11 +242,6 @@ class Session:
             value = {key: tensor.detach().clone() for key, tensor in value.items()}
             return overlay(copies, value, sources(held, value, content, where=where))
 
-    @property
-    def strict(self) -> bool:
-        """Whether the module wants all of its tensors in a state dict."""
-        return bool(getattr(self.module, "strict_loading", True))
-
     def write(self, name: str) -> None:
         """Write an average into the module's tensors, for good."""
         value, originals = self.value(name), slots(self.module)
@@ -346,20 +250,6 @@ class Session:
                 if key in originals:
                     target = local(originals[key])
                     target.copy_(tensor.to(target.device))
-
-    def tied(self) -> dict[str, str]:
-        """Map names that repeat a tensor to the first name, by object identity as `named_parameters` sees it."""
-        first: dict[int, str] = {}
-        tied: dict[str, str] = {}
-        everything = [
-            *self.module.named_parameters(remove_duplicate=False),
-            *self.module.named_buffers(remove_duplicate=False),
-        ]
-        for name, tensor in everything:
-            name = plain_name(name)
-            if first.setdefault(id(tensor), name) != name:
-                tied[name] = first[id(tensor)]
-        return tied
 
     def distance(self, name: str) -> float:
         """Return ‖average - raw‖₂ over the trainable parameters."""
@@ -376,15 +266,6 @@ class Session:
         return math.sqrt(float(total))
 
     # Swapping and evaluating ------------------------------------------------------------------------------------------
-
-    @property
-    def swapped(self) -> bool:
-        """Whether the module holds an average now."""
-        return self._swap is not None and self._swap.active
-
-    def raw(self) -> dict[str, Tensor]:
-        """Return the raw tensors that are out of the module now."""
-        return self._swap.raw() if self._swap is not None else {}
 
     def swap_in(self, name: str) -> None:
         """Put an average into the module."""
@@ -478,9 +359,3 @@ class Session:
                     self.trainer, self.module, settings.batches, settings.forward, skip=list(skip)
                 )
             tracked.measured_at = tracked.mean.count
-
-    # Saving and restoring ---------------------------------------------------------------------------------------------
-
-    def restore(self, content: dict[str, Any]) -> None:
-        """Take over what a checkpoint held."""
-        saving.restore(self, content)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 import lightning.pytorch as pl
 
@@ -13,12 +13,10 @@ from soups.averaging.snapshots import Snapshots
 from soups.averaging.units import Plan, Schedule
 
 from .base import Averaging
+from .fit import Fit
 from .folders import SnapshotFolder
 from .settings import Common, settings_of
 from .sharding import is_sharded
-
-if TYPE_CHECKING:
-    from .session import Session
 
 
 class Trajectory(Averaging):
@@ -52,7 +50,7 @@ class Trajectory(Averaging):
         self._schedule = Schedule(self.settings.start, self.settings.every, plan, last=True)
         return {}
 
-    def on_begin(self, session: Session, trainer: pl.Trainer, run: dict[str, Any] | None) -> None:
+    def on_begin(self, session: Fit, trainer: pl.Trainer, run: dict[str, Any] | None) -> None:
         """Open the folder, and remove what a run that is resumed wrote after the checkpoint."""
         self._folder.name = self.settings.name
         self._snapshots = self._folder.open(trainer, session.steps, ["raw"], run)
@@ -61,7 +59,7 @@ class Trajectory(Averaging):
         """Return which run this is and where its snapshots lie."""
         return self._folder.state()
 
-    def after_step(self, session: Session, trainer: pl.Trainer, *, epoch_end: bool) -> None:
+    def after_step(self, session: Fit, trainer: pl.Trainer, *, epoch_end: bool) -> None:
         """Write the snapshot that is due."""
         schedule, snapshots = self._schedule, self._snapshots
         if schedule is None or snapshots is None or not session.steps:
