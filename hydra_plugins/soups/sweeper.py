@@ -5,7 +5,7 @@ Hydra finds sweepers in the namespace package `hydra_plugins`; everything this o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -25,9 +25,16 @@ ConfigStore.instance().store(
 
 
 class SoupSweeper(Sweeper):
-    """See `soups.launch.sweep`."""
+    """See `soups.launch.sweep`.
 
-    def __init__(self) -> None:
+    Args:
+        params: a search space that the program has for Hydra's own sweeper or Optuna's; see `soups.launch.own_program.sweep`.
+        theirs: other settings of those sweepers. Hydra hands them to the sweeper in use, and this one has no use for them.
+    """
+
+    def __init__(self, params: Mapping[str, Any] | None = None, **theirs: Any) -> None:
+        del theirs
+        self.params = dict(params or {})
         self.config: DictConfig | None = None
         self.hydra_context: HydraContext | None = None
         self.launcher: Launcher | None = None
@@ -54,5 +61,5 @@ class SoupSweeper(Sweeper):
         if self.config is None or self.hydra_context is None or self.launcher is None:
             raise RuntimeError("Hydra calls setup before sweep.")
         if self.program is not None:
-            return run_own_program(self.config, self.hydra_context, self.launcher, arguments, self.program)
+            return run_own_program(self.config, self.hydra_context, self.launcher, arguments, self.program, self.params)
         return run_sweep(self.config, self.hydra_context, self.launcher, arguments)

@@ -120,7 +120,7 @@ class _Run:
                 )
             self._module = fit.module
             self._train(fit)
-        except (SoupError, OSError) as error:
+        except SoupError as error:
             raise _Refused(error) from error
 
     def finish(self) -> None:
@@ -129,11 +129,12 @@ class _Run:
         Raises:
             ConfigError: there was none, or validation does not log the metric.
         """
-        if self._found is None:
+        if self._module is None:
             fit = self._program.spec.fit
             called = f" It calls it {self._count} times, and ingredient.fit={fit}." if self._count else ""
             raise ConfigError(f"{NO_FIT}{called}")
-        self._pool.add(*self._found)
+        if self._found is not None:  # rank 0 has it
+            self._pool.add(*self._found)
 
     def keep(self, why: str) -> None:
         """Record the fit so far, if there is one, of a program that failed after it."""

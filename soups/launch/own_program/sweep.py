@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,9 +34,23 @@ from soups.weights import hash_weights
 
 
 def run_own_program(
-    config: DictConfig, context: HydraContext, launcher: Launcher, arguments: Sequence[str], task: ProgramTask
+    config: DictConfig,
+    context: HydraContext,
+    launcher: Launcher,
+    arguments: Sequence[str],
+    task: ProgramTask,
+    params: Mapping[str, Any] | None = None,
 ) -> Sequence[JobReturn]:
     """Run a sweep over somebody's program that ends in a soup.
+
+    Args:
+        config: composed with the overrides that do not sweep.
+        context: Hydra's.
+        launcher: that runs the fits.
+        arguments: of the command line.
+        task: the program's task function.
+        params: the search space that the program has for another sweeper (`hydra.sweeper.params`); it is this sweep's
+            where the configuration has no `sweep.space`.
 
     Raises:
         UserError: a mistake in settings, program or pool; all ingredients failed.
@@ -45,7 +59,7 @@ def run_own_program(
     quiet()
     try:
         refuse_sweeps_in_ranks()
-        results, failed = _Sweep(config, context, launcher, arguments, task).run()
+        results, failed = _Sweep(config, context, launcher, arguments, task, params or {}).run()
     except SoupError as error:
         raise UserError(f"\n{error}") from error
     leave(tell_failures(Console(), failed))
@@ -62,8 +76,13 @@ class _Sweep:
         launcher: Launcher,
         arguments: Sequence[str],
         task: ProgramTask,
+        params: Mapping[str, Any],
     ) -> None:
         self.config, self.context, self.launcher, self.task = config, context, launcher, task
+        if params and OmegaConf.select(config, "sweep.space") is None:
+            config = config.copy()
+            OmegaConf.set_struct(config, False)
+            OmegaConf.update(config, "sweep.space", {key: str(value) for key, value in params.items()}, force_add=True)
         self.fixed, self.points = plan(config, arguments)
         _, swept, given = split_arguments(arguments)
         self.given = [*given, *swept]
