@@ -23,4 +23,7 @@ def main(config: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    from soups.launch.hydra_errors import nearest_names
+
+    with nearest_names():
+        main()

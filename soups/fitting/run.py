@@ -116,6 +116,15 @@ class Run:
             return self.shared.base_model
         return ensure_base_model(self.on_data, self.layout, self.pool, self.splits, self.probe)
 
+    def shares_base_model(self, other: Run) -> bool:
+        """Tell whether the ingredients of two runs start from one model and learn from the same data."""
+        if self.split != other.split or self.on_data.probe() != other.on_data.probe():
+            return False
+        starts = self.asked.start, other.asked.start
+        if any(start is None or start.epochs == 0 for start in starts):
+            return starts[0] == starts[1] or not any(start and start.epochs for start in starts)
+        return self._same_shared_epochs(other)
+
     def _same_pool(self) -> bool:
         return self.shared is not None and self.shared.layout.pool == self.layout.pool
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -16,13 +17,18 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.text import Text
 
-from soups.errors import SoupError
-from soups.launch.cook import cook
-from soups.launch.fine_tune import fine_tune
-from soups.launch.quiet import quiet
-from soups.launch.settings import Settings, UserError, is_first_process, open_pool, resolve
-from soups.launch.tracking import track_soup
+from soups.errors import ConfigError, SoupError
+from soups.fitting.configuration import Configuration
+from soups.fitting.environment import is_first_process
+from soups.fitting.ingredient import fine_tune
+from soups.fitting.quiet import quiet
+from soups.fitting.run import Run, run_of
+from soups.launch.hydra_errors import check_hydra
+from soups.launch.ignored import refuse_ignored
+from soups.launch.settings import UserError, configuration_of, resolve
 from soups.reporting import Report, summary_sentence, tables
+from soups.soup_making.soup import make_soup
+from soups.soup_making.tracking import track_soup
 
 # Ingredients that are named beside one error.
 _NAMED = 4
@@ -39,41 +45,54 @@ def run(config: DictConfig) -> float:
     quiet()
     alone = HydraConfig.get().mode == RunMode.RUN
     try:
-        settings = resolve(config)
-        if "node" in settings:
+        if config.get("node") is not None:
             from soups.launch.protocol import run_node
 
+            settings = resolve(config)
             run_node(settings, str(settings["node"]))
             return 0.0
-        found = _known(settings)
-        record = fine_tune(settings, show_progress=alone)
+        run = run_of(_checked(config))
+        before = set(run.pool.names())
+        record = fine_tune(run, show_progress=alone)
     except SoupError as error:
         raise UserError(f"\n{error}") from error
     if alone and is_first_process():
-        verb = "was in the pool already" if record.fingerprint in found else "is finished"
+        verb = "was in the pool already" if record.fingerprint in before else "is finished"
         Console().print(
             f"Ingredient [bold]{record.short}[/] {verb}: held-out accuracy {record.heldout():.2%}, in "
-            f"{settings['pool']['path']}. Cook what the pool holds: python train.py +soup=greedy sweep.size=0",
+            f"{escape(run.pool.url)}. A soup of the ingredients in the pool: python train.py +soup=greedy sweep.size=0",
             highlight=False,
         )
     return record.heldout()
 
 
-def _known(settings: Settings) -> set[str]:
-    return {record.fingerprint for record in open_pool(settings).ingredients()}
-
-
-def finish(settings: Settings, failed: Mapping[str, Failed]) -> int:
-    """Cook the soup of a finished sweep, show and track it; return the exit code (3 when ingredients failed).
+def _checked(config: DictConfig) -> Configuration:
+    """Return the configuration of one fine-tune: every name known, no override ignored.
 
     Raises:
-        SoupError: nothing to cook, or ingredients that do not fit.
+        ConfigError: naming the setting.
+    """
+    hydra = HydraConfig.get()
+    check_hydra(cast(DictConfig, hydra))
+    configuration = configuration_of(config)
+    if configuration.soup is not None and hydra.runtime.choices.get("hydra/sweeper") != "soup":
+        raise ConfigError("The section soup would be ignored: a recipe is chosen as a group, +soup=greedy.")
+    run = run_of(configuration)
+    refuse_ignored(list(hydra.overrides.task), configuration, lambda: run.splits)
+    return configuration
+
+
+def finish(run: Run, failed: Mapping[str, Failed]) -> int:
+    """Make the soup of a finished sweep, show and track it; return the exit code (3 when ingredients failed).
+
+    Raises:
+        SoupError: no ingredients, or ingredients that do not fit.
     """
     console = Console()
-    before = {path.parent for path in Path(settings["paths"]["output"]).glob("soups/*/report.json")}
-    report, folder = cook(settings)
+    before = {path.parent for path in Path(run.layout.paths.output).glob("soups/*/report.json")}
+    report, folder = make_soup(run)
     if folder not in before:
-        track_soup(settings, report, folder)
+        track_soup(run, report, folder)
     console.print()
     for table in tables(report, console.width):
         console.print(table)
@@ -81,7 +100,7 @@ def finish(settings: Settings, failed: Mapping[str, Failed]) -> int:
     for warning in report.warnings:
         console.print(f"[yellow]![/] {escape(warning)}", highlight=False)
     console.print(f"\n[bold]{folder}/[/]  {', '.join(sorted(path.name for path in folder.iterdir()))}", highlight=False)
-    console.print(_how_to_load(settings, report, folder), highlight=False)
+    console.print(_how_to_load(run, report, folder), highlight=False)
     return tell_failures(console, failed)
 
 
@@ -121,8 +140,8 @@ def tell_failures(console: Console, failed: Mapping[str, Failed]) -> int:
     return 3
 
 
-def _how_to_load(settings: Settings, report: Report, folder: Path) -> str:
-    model, path = settings["model"], folder / "soup.safetensors"
+def _how_to_load(run: Run, report: Report, folder: Path) -> str:
+    model, path = run.asked.model, folder / "soup.safetensors"
     if str(model["_target_"]).endswith("timm_model"):
         classes = len(report.lineage["classes"])
         return f"Load it: timm.create_model({model['name']!r}, num_classes={classes}, checkpoint_path='{path}')"

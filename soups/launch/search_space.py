@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -35,23 +35,50 @@ def parse_space(space: Mapping[str, Any]) -> dict[str, Override]:
     return parsed
 
 
-def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Override], set[str]]:
+class Arguments(NamedTuple):
+    """Command-line overrides of a sweep.
+
+    Attributes:
+        fixed: those that hold for every ingredient, as given.
+        swept: the sweeping ones, by the key that they sweep.
+        keys: of the fixed ones.
+    """
+
+    fixed: list[str]
+    swept: dict[str, Override]
+    keys: set[str]
+
+
+_SPACE = "sweep.space."
+
+
+def split_arguments(arguments: Sequence[str]) -> Arguments:
     """Split command-line overrides into those that hold for every ingredient and those that sweep.
 
-    Returns:
-        The fixed overrides as given, the sweeping ones by key, and the keys of the fixed ones.
+    A sweep of an entry of the search space replaces the entry: `sweep.space.optimizer.lr=interval(1e-5, 1e-4)` sweeps
+    `optimizer.lr`, as the same text in quotes does.
+
+    Raises:
+        ConfigError: an entry of the search space and its key are both given, so that one of them would be ignored.
     """
     fixed: list[str] = []
     sweeping: dict[str, Override] = {}
     keys: set[str] = set()
     parsed = OverridesParser.create().parse_overrides(list(arguments))
     for text, override in zip(arguments, parsed, strict=True):
+        key = override.get_key_element().lstrip("+~")
         if override.is_sweep_override():
-            sweeping[override.get_key_element().lstrip("+~")] = override
+            sweeping[key.removeprefix(_SPACE)] = override
         else:
             fixed.append(text)
-            keys.add(override.get_key_element().lstrip("+~"))
-    return fixed, sweeping, keys
+            keys.add(key)
+    entries = {one.get_key_element().lstrip("+~") for one in parsed}
+    for key in sorted(entries):
+        if key.startswith(_SPACE) and (plain := key.removeprefix(_SPACE)) in entries:
+            raise ConfigError(
+                f"{key} would be ignored: {plain} is given too, and wins over the search space. Keep one."
+            )
+    return Arguments(fixed, sweeping, keys)
 
 
 def expand(space: Mapping[str, Override], method: str, size: int, seed: int) -> list[list[str]]:

@@ -73,13 +73,13 @@ def build_network(settings: Settings, num_classes: int) -> Network:
     return network
 
 
-def configuration_of(settings: Settings) -> Configuration:
-    """Return the settings as one typed configuration.
+def configuration_of(config: DictConfig) -> Configuration:
+    """Return a composed configuration, resolved, typed and checked.
 
     Raises:
-        ConfigError: an unknown setting, or a value that is not allowed.
+        ConfigError: a value is missing, or a name or value is not allowed.
     """
-    return read_configuration(settings)
+    return read_configuration(resolve(config))
 
 
 def fit_of(settings: Settings) -> FitSpec:

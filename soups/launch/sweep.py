@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,25 +15,18 @@ from rich.console import Console
 from rich.text import Text
 
 from soups.errors import ConfigError, RunError, SoupError
+from soups.fitting.environment import refuse_sweeps_in_ranks
+from soups.fitting.quiet import quiet
+from soups.fitting.run import Run, run_of, shared
 from soups.fitting.spec import fingerprint
 from soups.launch.app import Failed, finish, leave, reasons
-from soups.launch.cook import check_options
-from soups.launch.members import refuse_foreign
+from soups.launch.hydra_errors import check_hydra, keys_of, unknown_setting
+from soups.launch.ignored import refuse_ignored, refuse_swept_layout
 from soups.launch.progress import SweepProgress
-from soups.launch.quiet import quiet
 from soups.launch.search_space import expand, parse_space, split_arguments
-from soups.launch.settings import (
-    Settings,
-    UserError,
-    build_splits,
-    check,
-    fit_of,
-    from_elsewhere,
-    open_pool,
-    refuse_sweeps_in_ranks,
-    resolve,
-)
-from soups.launch.start import ensure_start
+from soups.launch.settings import UserError, configuration_of
+from soups.soup_making.ingredients import from_elsewhere, refuse_foreign
+from soups.soup_making.soup import options_of_run
 from soups.stores.pool import Ingredient, Pool
 
 
@@ -58,13 +51,19 @@ def run_sweep(
     quiet()
     try:
         refuse_sweeps_in_ranks()
+        check_hydra(config.hydra)
         fixed, points = plan(config, arguments)
-        settings, wanted = compose(config, context, fixed, points)
-        check_options(settings)
-        refuse_foreign(settings)
-        pool = open_pool(settings)
-        results, failed = ([], {}) if from_elsewhere(settings) else run_missing(pool, wanted, launcher)
-        code = finish(settings, failed)
+        run = run_of(configuration_of(compose_one(context.config_loader.load_sweep_config, config, fixed)))
+        options = options_of_run(run)
+        refuse_ignored(arguments, run.configuration, lambda: run.splits)
+        with shared(run):
+            if from_elsewhere(run):
+                results, failed = [], {}
+            else:
+                wanted = wanted_ingredients(run, config, context, fixed, points)
+                refuse_foreign(run, options)
+                results, failed = run_missing(run.pool, wanted, launcher)
+            code = finish(run, failed)
     except SoupError as error:
         raise UserError(f"\n{error}") from error
     leave(code)
@@ -82,6 +81,8 @@ def compose_one(
     try:
         composed = load(config, overrides)
     except HydraException as error:
+        if found := unknown_setting(error):
+            raise found from error
         reason = " ".join(str(part) for part in (error, error.__cause__) if part)
         raise ConfigError(
             f"A setting of the sweep does not exist: {reason} Check sweep.space and the command line for a misspelt "
@@ -104,7 +105,10 @@ def plan(config: DictConfig, arguments: Sequence[str]) -> tuple[list[str], list[
     if unknown:
         raise ConfigError(f"sweep.{min(unknown)} is unknown; there are sweep.method, .size, .seed and .space.")
     fixed, swept, given = split_arguments(arguments)
-    space = parse_space({key: text for key, text in _leaves(sweep["space"] or {}) if key not in given})
+    # An entry that was swept itself is in the configuration as Hydra's description of that sweep.
+    replaced = {key for key in swept if f"sweep.space.{key}" in keys_of(arguments)}
+    entries = _leaves(sweep["space"] or {}, replaced)
+    space = parse_space({key: text for key, text in entries if key not in given})
     space.update(swept)
     if not isinstance(sweep["size"], int) or sweep["size"] < 0:
         raise ConfigError(f"sweep.size={sweep['size']} must be a whole number of at least 0.")
@@ -113,45 +117,53 @@ def plan(config: DictConfig, arguments: Sequence[str]) -> tuple[list[str], list[
     return fixed, expand(space, sweep["method"], sweep["size"], int(sweep["seed"]))
 
 
-def _leaves(space: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(space: Mapping[str, Any], left_out: Container[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield a nested search space as dotted keys and their texts; null takes a key out."""
-    for key, value in space.items():
+    for name, value in space.items():
+        key = f"{prefix}{name}"
+        if key in left_out:
+            continue
         if isinstance(value, Mapping):
-            yield from _leaves(cast(Mapping[str, Any], value), f"{prefix}{key}.")
+            yield from _leaves(cast(Mapping[str, Any], value), left_out, f"{key}.")
         elif value is not None:
-            yield f"{prefix}{key}", value
+            yield key, value
 
 
-def compose(
-    config: DictConfig, context: HydraContext, fixed: list[str], points: list[list[str]]
-) -> tuple[Settings, list[Wanted]]:
-    """Compose each ingredient's configuration, and from it the fingerprint.
+def wanted_ingredients(
+    run: Run, config: DictConfig, context: HydraContext, fixed: list[str], points: list[list[str]]
+) -> list[Wanted]:
+    """Return the ingredients that the points of a search space stand for, each once.
+
+    Every point is checked before anything is computed for the first.
+
+    Args:
+        run: of the settings that all have in common.
+        config: the sweep's, as Hydra composed it.
+        context: Hydra's.
+        fixed: overrides that hold for all.
+        points: overrides of each.
 
     Raises:
-        ConfigError: a key of the search space does not exist, or a value does not fit.
+        ConfigError: a key of the search space does not exist, decides no weights, or would give ingredients that cannot be
+            averaged; or a value does not fit.
     """
-
-    def settings_of(overrides: list[str]) -> Settings:
-        return resolve(compose_one(context.config_loader.load_sweep_config, config, overrides))
-
-    settings = settings_of(fixed)
-    check(settings)
-    if from_elsewhere(settings):  # those are cooked as they are
-        return settings, []
-    splits = build_splits(settings)
-    start, _ = ensure_start(settings, splits)
+    keys = list(dict.fromkeys(text.partition("=")[0].lstrip("+") for point in points for text in point))
+    refuse_swept_layout(keys, run.configuration)
+    refuse_ignored([f"{key}=null" for key in keys], run.configuration, lambda: run.splits)
+    load = context.config_loader.load_sweep_config
+    runs = [run_of(configuration_of(compose_one(load, config, [*fixed, *point]))) for point in points]
+    for own, point in zip(runs, points, strict=True):
+        if not own.shares_base_model(run):
+            raise ConfigError(
+                f"An ingredient of this sweep ({label(point)}) would have another base model or other data than the rest, "
+                f"and could not be averaged with them. Sweep settings of the fine-tuning alone; model, data, start, input "
+                f"size and settings of the shared epochs (start.epochs > 0) are the same for all."
+            )
     wanted: dict[str, Wanted] = {}
-    for point in points:
-        own = settings_of([*fixed, *point])
-        check(own)
-        own_start, own_split = start.weights, splits.hash()
-        if any(own[key] != settings[key] for key in ("model", "data", "start", "loader")):
-            own_splits = build_splits(own)
-            own_split = own_splits.hash()
-            own_start = ensure_start(own, own_splits)[0].weights
-        name = fingerprint(fit_of(own).on(split=own_split, base_model=own_start))
+    for own, point in zip(runs, points, strict=True):
+        name = fingerprint(own.spec)
         wanted.setdefault(name, Wanted(name, [*fixed, *point], label(point)))
-    return settings, list(wanted.values())
+    return list(wanted.values())
 
 
 def label(point: Sequence[str]) -> str:

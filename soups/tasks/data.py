@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,9 +29,11 @@ class Samples(ABC):
 
     Attributes:
         labels: int64 (N,).
+        augmented: whether training samples of this kind can be changed at random.
     """
 
     labels: Tensor
+    augmented: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ class Pairs(Samples):
         truth: what the labels should be, where it is known; int64 (N,).
         swapped: which labels were turned round on purpose; bool (N,).
     """
+
+    augmented: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class Texts(Samples):
         texts: N of them.
         labels: int64 (N,), or numbers.
     """
+
+    augmented: ClassVar[bool] = False
 
     def __init__(self, texts: Sequence[str], labels: Tensor | Sequence[int]) -> None:
         self.texts = list(texts)
