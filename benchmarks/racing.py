@@ -75,21 +75,21 @@ def digits(models: int = 32) -> Task:
 
 def from_pool(path: Path) -> Task:
     """The ingredients of a pool with the network and held-out split of their settings."""
-    from soups.launch.settings import build_network, build_splits
-    from soups.launch.start import evaluation_batches
+    from soups.fitting.configuration import read_configuration
+    from soups.fitting.run import run_of
+    from soups.fitting.task import evaluation_batches
     from soups.stores.pool import Pool
 
     pool = Pool(path)
     records = sorted(pool.ingredients(), key=lambda record: record.fingerprint)
     if not records:
         raise SystemExit(f"{path} holds no ingredients; make some with train.py.")
-    settings = records[0].config
-    splits = build_splits(settings)
-    network = build_network({**settings, "model": {**settings["model"], "pretrained": False}}, len(splits.classes))
+    run = run_of(read_configuration(records[0].config))
+    splits, network, loader = run.splits, run.network, run.layout.loader
     return Task(
-        f"{settings['model']['name']}, {len(records)} candidates, {len(splits.heldout)} held-out samples",
+        f"{run.asked.model['name']}, {len(records)} candidates, {len(splits.heldout)} held-out samples",
         network.module,
-        list(evaluation_batches(settings, splits.heldout, network)),
+        evaluation_batches(splits.heldout, network, run.asked.loader.size, loader),
         {record.short: lambda name=record.fingerprint: pool.weights(name) for record in records},
     )
 

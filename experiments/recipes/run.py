@@ -30,11 +30,15 @@ from torch import Tensor
 from soups.evaluation import decompose, ensemble, negative_flip_rate, ood_mean, score
 from soups.evaluation.diversity import locality
 from soups.evaluation.statistics import wilson
-from soups.launch.kitchen import Kitchen, LazyWeights
-from soups.launch.members import choose_members, open_ingredients, origin_of
-from soups.launch.settings import build_splits, resolve
-from soups.launch.start import device_for
+from soups.fitting.run import run_of
+from soups.launch.settings import configuration_of
 from soups.recipes import Soup
+from soups.soup_making.evaluator import SoupEvaluator
+from soups.soup_making.ingredients import choose_ingredients, open_ingredients, reference_of
+from soups.soup_making.models import LazyWeights
+from soups.soup_making.options import SoupOptions
+from soups.soup_making.selection import run_recipe
+from soups.soup_making.soup import options_of_run
 from soups.stores import read_safetensors, write_safetensors
 from soups.stores.files import fingerprint, write_json, write_text
 from soups.weights import hash_weights
@@ -62,7 +66,7 @@ RECIPES: list[tuple[str, str, dict[str, Any]]] = [
 SHOWN = "WiSE-FT, uniform"
 
 
-def prepare(repeat: int, output: Path, extra: list[str]) -> tuple[Kitchen, list[Any], Any]:
+def prepare(repeat: int, output: Path, extra: list[str]) -> tuple[SoupEvaluator, list[Any], Any]:
     """Make the sweep of one repeat, or find it; return what recipes work with."""
     place = output / f"repeat-{repeat}"
     overrides = [
@@ -71,12 +75,11 @@ def prepare(repeat: int, output: Path, extra: list[str]) -> tuple[Kitchen, list[
     ]  # fmt: skip
     subprocess.run([sys.executable, "train.py", "+soup=greedy", *overrides], cwd=ROOT, check=True)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        settings = resolve(compose("train", ["+soup=wise_ft", *overrides]))
-    torch.set_num_threads(int(settings["trainer"].get("threads") or 1))
-    splits = build_splits(settings)
-    pool = open_ingredients(settings, splits)
-    members, _ = choose_members(settings, pool, splits)
-    return Kitchen(settings, pool, device_for(settings), True), members, origin_of(settings, splits)
+        run = run_of(configuration_of(compose("train", ["+soup=wise_ft", *overrides])))
+    torch.set_num_threads(run.layout.devices.threads or 1)
+    options, pool = options_of_run(run), open_ingredients(run)
+    ingredients = choose_ingredients(run, options, pool).ingredients
+    return SoupEvaluator(run, options, pool), ingredients, reference_of(run, options)
 
 
 def resident(key: str) -> float:
@@ -86,7 +89,7 @@ def resident(key: str) -> float:
 
 
 def run_alone(
-    kitchen: Kitchen,
+    evaluator: SoupEvaluator,
     members: list[Any],
     origin: Any,
     recipe: str,
@@ -97,8 +100,10 @@ def run_alone(
     """Run one recipe in this process and leave its soup and its cost at `place`."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before, began = resident("VmRSS"), time.perf_counter()
-    soup = kitchen.run(recipe, kitchen.candidates(members), options, origin)
-    cost = {"seconds": time.perf_counter() - began, "peak": resident("VmHWM") - before, "evaluations": kitchen.asked}
+    section = {"recipe": recipe, "metric": evaluator.metric, **options}
+    evaluator.options = SoupOptions.read(section)
+    soup = run_recipe(evaluator, recipe, evaluator.candidates(members), origin)
+    cost = {"seconds": time.perf_counter() - began, "peak": resident("VmHWM") - before, "evaluations": evaluator.asked}
     save(soup, place, cost, with_path)
 
 
@@ -118,9 +123,9 @@ def save(soup: Soup, place: Path, cost: dict[str, Any], with_path: bool) -> None
 
 def study(repeat: int, output: Path, extra: list[str]) -> dict[str, Any]:
     """Return everything measured on one repeat."""
-    kitchen, members, origin = prepare(repeat, output, extra)
-    splits = ["heldout", *kitchen.splits.reported()]
-    kitchen.heldout_batches()  # before the forks, so that loading counts for none
+    evaluator, members, origin = prepare(repeat, output, extra)
+    splits = ["heldout", *evaluator.run.splits.reported()]
+    evaluator.heldout_batches()  # before the forks, so that loading counts for none
     identity = fingerprint(sorted(record.weights for record in members))[:8]
     found: dict[str, Any] = {}
     for name, recipe, options in RECIPES:
@@ -128,7 +133,7 @@ def study(repeat: int, output: Path, extra: list[str]) -> dict[str, Any]:
         if not (place / "result.json").exists():
             place.mkdir(parents=True, exist_ok=True)
             process = multiprocessing.get_context("fork").Process(
-                target=run_alone, args=(kitchen, members, origin, recipe, options, place, name == SHOWN)
+                target=run_alone, args=(evaluator, members, origin, recipe, options, place, name == SHOWN)
             )
             process.start()
             process.join()
@@ -140,9 +145,9 @@ def study(repeat: int, output: Path, extra: list[str]) -> dict[str, Any]:
             flush=True,
         )
 
-    pool = kitchen.pool
+    pool = evaluator.pool
     models: dict[str, Any] = {
-        "shared start": (origin.weights, origin.load),
+        "shared start": (origin.weights_hash, origin.load),
         **{record.short: (record.weights, lambda n=record.fingerprint: pool.weights(n)) for record in members},
     }
     for name, result in found.items():
@@ -158,12 +163,12 @@ def study(repeat: int, output: Path, extra: list[str]) -> dict[str, Any]:
     logits: dict[str, dict[str, Tensor]] = {name: {} for name in models}
     for split in splits:
         for name, (weights_hash, load) in models.items():
-            logits[name][split] = kitchen.logits(LazyWeights(load), split, weights_hash)
+            logits[name][split] = evaluator.logits(LazyWeights(load), split, weights_hash)
     names = [record.short for record in members]
     logits["logit ensemble"] = {split: ensemble([logits[name][split] for name in names]) for split in splits}
-    best = max(members, key=lambda record: kitchen.sign * record.heldout(kitchen.metric)).short
+    best = max(members, key=lambda record: evaluator.sign * record.heldout(evaluator.metric)).short
     logits["best single"] = logits[best]
-    labels = {split: kitchen.labels(split) for split in splits}
+    labels = {split: evaluator.labels(split) for split in splits}
     accuracy = {
         name: {split: score(values[split], labels[split]).accuracy for split in splits}
         for name, values in logits.items()

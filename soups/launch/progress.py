@@ -14,9 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from soups.errors import StorageError
 from soups.fitting.progress import LOCAL, REMOTE
-from soups.fitting.progress import History as History
-from soups.fitting.progress import ReportProgress as ReportProgress
-from soups.fitting.progress import StepFile as StepFile
 from soups.stores.pool import Failure, Ingredient, Pool
 
 

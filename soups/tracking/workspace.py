@@ -1,6 +1,6 @@
 """The W&B dashboard as code: the same panels for everyone in a team, saved by one command.
 
-Panels name only what `soups.tracking` and `soups.launch.tracking` log; a test reads runs back and compares.
+Panels name only what `soups.tracking`, `soups.fitting.tracking` and `soups.soup_making.tracking` log; a test reads runs back and compares.
 """
 
 from __future__ import annotations

@@ -12,7 +12,17 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from soups.launch.settings import Settings, resolve
+from soups.fitting.configuration import LoaderLayout, read_configuration
+from soups.fitting.ingredient import fine_tune as fine_tune_run
+from soups.fitting.run import Run, run_of
+from soups.fitting.task import evaluation_batches
+from soups.launch.settings import Settings, open_pool, resolve
+from soups.reporting import Report
+from soups.soup_making.ingredients import choose_ingredients
+from soups.soup_making.options import SoupOptions
+from soups.soup_making.soup import make_soup
+from soups.stores.pool import Ingredient, Pool
+from soups.tasks.network import Network
 from tests.devices import ACCELERATOR
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +64,33 @@ def compose_settings(overrides: list[str]) -> Settings:
     """Compose and resolve the repository's configuration."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return resolve(compose("train", overrides))
+
+
+def run_with(settings: Settings) -> Run:
+    """The run of some settings, checked."""
+    return run_of(read_configuration(settings))
+
+
+def fine_tune(settings: Settings) -> Ingredient:
+    """Fine-tune in this process, without a display."""
+    return fine_tune_run(run_with(settings), show_progress=False)
+
+
+def soup_of(settings: Settings) -> tuple[Report, Path]:
+    """Make the soup of some settings."""
+    return make_soup(run_with(settings))
+
+
+def chosen(settings: Settings, pool: Pool | None = None) -> list[Ingredient]:
+    """The ingredients that the settings' soup is made of."""
+    options = SoupOptions.read(settings["soup"])
+    return choose_ingredients(run_with(settings), options, pool or open_pool(settings)).ingredients
+
+
+def heldout_batches(settings: Settings, network: Network) -> list:
+    """The held-out split of some settings."""
+    loader = LoaderLayout(eval_batch_size=settings["loader"]["eval_batch_size"])
+    return evaluation_batches(run_with(settings).splits.heldout, network, settings["loader"]["size"], loader)
 
 
 def read_run(folder: Path, *options: str) -> str:

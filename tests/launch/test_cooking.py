@@ -13,20 +13,18 @@ from torch.optim.swa_utils import update_bn
 
 from soups.errors import ConfigError, StorageError, WeightsError
 from soups.evaluation import predict, score
-from soups.launch.cook import check_options, cook
-from soups.launch.fine_tune import fine_tune
-from soups.launch.members import empty_network
-from soups.launch.settings import Settings, build_splits, check, open_pool
-from soups.launch.start import ensure_start, evaluation_batches
+from soups.fitting.configuration import read_configuration
+from soups.launch.settings import Settings, open_pool
 from soups.merging import make_method
 from soups.merging import merge as merge_models
 from soups.recipes import RECIPES, candidates, greedy
 from soups.reporting import Page, Report
+from soups.soup_making.options import SoupOptions
 from soups.stores import read_safetensors, write_safetensors
 from soups.stores.pool import Pool
 from soups.tasks.data import ShuffledBatches
 from tests.devices import ACCELERATOR
-from tests.launch.conftest import compose_settings
+from tests.launch.conftest import compose_settings, fine_tune, heldout_batches, run_with, soup_of
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +39,14 @@ def base(overrides: list[str], shared: Path, tmp_path: Path) -> list[str]:
     own = [text for text in overrides if not text.startswith("pool.path")] + [f"pool.path={shared}/pool"]
     if not (shared / "done").exists():
         for seed in range(3):
-            fine_tune(compose_settings([*own, f"seed={seed}", "optimizer.lr=2e-3"]), show_progress=False)
+            fine_tune(compose_settings([*own, f"seed={seed}", "optimizer.lr=2e-3"]))
         (shared / "done").touch()
     return own
 
 
 def cooked(base: list[str], *more: str) -> tuple[Report, Path, Settings]:
     settings = compose_settings([*base, *more])
-    report, folder = cook(settings)
+    report, folder = soup_of(settings)
     return report, folder, settings
 
 
@@ -100,7 +98,7 @@ def test_every_recipe_by_configuration(recipe: str, options: list[str], base: li
             if tensor.is_floating_point():
                 exact = sum(s * model[name].double() for s, model in zip(shares, members, strict=True))
                 assert torch.allclose(tensor.double(), exact, atol=1e-7), name
-    again, same = cook(settings)
+    again, same = soup_of(settings)
     assert again == report and same == folder, "a finished soup is found"
 
 
@@ -116,13 +114,13 @@ def test_a_merge_method_with_candidates_ends_in_the_same_report(base: list[str])
     assert report.soup == "merge soup" and row.accuracy["heldout"] == pytest.approx(best["score"])
     assert row.note == f"ties of 3, density 0.5, scale {best['parameters']['scale']}"
     pool = open_pool(settings)
-    _, start = ensure_start(settings, build_splits(settings))
+    start = run_with(settings).base_model.weights
     expected = merge_models(
         make_method("ties", **best["parameters"]), [pool.weights(name) for name in report.members], base=start
     )
     soup = read_safetensors(folder / "soup.safetensors")
     assert all(torch.equal(soup[name], expected[name]) for name in soup)
-    assert cook(settings)[1] == folder
+    assert soup_of(settings)[1] == folder
     with pytest.raises(ConfigError, match="did you mean 'density'"):
         cooked(base, "+soup=merge", "+soup.parameters.densty=0.1")
     with pytest.raises(ConfigError, match="did you mean 'ties'"):
@@ -230,7 +228,7 @@ def test_what_does_not_fit_is_named(base: list[str], elsewhere: Path, tmp_path: 
     with pytest.raises(StorageError, match="holds no checkpoints"):
         cooked(from_folder(base, tmp_path / "empty"))
     with pytest.raises(ConfigError, match="never added to"):
-        check(compose_settings([text for text in from_folder(base, elsewhere) if text != "+soup=greedy"]))
+        read_configuration(compose_settings([text for text in from_folder(base, elsewhere) if text != "+soup=greedy"]))
 
 
 def test_another_order_of_the_classes(base: list[str], elsewhere: Path) -> None:
@@ -243,7 +241,7 @@ def test_another_order_of_the_classes(base: list[str], elsewhere: Path) -> None:
 def test_ten_held_out_images_are_warned_of(overrides: list[str]) -> None:
     few = [*overrides, "data.heldout=0.08", "+soup=greedy"]
     for seed in range(2):
-        fine_tune(compose_settings([*few, f"seed={seed}"]), show_progress=False)
+        fine_tune(compose_settings([*few, f"seed={seed}"]))
     report, _, _ = cooked(few)
     assert report.splits["heldout"] == 9
     assert any("held-out split has 9 samples" in warning for warning in report.warnings)
@@ -282,8 +280,8 @@ def test_batchnorm_statistics_of_a_soup_are_averaged_with_a_warning_or_measured(
     measured, _, used = cooked([*folder, "soup.batchnorm=reestimate", "soup.batchnorm_batches=3"])
     _, other, _ = cooked([*uniform, "+soup=uniform", "soup.batchnorm=reestimate", "soup.batchnorm_batches=3"])
     # The same by PyTorch's own function.
-    splits = build_splits(used)
-    network = empty_network(used, splits)
+    splits = run_with(used).splits
+    network = run_with(used).network
     network.module.load_state_dict({**average, **{k: v for k, v in models[0].items() if not v.is_floating_point()}})
     dataset = network.input.dataset(splits.train, 32)
     batches = [dataset[keys][0] for keys in list(ShuffledBatches(len(splits.train), 8, 0))[:3]]
@@ -292,7 +290,7 @@ def test_batchnorm_statistics_of_a_soup_are_averaged_with_a_warning_or_measured(
     found, expected = read_safetensors(other / "soup.safetensors"), network.module.state_dict()
     for key in expected:
         assert torch.allclose(found[key].float(), expected[key].float(), rtol=near, atol=near / 100), key
-    logits = predict(network.module, evaluation_batches(used, splits.heldout, network))
+    logits = predict(network.module, heldout_batches(used, network))
     exact = score(logits, splits.heldout.labels)
     assert measured.row("uniform soup").loss["heldout"] == pytest.approx(exact.loss, rel=near)
     assert measured.steps[1].soup_score == pytest.approx(exact.loss, rel=near), "candidates are scored with them too"
@@ -306,8 +304,8 @@ def test_batchnorm_statistics_of_a_soup_are_averaged_with_a_warning_or_measured(
     assert cooked(folder)[1] == place
     for wrong in ("soup.batchnorm=measure", "soup.batchnorm_batches=0"):
         with pytest.raises(ConfigError, match=wrong):
-            check_options(compose_settings([*folder, wrong]))
-    like = empty_network(used, splits).module.state_dict()
+            SoupOptions.read(compose_settings([*folder, wrong])["soup"])
+    like = run_with(used).network.module.state_dict()
     with pytest.warns(UserWarning, match="BatchNorm's running statistics differ"):
         candidates(tmp_path / "ckpts", like, lambda weights: 0.0)
 
@@ -315,11 +313,11 @@ def test_batchnorm_statistics_of_a_soup_are_averaged_with_a_warning_or_measured(
 def test_unknown_options_are_named(base: list[str]) -> None:
     settings = compose_settings([*base, "+soup=uniform", "+soup.tie=paper"])
     with pytest.raises(ConfigError, match=r"soup\.tie is no option of the recipe uniform"):
-        check_options(settings)
+        SoupOptions.read(settings["soup"])
     with pytest.raises(MissingConfigException):  # what all recipes have in common is no choice of its own
         compose_settings([*base, "+soup=base"])
     with pytest.raises(ConfigError, match=r"soup\.selection=all"):
-        check_options(compose_settings([*base, "+soup=diwa", "soup.selection=all"]))
+        SoupOptions.read(compose_settings([*base, "+soup=diwa", "soup.selection=all"])["soup"])
 
 
 def test_plain_functions_on_the_same_folder(base: list[str], elsewhere: Path) -> None:

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from soups.launch.fine_tune import fine_tune
 from soups.launch.settings import open_pool
 from soups.stores import read_safetensors
 from soups.stores.pool import Ingredient, Pool
 from soups.weights import mean
-from tests.launch.conftest import SWEEP, compose_settings
+from tests.launch.conftest import SWEEP, compose_settings, fine_tune
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -68,11 +67,11 @@ def test_mixed_precision_leaves_an_average_in_float32(precision: str, overrides:
         *overrides, "trainer.accelerator=gpu", f"trainer.precision={precision}", "callbacks=[ema]",
         "ingredient.weights=ema",
     ])  # fmt: skip
-    record = fine_tune(settings, show_progress=False)
+    record = fine_tune(settings)
     weights = open_pool(settings).weights(record.fingerprint, verify=True)
     assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float32}
     plain = compose_settings([*overrides, "trainer.accelerator=cpu", "callbacks=[ema]", "ingredient.weights=ema"])
-    exact = open_pool(plain).weights(fine_tune(plain, show_progress=False).fingerprint)
+    exact = open_pool(plain).weights(fine_tune(plain).fingerprint)
     for name, tensor in exact.items():
         # a step moves a weight by at most the rate, 1e-3; in float16 the first ones are skipped until the scale fits
         assert torch.allclose(weights[name].float(), tensor.float(), rtol=0, atol=2e-2), name
@@ -84,7 +83,7 @@ def test_fits_in_one_process_leave_no_memory_behind(overrides: list[str]) -> Non
     used = []
     for seed in range(3):
         settings = compose_settings([*overrides, "trainer.accelerator=gpu", f"seed={seed}", "callbacks=[ema,lawa]"])
-        fine_tune(settings, show_progress=False)
+        fine_tune(settings)
         gc.collect()
         used.append(torch.cuda.memory_allocated())
     assert used[2] <= used[0] + (1 << 20), used

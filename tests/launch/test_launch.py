@@ -15,23 +15,15 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from soups.errors import ConfigError, WeightsError
 from soups.fitting import spec as fitting
+from soups.fitting.configuration import Devices, read_configuration
+from soups.fitting.environment import device_count
 from soups.fitting.schema import build
-from soups.launch.cook import check_options, cook
-from soups.launch.fine_tune import fine_tune
-from soups.launch.members import choose_members
 from soups.launch.progress import SweepProgress
-from soups.launch.settings import (
-    Settings,
-    build_splits,
-    check,
-    device_count,
-    fit_of,
-    open_pool,
-)
-from soups.launch.start import ensure_probe, ensure_start
+from soups.launch.settings import Settings, open_pool
+from soups.soup_making.options import SoupOptions
 from soups.stores import read_safetensors
 from soups.stores.pool import Failure, Ingredient, Pool
-from tests.launch.conftest import compose_settings
+from tests.launch.conftest import chosen, compose_settings, fine_tune, run_with, soup_of
 
 
 def changed(settings: Settings, key: str, value: object) -> Settings:
@@ -45,7 +37,7 @@ def changed(settings: Settings, key: str, value: object) -> Settings:
 
 
 def fingerprint(settings: Settings) -> str:
-    return fitting.fingerprint(fit_of(settings).on(split="split", base_model="start"))
+    return fitting.fingerprint(read_configuration(settings).fit.on(split="split", base_model="start"))
 
 
 @pytest.mark.parametrize(
@@ -73,34 +65,35 @@ def test_where_it_runs_is_not(settings: Settings, key: str, value: object) -> No
 
 
 def test_the_start_is_made_once_and_shared(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    start, weights = ensure_start(settings)
-    probe, _ = ensure_probe(settings, build_splits(settings))
+    run = run_with(settings)
+    start, weights, probe = run.base_model.record, run.base_model.weights, run.probe.record
     assert start.notes["linear_probe"] == probe.fingerprint and start.weights != probe.weights
-    monkeypatch.setattr("soups.launch.start.train", lambda *a, **k: pytest.fail("trained twice"))
-    monkeypatch.setattr("soups.launch.start.linear_probe", lambda *a, **k: pytest.fail("probed twice"))
+    monkeypatch.setattr("soups.fitting.base_model.train", lambda *a, **k: pytest.fail("trained twice"))
+    monkeypatch.setattr("soups.fitting.base_model.linear_probe", lambda *a, **k: pytest.fail("probed twice"))
     for key, value in (("optimizer.lr", 1e-3), ("seed", 9), ("task.label_smoothing", 0.3), ("trainer.devices", 2)):
-        again, same = ensure_start(changed(settings, key, value))
+        found = run_with(changed(settings, key, value)).base_model
+        again, same = found.record, found.weights
         assert again == start
         assert all(torch.equal(same[name], weights[name]) for name in weights)
 
 
 def test_fine_tuning_starts_at_the_start_and_freezes_batchnorm(settings: Settings) -> None:
-    _, start = ensure_start(settings)
-    still = fine_tune(changed(settings, "optimizer.lr", 1e-20), show_progress=False)
+    start = run_with(settings).base_model.weights
+    still = fine_tune(changed(settings, "optimizer.lr", 1e-20))
     pool = open_pool(settings)
     weights = pool.weights(still.fingerprint)
     assert all(torch.allclose(weights[name].float(), start[name].float(), rtol=0, atol=1e-6) for name in start)
-    moved = fine_tune(settings, show_progress=False)
+    moved = fine_tune(settings)
     weights = pool.weights(moved.fingerprint)
     running = [name for name in start if "running" in name]
     assert running and all(torch.equal(weights[name], start[name]) for name in running)
     assert any(not torch.equal(weights[name], start[name]) for name in start if name not in running)
-    assert fine_tune(settings, show_progress=False) == moved
+    assert fine_tune(settings) == moved
 
 
 def test_foreign_ingredients_are_refused_by_name_or_skipped(settings: Settings) -> None:
     pool = open_pool(settings)
-    mine = fine_tune(settings, show_progress=False)
+    mine = fine_tune(settings)
     weights = pool.weights(mine.fingerprint)
     other = mine.model_copy(update={"fingerprint": "b" * 64, "start": "elsewhere"})
     pool.add(other, weights)
@@ -111,38 +104,38 @@ def test_foreign_ingredients_are_refused_by_name_or_skipped(settings: Settings) 
     )
     pool.add(split, weights)
     with pytest.raises(WeightsError) as caught:
-        choose_members(settings, pool)
+        chosen(settings, pool)
     text = str(caught.value)
     assert text.startswith("3 of the 4 ingredients")
     assert "bbbbbbbb: another start" in text
     assert "cccccccc: another architecture (1 unexpected ('extra.weight'))" in text
     assert "dddddddd: another split (data.split_seed: 5 there, 0 here)" in text
     skipping = changed(settings, "soup.foreign", "skip")
-    assert [record.fingerprint for record in choose_members(skipping, pool)[0]] == [mine.fingerprint]
+    assert [record.fingerprint for record in chosen(skipping, pool)] == [mine.fingerprint]
     excluding = changed(settings, "soup.exclude", ["bbbb", "c" * 64, "dddddddd"])
-    assert [record.fingerprint for record in choose_members(excluding, pool)[0]] == [mine.fingerprint]
-    report, folder = cook(skipping)
+    assert [record.fingerprint for record in chosen(excluding, pool)] == [mine.fingerprint]
+    report, folder = soup_of(skipping)
     assert report.members == [mine.fingerprint] and (folder / "soup.safetensors").is_file()
 
 
 def test_cooking_mistakes(settings: Settings) -> None:
     with pytest.raises(ConfigError, match=r"soup\.recipe=gredy: did you mean 'greedy'"):
-        cook(changed(settings, "soup.recipe", "gredy"))
-    with pytest.raises(ConfigError, match="holds no ingredients to cook"):
-        cook(settings)
+        soup_of(changed(settings, "soup.recipe", "gredy"))
+    with pytest.raises(ConfigError, match="holds no ingredients to average"):
+        soup_of(settings)
 
 
 def test_settings_mistakes(settings: Settings, overrides: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"optimizer\.name=adam must be adamw or sgd"):
-        check(changed(settings, "optimizer.name", "adam"))
+        read_configuration(changed(settings, "optimizer.name", "adam"))
     with pytest.raises(ConfigError, match=r"loader\.size=many must be a positive whole number"):
-        check(changed(settings, "loader.size", "many"))
+        read_configuration(changed(settings, "loader.size", "many"))
     with pytest.raises(ConfigError, match=r"data\.rot is no setting of .*did you mean 'root'"):
         build({**settings["data"], "rot": 1}, "data")
     with pytest.raises(ConfigError, match="cannot be imported"):
         build({"_target_": "soups.nowhere.f"}, "data")
     with pytest.raises(ConfigError, match=r"trainer\.devices=some must be"):
-        device_count(changed(settings, "trainer.devices", "some"))
+        device_count(Devices(devices="some"))
     with pytest.raises(ConfigError, match=r"data\.root has no value: give it on the command line"):
         compose_settings([*[text for text in overrides if not text.startswith("data.root")]])
 
@@ -163,10 +156,10 @@ def test_every_configuration_composes() -> None:
     for path in (conf / "soup").glob("*.yaml"):
         if path.stem != "base":
             settings = compose_settings([f"+soup={path.stem}"])
-            check_options(settings)
-            chosen = settings["soup"]
-            assert chosen["recipe"] == path.stem or (chosen["recipe"], chosen["method"]) == ("merge", path.stem)
-            assert chosen["metric"] == "accuracy"
+            SoupOptions.read(settings["soup"])
+            soup = settings["soup"]
+            assert soup["recipe"] == path.stem or (soup["recipe"], soup["method"]) == ("merge", path.stem)
+            assert soup["metric"] == "accuracy"
 
 
 def test_progress_is_read_from_the_pool(tmp_path: Path) -> None:
@@ -234,20 +227,20 @@ def test_a_log_file_gets_the_time_left_and_failures_at_once(tmp_path: Path) -> N
 
 def test_an_ingredient_can_be_an_average_of_its_run(settings: Settings, overrides: list[str]) -> None:
     longer = [*overrides, "+soup=greedy", "trainer.max_epochs=2", "callbacks=[ema,lawa]", "callbacks.ema.half_life=5st"]
-    raw = fine_tune(compose_settings(longer), show_progress=False)
-    ema = fine_tune(compose_settings([*longer, "ingredient.weights=ema"]), show_progress=False)
+    raw = fine_tune(compose_settings(longer))
+    ema = fine_tune(compose_settings([*longer, "ingredient.weights=ema"]))
     pool = open_pool(settings)
     assert raw.fingerprint != ema.fingerprint
     first, second = pool.weights(raw.fingerprint), pool.weights(ema.fingerprint)
-    _, start = ensure_start(settings)
+    start = run_with(settings).base_model.weights
     name = next(name for name, tensor in first.items() if name.endswith("conv_stem.weight"))
     # The average lies between the start and the end of the same run, and is not its end.
     assert not torch.equal(first[name], second[name])
     assert (second[name] - start[name]).norm() < (first[name] - start[name]).norm()
-    plain = fine_tune(compose_settings([*overrides, "trainer.max_epochs=2"]), show_progress=False)
+    plain = fine_tune(compose_settings([*overrides, "trainer.max_epochs=2"]))
     assert plain.weights == raw.weights, "watching a run does not change it"
     with pytest.raises(ConfigError, match=r"ingredient\.weights=emma, .* did you mean 'ema'"):
-        fine_tune(compose_settings([*longer, "ingredient.weights=emma"]), show_progress=False)
+        fine_tune(compose_settings([*longer, "ingredient.weights=emma"]))
 
 
 @pytest.mark.parametrize("library", ["torchvision", "huggingface"])
@@ -266,8 +259,8 @@ def test_other_libraries_by_configuration(library: str, overrides: list[str], tm
     base = [text for text in overrides if not text.startswith("model")]
     settings = compose_settings([*base, *choice, "+soup=uniform"])
     for seed in (0, 1):
-        fine_tune(changed(settings, "seed", seed), show_progress=False)
-    report, folder = cook(settings)
+        fine_tune(changed(settings, "seed", seed))
+    report, folder = soup_of(settings)
     assert len(report.members) == 2
     weights = [open_pool(settings).weights(name) for name in report.members]
     soup = read_safetensors(folder / "soup.safetensors")

@@ -235,7 +235,7 @@ def test_processes_started_outside_make_one_run(launcher: str, overrides: list[s
 
 def test_a_sweep_under_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from soups.errors import RunError
-    from soups.launch.settings import refuse_sweeps_in_ranks
+    from soups.fitting.environment import refuse_sweeps_in_ranks
 
     refuse_sweeps_in_ranks()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")

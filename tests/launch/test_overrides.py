@@ -137,7 +137,7 @@ def test_what_a_sweep_may_vary(key: str, decides: bool) -> None:
 class Context:
     """Hydra's context, as far as sweeps use it: configurations are composed as Hydra does it for a job."""
 
-    class config_loader:  # noqa: N801
+    class config_loader:
         @staticmethod
         def load_sweep_config(config: DictConfig, overrides: list[str]) -> DictConfig:
             return composed(*overrides)

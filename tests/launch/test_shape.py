@@ -5,21 +5,20 @@ from pathlib import Path
 import pytest
 
 from soups.errors import ConfigError
-from soups.launch.cook import check_options, cook
-from soups.launch.fine_tune import fine_tune
 from soups.reporting import Page
 from soups.reporting.page import Curves, Matrix, Scatter
-from tests.launch.conftest import compose_settings
+from soups.soup_making.options import SoupOptions
+from tests.launch.conftest import compose_settings, fine_tune, soup_of
 
 pytestmark = pytest.mark.slow
 
 
 def test_barriers_and_landscape_of_a_small_pool(overrides: list[str], tmp_path: Path) -> None:
     for seed in range(2):
-        fine_tune(compose_settings([*overrides, f"seed={seed}", "optimizer.lr=2e-3"]), show_progress=False)
-    plain, _ = cook(compose_settings([*overrides, "+soup=greedy"]))
+        fine_tune(compose_settings([*overrides, f"seed={seed}", "optimizer.lr=2e-3"]))
+    plain, _ = soup_of(compose_settings([*overrides, "+soup=greedy"]))
     asked = ["soup.barrier=true", "soup.landscape=true", "soup.grid=3", "soup.racing=0"]
-    report, folder = cook(compose_settings([*overrides, "+soup=greedy", *asked]))
+    report, folder = soup_of(compose_settings([*overrides, "+soup=greedy", *asked]))
     assert report.lineage["soup"] == plain.lineage["soup"] and report.members == plain.members
     assert report.seconds["barriers and landscape"] > 0 and "barriers and landscape" not in plain.seconds
 
@@ -43,8 +42,8 @@ def test_barriers_and_landscape_of_a_small_pool(overrides: list[str], tmp_path: 
 
 
 def test_a_pool_too_small_for_a_plane_is_told_of(overrides: list[str]) -> None:
-    fine_tune(compose_settings(overrides), show_progress=False)
-    report, folder = cook(compose_settings([*overrides, "+soup=greedy", "soup.landscape=true", "soup.barrier=true"]))
+    fine_tune(compose_settings(overrides))
+    report, folder = soup_of(compose_settings([*overrides, "+soup=greedy", "soup.landscape=true", "soup.barrier=true"]))
     assert any("landscape was left out. It needs the start and two ingredients" in text for text in report.warnings)
     titles = [part.title for part in Page.load(folder).parts]
     assert "Landscape" not in titles and "From the start to the soup: error" in titles
@@ -53,4 +52,4 @@ def test_a_pool_too_small_for_a_plane_is_told_of(overrides: list[str]) -> None:
 @pytest.mark.parametrize("option", ["soup.racing=1", "soup.racing=yes please", "soup.grid=1"])
 def test_options_that_make_no_sense(overrides: list[str], option: str) -> None:
     with pytest.raises(ConfigError, match=option.split("=")[0].replace(".", r"\.")):
-        check_options(compose_settings([*overrides, "+soup=greedy", option]))
+        SoupOptions.read(compose_settings([*overrides, "+soup=greedy", option])["soup"])

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from soups.launch.cook import COMMON
 from soups.merging import METHODS, make_method
 from soups.recipes import RECIPES, needs_of, options_of
+from soups.soup_making.options import common_options
 
 ROOT = Path(__file__).parents[2]
 # What recipes share, and is none.
@@ -34,7 +34,9 @@ def test_a_recipe_has_its_configuration_and_its_row(name: str) -> None:
     assert recipe is getattr(import_module(f"soups.recipes.{name}"), name), "the function has the module's name"
     section = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "soup" / f"{name}.yaml"))["soup"]  # type: ignore[index]
     assert section.pop("recipe") == name
-    assert {key: value for key, value in section.items() if key not in COMMON} == options_of(recipe), "same defaults"
+    assert {key: value for key, value in section.items() if key not in common_options(name)} == options_of(recipe), (
+        "same defaults"
+    )
     assert ("start" in section) == ("start" in needs_of(recipe))
     assert f"| `soups.recipes.{name}` | `+soup={name}` |" in (ROOT / "README.md").read_text()
     assert f"| `{name}` |" in (ROOT / "soups" / "recipes" / "README.md").read_text(), "a card"

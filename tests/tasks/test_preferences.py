@@ -10,7 +10,6 @@ from transformers import AutoModelForSequenceClassification
 
 from soups.errors import ConfigError, DataError
 from soups.evaluation import forward, predict
-from soups.launch.fine_tune import fine_tune
 from soups.launch.settings import open_pool
 from soups.seeding import generator
 from soups.tasks.images import TensorImages
@@ -20,7 +19,7 @@ from soups.tasks.rated_texts import RatedText
 from soups.tasks.reward_models import reward_model
 from soups.tasks.texts import Texts
 from tests.devices import ACCELERATOR
-from tests.launch.conftest import compose_settings
+from tests.launch.conftest import compose_settings, fine_tune
 from tests.tiny_text import sentences, write_bert
 
 
@@ -160,7 +159,7 @@ def test_a_reward_model_is_fine_tuned_by_the_main_job(tmp_path: Path) -> None:
         "trainer.max_epochs=4", "optimizer.lr=3e-3", f"trainer.accelerator={ACCELERATOR}", "trainer.threads=1", "tracking=off",
         f"pool.path={tmp_path}/pool", f"paths.output={tmp_path}/out",
     ])  # fmt: skip
-    record = fine_tune(settings, show_progress=False)
+    record = fine_tune(settings)
     assert record.heldout() > 0.9
     model = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "bert", num_labels=1, ignore_mismatched_sizes=True

@@ -12,10 +12,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from soups.errors import ConfigError, DataError
 from soups.evaluation import forward, predict
-from soups.launch.cook import cook
-from soups.launch.fine_tune import fine_tune
 from soups.launch.settings import open_pool
-from soups.launch.start import ensure_start
 from soups.stores import read_safetensors
 from soups.tasks.data import OrderedBatches, ShuffledBatches
 from soups.tasks.images import ImageInput, TensorImages
@@ -26,7 +23,7 @@ from soups.tasks.text_files import text_files
 from soups.tasks.text_models import huggingface_text
 from soups.tasks.texts import TextInput, Texts, Tokens, draw
 from tests.devices import ACCELERATOR
-from tests.launch.conftest import compose_settings
+from tests.launch.conftest import compose_settings, fine_tune, run_with, soup_of
 from tests.tiny_text import sentences, tokenizer, write_bert, write_csv, write_gpt2
 
 
@@ -244,14 +241,14 @@ def test_from_a_file_of_texts_to_a_soup(pooling: str, frozen: bool, learned: flo
         "optimizer.lr=3e-3", f"trainer.accelerator={ACCELERATOR}", "trainer.threads=1", "tracking=off",
         f"pool.path={tmp_path}/pool", f"paths.output={tmp_path}/out", "+soup=uniform",
     ])  # fmt: skip
-    _, start = ensure_start(settings)
-    members = [fine_tune({**settings, "seed": seed}, show_progress=False) for seed in (0, 1)]
-    assert fine_tune({**settings, "seed": 1}, show_progress=False) == members[1]
+    start = run_with(settings).base_model.weights
+    members = [fine_tune({**settings, "seed": seed}) for seed in (0, 1)]
+    assert fine_tune({**settings, "seed": 1}) == members[1]
     weights = [open_pool(settings).weights(member.fingerprint) for member in members]
     embeddings = [name for name in start if ".embeddings.word" in name]
     assert embeddings and all(torch.equal(weights[0][name], start[name]) == frozen for name in embeddings)
     assert not torch.equal(weights[0]["classifier.weight"], weights[1]["classifier.weight"])
-    report, folder = cook(settings)
+    report, folder = soup_of(settings)
     soup = read_safetensors(folder / "soup.safetensors")
     for name, tensor in soup.items():
         assert torch.equal(tensor, ((weights[0][name].double() + weights[1][name].double()) / 2).to(tensor.dtype))

@@ -13,6 +13,8 @@ import torch
 from omegaconf import DictConfig
 
 from soups.errors import ConfigError, SoupError, WeightsError
+from soups.fitting.environment import launched_outside, versions
+from soups.fitting.training import ran_on
 from soups.launch.own_program.configuration import Program
 from soups.launch.own_program.direction import check_metric
 from soups.launch.own_program.evaluation import Evaluation
@@ -20,8 +22,6 @@ from soups.launch.own_program.interception import Fit, fits_go_to
 from soups.launch.own_program.module_weights import finished_weights, load_weights, weights_of
 from soups.launch.own_program.resolvers import registering_again
 from soups.launch.own_program.watching import History, ReportProgress
-from soups.launch.settings import launched_outside, versions
-from soups.launch.training import layout
 from soups.seeding import derive_seed
 from soups.stores.pool import Ingredient, Pool
 from soups.weights import Weights
@@ -216,7 +216,7 @@ def _measured(fit: Fit, weights: Weights, history: History, program: Program, se
         metrics={"heldout": metrics},
         durations={"fit": seconds, "total": seconds + time.perf_counter() - began},
         versions=versions(),
-        layout=layout(fit.trainer),
+        layout=ran_on(fit.trainer),
         notes={"validation": evaluation.data.model_dump(mode="json"), "fits": fits},
         history=history.values,
     )

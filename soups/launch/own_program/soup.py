@@ -12,13 +12,13 @@ from typing import Any
 
 from soups.errors import ConfigError
 from soups.evaluation.cautions import averaged_statistics, running_statistics, statistics_gaps
+from soups.fitting.environment import versions
 from soups.launch.own_program.configuration import Program
 from soups.launch.own_program.evaluation import Evaluation
 from soups.launch.own_program.ingredient import AFTERWARDS
 from soups.launch.own_program.members import Chosen, choose_members
 from soups.launch.own_program.module_weights import extra_state
 from soups.launch.own_program.options import recipe_options
-from soups.launch.settings import versions
 from soups.recipes import RECIPES, Candidate, Soup, Step, greedy, needs_of, uniform
 from soups.reporting import Decision, Report, Row, differences, draw_all, flatten, page_of, save_page, write_csv
 from soups.reporting.report import soup_name

@@ -14,6 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from soups.errors import SoupError
+from soups.fitting.environment import refuse_sweeps_in_ranks, versions
+from soups.fitting.quiet import quiet
 from soups.launch.app import leave, tell_failures
 from soups.launch.own_program.configuration import Program
 from soups.launch.own_program.direction import choose_metric
@@ -25,9 +27,8 @@ from soups.launch.own_program.rehearsal import rehearsal
 from soups.launch.own_program.soup import make_soup
 from soups.launch.own_program.task import ProgramTask
 from soups.launch.own_program.terminal import show
-from soups.launch.quiet import quiet
 from soups.launch.search_space import split_arguments
-from soups.launch.settings import UserError, refuse_sweeps_in_ranks, versions
+from soups.launch.settings import UserError
 from soups.launch.sweep import Wanted, compose_one, label, plan, run_missing
 from soups.stores.pool import Ingredient, Pool
 from soups.weights import hash_weights

@@ -16,10 +16,10 @@ from hydra.core.utils import setup_globals
 from omegaconf import DictConfig, OmegaConf
 
 from soups.errors import SoupError
+from soups.fitting.quiet import quiet
 from soups.launch.own_program.configuration import Program
 from soups.launch.own_program.ingredient import NeedsProcesses, make_ingredient
 from soups.launch.own_program.loggers import own_run
-from soups.launch.quiet import quiet
 from soups.launch.settings import UserError
 from soups.stores.pool import Failure, Pool
 from soups.worker import Message, run_in_processes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from soups.launch.progress import StepFile
+from soups.fitting.progress import StepFile
 from soups.stores.pool import Pool
 
 
@@ -34,7 +34,7 @@ def _nothing(*arguments: Any, **named: Any) -> None:
 
 
 class ReportProgress(_Observer):
-    """Write the share of a fit that is done, from rank 0; see `soups.launch.progress.StepFile`."""
+    """Write the share of a fit that is done, from rank 0; see `soups.fitting.progress.StepFile`."""
 
     def __init__(self, pool: Pool, name: str) -> None:
         self._file = StepFile(pool, name)

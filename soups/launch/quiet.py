@@ -1,3 +1,0 @@
-"""See `soups.fitting.quiet`."""
-
-from soups.fitting.quiet import quiet as quiet
