@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from soups.averaging.mean import Mean
-from soups.averaging.units import Plan
+from soups.averaging.units import RunLength
 from soups.errors import ConfigError
 
 from .base import Averaging
@@ -17,31 +17,31 @@ class Averages(Averaging):
     Several callbacks on one Trainer come to the same; this is for where one callback is expected.
 
     Args:
-        **members: name to averaging callback.
+        **callbacks: name to averaging callback.
 
     Raises:
-        ConfigError: no members, or members that are an `Averages` themselves.
+        ConfigError: no callbacks, or callbacks that are an `Averages` themselves.
     """
 
-    def __init__(self, **members: Averaging) -> None:
-        if not members:
+    def __init__(self, **callbacks: Averaging) -> None:
+        if not callbacks:
             raise ConfigError(
                 "Averages() was given nothing to keep. Write, for instance, Averages(ema=EMA(), lawa=LAWA())."
             )
-        for name, member in members.items():
-            if isinstance(member, Averages):
+        for name, callback in callbacks.items():
+            if isinstance(callback, Averages):
                 raise ConfigError(
-                    f"{name!r} is itself an Averages, whose members have names of their own. Give all of them to one "
+                    f"{name!r} is itself an Averages, whose callbacks have names of their own. Give all of them to one "
                     f"Averages(...)."
                 )
-            member.settings.name = name
-        self._members = list(members.values())
-        super().__init__(self._members[0].settings)
+            callback.settings.name = name
+        self._callbacks = list(callbacks.values())
+        super().__init__(self._callbacks[0].settings)
 
-    def members(self) -> list[Averaging]:
+    def callbacks(self) -> list[Averaging]:
         """Return the callbacks it was made of."""
-        return [inner for member in self._members for inner in member.members()]
+        return [inner for callback in self._callbacks for inner in callback.callbacks()]
 
-    def make(self, plan: Plan, covers: Callable[[str], bool] | None) -> dict[str, Mean]:
-        """Return the averages of all members."""
-        return {name: mean for member in self.members() for name, mean in member.make(plan, covers).items()}
+    def make(self, plan: RunLength, covers: Callable[[str], bool] | None) -> dict[str, Mean]:
+        """Return the averages of all its callbacks."""
+        return {name: mean for callback in self.callbacks() for name, mean in callback.make(plan, covers).items()}

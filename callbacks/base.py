@@ -20,12 +20,12 @@ from torch import Tensor
 
 from soups.averaging.checkpoint import load_averaged
 from soups.averaging.mean import Mean
-from soups.averaging.units import Plan
+from soups.averaging.units import RunLength
 from soups.errors import ConfigError
 from soups.stores.averages import KEY
 
 from . import saving
-from .fit import Fit, Member
+from .averaged_fit import AveragedFit, Averager
 from .session import Session
 from .settings import Settings
 from .spool import Spool, in_worker
@@ -49,10 +49,10 @@ class Averaging(Callback):
     # What a concrete callback says of itself -----------------------------------------------------------------------
 
     @abstractmethod
-    def make(self, plan: Plan, covers: Callable[[str], bool] | None) -> dict[str, Mean]:
+    def make(self, plan: RunLength, covers: Callable[[str], bool] | None) -> dict[str, Mean]:
         """Return this callback's averages by name, for a run of the planned length."""
 
-    def members(self) -> list[Averaging]:
+    def callbacks(self) -> list[Averaging]:
         """Return the callbacks whose averages this one keeps: itself, or those it was made of."""
         return [self]
 
@@ -61,10 +61,10 @@ class Averaging(Callback):
         """Whether the last step of the planned run is a point even when the spacing misses it."""
         return False
 
-    def after_step(self, session: Fit, trainer: pl.Trainer, *, epoch_end: bool) -> None:
+    def after_step(self, session: AveragedFit, trainer: pl.Trainer, *, epoch_end: bool) -> None:
         """Do more after the averages were updated (write a snapshot)."""
 
-    def on_begin(self, session: Fit, trainer: pl.Trainer, run: dict[str, Any] | None) -> None:
+    def on_begin(self, session: AveragedFit, trainer: pl.Trainer, run: dict[str, Any] | None) -> None:
         """Get ready, when the plan is known and a resumed run's state is in place.
 
         Args:
@@ -82,7 +82,7 @@ class Averaging(Callback):
     @property
     def state_key(self) -> str:
         """Lightning tells callbacks of one class apart by this."""
-        return f"{type(self).__qualname__}[{','.join(member.settings.name for member in self.members())}]"
+        return f"{type(self).__qualname__}[{','.join(averager.settings.name for averager in self.callbacks())}]"
 
     def average(self, name: str | None = None) -> dict[str, Tensor]:
         """Return an average of the last fit as a full state dict, which the module loads strictly.
@@ -120,7 +120,7 @@ class Averaging(Callback):
         return self._session
 
     def _name(self, name: str | None) -> str:
-        return name or self.members()[0].settings.name
+        return name or self.callbacks()[0].settings.name
 
     def __getstate__(self) -> dict[str, Any]:
         # A session holds hooks and the trainer; a copy of the callback starts without one.
@@ -138,11 +138,11 @@ class Averaging(Callback):
             return
         others = [callback for callback in owner.callbacks if not isinstance(callback, Averaging)]
         owner.callbacks = [*everyone, *others]
-        members: list[Member] = [member for callback in everyone for member in callback.members()]
+        averagers: list[Averager] = [averager for callback in everyone for averager in callback.callbacks()]
         fresh = stage == "fit" or self._session is None or self._session.module is not pl_module
         if fresh:
             earlier = self._session
-            self._session = Session(trainer, pl_module, members)
+            self._session = Session(trainer, pl_module, averagers)
             if earlier is not None and earlier.module is pl_module and earlier.trainer is trainer:
                 self._session.earlier = earlier.steps if trainer.current_epoch else None
         assert self._session is not None

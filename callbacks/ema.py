@@ -8,7 +8,7 @@ from typing import Unpack
 
 from soups.averaging import ema, units
 from soups.averaging.mean import Mean
-from soups.averaging.units import Plan
+from soups.averaging.units import RunLength
 
 from .base import Averaging
 from .settings import Options, settings_of
@@ -44,12 +44,12 @@ class EMA(Averaging):
 
     def _trial(self) -> None:
         """Fail now, not when the run starts, over what does not depend on the run."""
-        trial = Plan(steps_per_epoch=10**6, steps=10**9, epochs=1000)
+        trial = RunLength(steps_per_epoch=10**6, steps=10**9, epochs=1000)
         ema.EMA(
             ema.decay_of(self.decay, self.half_life, self.sigma, trial), warmup=self.warmup, dtype=self.settings.dtype
         )
 
-    def make(self, plan: Plan, covers: Callable[[str], bool] | None) -> dict[str, Mean]:
+    def make(self, plan: RunLength, covers: Callable[[str], bool] | None) -> dict[str, Mean]:
         """Return the average for a run of the planned length."""
         decay = ema.decay_of(self.decay, self.half_life, self.sigma, plan)
         settings = self.settings

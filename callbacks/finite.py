@@ -20,11 +20,11 @@ def _bad(tensor: Tensor) -> bool:
 
 
 class Finite:
-    """Remembers what was told of one average, so that it is told once."""
+    """Remembers whether one average was warned of, so that it is once."""
 
     def __init__(self) -> None:
         self._checked = 0
-        self._told = False
+        self._warned = False
 
     @torch.no_grad()
     def check(self, name: str, mean: Mean, weights: Weights, step: int) -> None:
@@ -36,7 +36,7 @@ class Finite:
             weights: the raw weights.
             step: optimizer steps so far.
         """
-        if self._told or self._checked == mean.count:
+        if self._warned or self._checked == mean.count:
             return
         self._checked = mean.count
         for key, tensor in mean.value().items():
@@ -48,7 +48,7 @@ class Finite:
             wrong = ~torch.isfinite(tensor) & (torch.isfinite(raw) | torch.isnan(raw) | torch.isnan(tensor))
             if not bool(wrong.any()):
                 continue  # infinite where the weights are: a mask
-            self._told = True
+            self._warned = True
             cause = (
                 "so do the raw weights: training has diverged"
                 if not bool(torch.isfinite(raw).all())

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from soups.averaging.snapshots import Snapshots
 from soups.errors import ConfigError
 
-from .plan import rehearsal
+from .run_length import rehearsal
 
 
 class SnapshotFolder:

@@ -8,7 +8,7 @@ from typing import Unpack
 
 from soups.averaging import lawa
 from soups.averaging.mean import Mean
-from soups.averaging.units import Plan
+from soups.averaging.units import RunLength
 
 from .base import Averaging
 from .settings import Started, settings_of
@@ -38,14 +38,14 @@ class LAWA(Averaging):
     ) -> None:
         super().__init__(settings_of(options, name="lawa", every=every))
         self.k, self.snapshots, self.snapshot_dtype, self.folder = k, snapshots, snapshot_dtype, folder
-        self.make(Plan(), None)
+        self.make(RunLength(), None)
 
     @property
     def includes_last(self) -> bool:
         """The last step of the planned run is a point."""
         return True
 
-    def make(self, plan: Plan, covers: Callable[[str], bool] | None) -> dict[str, Mean]:
+    def make(self, plan: RunLength, covers: Callable[[str], bool] | None) -> dict[str, Mean]:
         """Return the average."""
         settings = self.settings
         mean = lawa.LAWA(

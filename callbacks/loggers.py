@@ -63,7 +63,7 @@ class Renaming:
                 changed = rename(values)
             else:
                 if name not in ("save", "flush", "close", "finalize", "watch"):
-                    _tell(type(self._inner).__name__, name)
+                    _warn_of(type(self._inner).__name__, name)
                 return None
             if args:
                 return method(changed, *args[1:], **kwargs)
@@ -73,12 +73,12 @@ class Renaming:
         return call
 
 
-_told: set[tuple[str, str]] = set()
+_warned: set[tuple[str, str]] = set()
 
 
-def _tell(owner: str, name: str) -> None:
-    if (owner, name) not in _told:
-        _told.add((owner, name))
+def _warn_of(owner: str, name: str) -> None:
+    if (owner, name) not in _warned:
+        _warned.add((owner, name))
         warnings.warn(
             f"{owner}.{name}(…) was called while an average is evaluated beside the raw weights. It cannot be written under "
             f"the average's name and was left out; metrics logged with self.log or logger.log_metrics are not affected.",

@@ -56,12 +56,12 @@ class Mixout(Callback):
         self._names: list[str] = []
         self._batch = 0
         self._resumed = False
-        self._told = False
+        self._warned = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget an earlier fit's anchor."""
         if stage == "fit":
-            self._anchor, self._batch, self._resumed, self._told = {}, 0, False, False
+            self._anchor, self._batch, self._resumed, self._warned = {}, 0, False, False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the anchor and hook into the modules that read the matrices."""
@@ -129,11 +129,11 @@ class Mixout(Callback):
         """Draw new masks for the next batch; after the first, say which matrices were not reached."""
         self._batch += 1
         lost = [name for name in self._names if name not in self._mixed]
-        if lost and not self._told:
+        if lost and not self._warned:
             _leave_out(
                 lost, "the modules that hold them were not called in training mode; others read their parameters"
             )
-        self._told = True
+        self._warned = True
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Take the hooks off."""

@@ -12,10 +12,10 @@ from soups.averaging import units
 from soups.averaging.mean import Mean
 from soups.averaging.power import PowerEMA
 from soups.averaging.snapshots import Snapshots
-from soups.averaging.units import Plan, Schedule
+from soups.averaging.units import RunLength, Schedule
 
+from .averaged_fit import AveragedFit
 from .base import Averaging
-from .fit import Fit
 from .folders import SnapshotFolder
 from .settings import Options, settings_of
 from .sharding import gather
@@ -56,7 +56,7 @@ class PostHocEMA(Averaging):
     def _names(self) -> dict[str, float]:
         return {f"{self.settings.name}@{sigma:g}": sigma for sigma in self.sigmas}
 
-    def make(self, plan: Plan, covers: Callable[[str], bool] | None) -> dict[str, Mean]:
+    def make(self, plan: RunLength, covers: Callable[[str], bool] | None) -> dict[str, Mean]:
         """Return one average a profile."""
         settings = self.settings
         interval = max(1, round(units.steps(settings.every, plan)))
@@ -70,7 +70,7 @@ class PostHocEMA(Averaging):
             for name, sigma in self._names().items()
         }
 
-    def on_begin(self, session: Fit, trainer: pl.Trainer, run: dict[str, Any] | None) -> None:
+    def on_begin(self, session: AveragedFit, trainer: pl.Trainer, run: dict[str, Any] | None) -> None:
         """Open the folder, and remove what a run that is resumed wrote after the checkpoint."""
         self._folder.name = self.settings.name
         self._snapshots = self._folder.open(trainer, session.steps, list(self._names()), run)
@@ -79,7 +79,7 @@ class PostHocEMA(Averaging):
         """Return which run this is and where its snapshots lie."""
         return self._folder.state()
 
-    def after_step(self, session: Fit, trainer: pl.Trainer, *, epoch_end: bool) -> None:
+    def after_step(self, session: AveragedFit, trainer: pl.Trainer, *, epoch_end: bool) -> None:
         """Write the snapshots that are due."""
         schedule, snapshots = self._schedule, self._snapshots
         if schedule is None or snapshots is None or not session.steps:

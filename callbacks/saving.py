@@ -22,7 +22,7 @@ from soups.averaging.swapping import slots
 from soups.errors import WeightsError, did_you_mean
 from soups.stores.averages import KEY
 
-from .fit import Fit
+from .averaged_fit import AveragedFit
 from .sharding import any_sharded, gather, like, local, shard_of
 
 
@@ -32,12 +32,12 @@ class Hook:
     A copy or pickle of the module has the hook without the session, and behaves as if there were no callback.
     """
 
-    def __init__(self, name: str, module: pl.LightningModule, session: Fit) -> None:
+    def __init__(self, name: str, module: pl.LightningModule, session: AveragedFit) -> None:
         self.name = name
         self.module = module
         before = module.__dict__.get(name)
         self.before = before.before if isinstance(before, Hook) else before
-        self.session: weakref.ref[Fit] | None = weakref.ref(session)
+        self.session: weakref.ref[AveragedFit] | None = weakref.ref(session)
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         """Do what the hook does, with the session if there is one."""
@@ -60,7 +60,7 @@ class Hook:
         return {"name": self.name, "module": self.module, "before": self.before, "session": None}
 
 
-def install(module: pl.LightningModule, session: Fit) -> None:
+def install(module: pl.LightningModule, session: AveragedFit) -> None:
     """Let the session take part in saving and loading of the module, until another one does."""
     for name in ("on_save_checkpoint", "on_load_checkpoint"):
         object.__setattr__(module, name, Hook(name, module, session))
@@ -69,7 +69,7 @@ def install(module: pl.LightningModule, session: Fit) -> None:
 # Saving -------------------------------------------------------------------------------------------------------------
 
 
-def add(session: Fit, checkpoint: dict[str, Any]) -> None:
+def add(session: AveragedFit, checkpoint: dict[str, Any]) -> None:
     """Add the averages to a checkpoint, and see to it that `state_dict` holds the raw weights.
 
     Hooks of the module have run: keys of `state_dict` may be others than the module's, so they are learnt here.
@@ -104,13 +104,13 @@ def add(session: Fit, checkpoint: dict[str, Any]) -> None:
         "places": places.names,
         "unknown": places.unknown,
         "strict": session.strict,
-        "runs": {m.settings.name: run for m in session.members if (run := m.run_state()) is not None},
+        "runs": {m.settings.name: run for m in session.averagers if (run := m.run_state()) is not None},
         "origins": {name: tracked.schedule.origin for name, tracked in session.tracked.items()},
         "averages": entries,
     }
 
 
-def _places(session: Fit, state: dict[str, Any]) -> Places:
+def _places(session: AveragedFit, state: dict[str, Any]) -> Places:
     tensors = slots(session.module)
     if any_sharded(tensors):
         return find_places(state, tensors, by_name=True)
@@ -121,7 +121,7 @@ def _places(session: Fit, state: dict[str, Any]) -> Places:
     return Places(names, [key for key in places.unknown if f"{key}_orig" not in pruned])
 
 
-def _masked(session: Fit, planes: dict[str, Tensor], places: Places) -> dict[str, Tensor]:
+def _masked(session: AveragedFit, planes: dict[str, Tensor], places: Places) -> dict[str, Tensor]:
     """Return averages of pruned parameters, with the mask that their saved form has."""
     tensors = slots(session.module)
     return {
@@ -131,7 +131,9 @@ def _masked(session: Fit, planes: dict[str, Tensor], places: Places) -> dict[str
     }
 
 
-def _entry(session: Fit, name: str, checkpoint: dict[str, Any], places: Places, *, full: bool) -> dict[str, Any]:
+def _entry(
+    session: AveragedFit, name: str, checkpoint: dict[str, Any], places: Places, *, full: bool
+) -> dict[str, Any]:
     session.check_finite(name)
     tracked = session.tracked[name]
     state = tracked.mean.state_dict()
@@ -173,7 +175,7 @@ def _distributed(trainer: pl.Trainer) -> bool:
     return bool(getattr(trainer.strategy, "_save_distributed_checkpoint", False))
 
 
-def portable(session: Fit) -> dict[str, Any]:
+def portable(session: AveragedFit) -> dict[str, Any]:
     """Return a weights-only checkpoint of the module and its averages, on the CPU. Every process must call this."""
     checkpoint: dict[str, Any] = {"state_dict": session.module.state_dict()}
     add(session, checkpoint)
@@ -183,7 +185,7 @@ def portable(session: Fit) -> dict[str, Any]:
 # Loading ------------------------------------------------------------------------------------------------------------
 
 
-def receive(session: Fit, checkpoint: dict[str, Any]) -> None:
+def receive(session: AveragedFit, checkpoint: dict[str, Any]) -> None:
     """Keep what a checkpoint holds until the averages are there; at once if they are (a learning-rate finder)."""
     owner: Any = session.trainer
     theirs = any(kind.__name__ == "WeightAveraging" for item in owner.callbacks for kind in type(item).__mro__)
@@ -196,7 +198,7 @@ def receive(session: Fit, checkpoint: dict[str, Any]) -> None:
         session.loaded = content if content is not None else {"averages": {}, "step": None}
 
 
-def restore(session: Fit, content: dict[str, Any]) -> None:
+def restore(session: AveragedFit, content: dict[str, Any]) -> None:
     """Give every average the state that a checkpoint holds for it; without one it starts anew, and says so."""
     session.steps = content["step"] if content["step"] is not None else session.trainer.global_step
     session.epochs = content.get("epoch", session.trainer.current_epoch)
@@ -228,7 +230,7 @@ def restore(session: Fit, content: dict[str, Any]) -> None:
         tracked.statistics = {key: tensor.clone() for key, tensor in entry.get("buffers", {}).items()}
 
 
-def _undo_last(session: Fit, name: str, entry: dict[str, Any]) -> None:
+def _undo_last(session: AveragedFit, name: str, entry: dict[str, Any]) -> None:
     """Take back a last point that only the end of a shorter run had brought in."""
     undo, tracked = entry.get("undo"), session.tracked[name]
     if undo is None or undo["step"] != tracked.last_point:
@@ -264,7 +266,7 @@ def _renamed(names: Iterable[str], known: Collection[str], average: str) -> dict
     return found
 
 
-def _state(session: Fit, name: str, entry: dict[str, Any]) -> dict[str, Any]:
+def _state(session: AveragedFit, name: str, entry: dict[str, Any]) -> dict[str, Any]:
     """Return the state of one average, cut to this process's shards and to the tensors that are averaged."""
     mean = session.tracked[name].mean
     if entry["kind"] == "Lightning":
@@ -289,7 +291,7 @@ def _state(session: Fit, name: str, entry: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def whole_entry(entry: dict[str, Any], name: str, session: Fit) -> dict[str, Any]:
+def whole_entry(entry: dict[str, Any], name: str, session: AveragedFit) -> dict[str, Any]:
     """Return an entry with its tensors; those of a distributed checkpoint are read now, this process's shards only."""
     if "planes" not in entry:
         return entry
@@ -313,7 +315,7 @@ def whole_entry(entry: dict[str, Any], name: str, session: Fit) -> dict[str, Any
     return whole
 
 
-def for_module(session: Fit, name: str, entry: dict[str, Any]) -> dict[str, Tensor]:
+def for_module(session: AveragedFit, name: str, entry: dict[str, Any]) -> dict[str, Tensor]:
     """Return a loaded average's tensors by the names of the module that is evaluated, this process's shards.
 
     Raises:

@@ -23,31 +23,31 @@ from soups.errors import ConfigError, did_you_mean
 from soups.stores.averages import sources
 
 from . import saving
+from .averaged_fit import AveragedFit, Averager, Tracked
 from .batchnorm import remeasure
 from .branches import Branches
 from .evaluation import evaluate_beside
-from .fit import Fit, Member, Tracked
-from .plan import plan_of, steps_before
 from .reach import state_of
+from .run_length import run_length_of, steps_before
 from .settings import Evaluate, Settings
 from .sharding import any_sharded, like, local, refuse_opaque, reshard
 from .tensors import Tensors
 
 
-class Session(Fit):
+class Session(AveragedFit):
     """A fit, and the evaluations that follow it: counts steps, updates, swaps, evaluates.
 
     Args:
         trainer: the Trainer.
         module: the module whose weights are averaged.
-        members: the callbacks that say what is averaged.
+        averagers: the callbacks that say what is averaged.
 
     Raises:
-        ConfigError: see `Fit`; or a strategy whose weights cannot be averaged.
+        ConfigError: see `AveragedFit`; or a strategy whose weights cannot be averaged.
     """
 
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, members: list[Member]) -> None:
-        super().__init__(trainer, module, members)
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, averagers: list[Averager]) -> None:
+        super().__init__(trainer, module, averagers)
         # Steps that an earlier fit of the same module and Trainer has counted.
         self.earlier: int | None = None
         self._dirty = False
@@ -80,24 +80,24 @@ class Session(Fit):
 
     def begin(self) -> None:
         """Make the averages for a run whose length is known now, and listen to the optimizers."""
-        self.plan = plan_of(self.trainer)
+        self.plan = run_length_of(self.trainer)
         self._tensors = Tensors(self.module)
         # A Trainer that goes on (a higher `max_epochs`) counts epochs from the beginning of its first fit.
         self.epochs = self.trainer.current_epoch
         self.steps = steps_before(self.trainer) if self.earlier is None else self.earlier
-        for member in self.members:
-            settings = member.settings
+        for averager in self.averagers:
+            settings = averager.settings
             covers = self._covers(settings)
-            for name, mean in member.make(self.plan, covers).items():
-                schedule = Schedule(settings.start, settings.every, self.plan, last=member.includes_last)
+            for name, mean in averager.make(self.plan, covers).items():
+                schedule = Schedule(settings.start, settings.every, self.plan, last=averager.includes_last)
                 self.tracked[name] = Tracked(name, settings, mean, schedule)
         self.begun = True
         content, self.loaded = self.loaded, None
         if content is not None:
             saving.restore(self, content)
         self._listen()
-        for member in self.members:
-            member.on_begin(self, self.trainer, (content or {}).get("runs", {}).get(member.settings.name))
+        for averager in self.averagers:
+            averager.on_begin(self, self.trainer, (content or {}).get("runs", {}).get(averager.settings.name))
 
     def _listen(self) -> None:
         """Hook into the optimizers' steps; anew if the run has exchanged its optimizers."""
@@ -185,8 +185,8 @@ class Session(Fit):
                 update([tracked.mean for tracked in together], weights, released=bool(self.tensors.buffers))
             for tracked in due:
                 tracked.last_point = self.steps
-        for member in self.members:
-            member.after_step(self, self.trainer, epoch_end=epoch_end)
+        for averager in self.averagers:
+            averager.after_step(self, self.trainer, epoch_end=epoch_end)
 
     def end(self) -> None:
         """Warn of averages that hold nothing after all, or NaN."""
@@ -307,7 +307,7 @@ class Session(Fit):
         return name in self.tracked and self.tracked[name].mean.count > 0
 
     def _asked(self, choice: Evaluate) -> list[str]:
-        return [m.settings.name for m in self.members if self._choice(m.settings) == choice]
+        return [m.settings.name for m in self.averagers if self._choice(m.settings) == choice]
 
     def _chosen(self, choice: Evaluate) -> list[str]:
         """Name the averages that are evaluated in this way now; none while Lightning checks that validation runs."""

@@ -10,8 +10,8 @@ import lightning.pytorch as pl
 import torch
 
 from soups.averaging.checkpoint import RAW
-from soups.averaging.mean import DTYPES, Keep
-from soups.averaging.units import Plan, Schedule
+from soups.averaging.mean import DTYPES, MeanOptions
+from soups.averaging.units import RunLength, Schedule
 from soups.errors import ConfigError, did_you_mean
 
 Evaluate = Literal["raw", "average", "both"]
@@ -73,7 +73,7 @@ class Settings:
         seed: seed of stochastic rounding.
         background: take points in by a thread, while training goes on; when None, only for `device="cpu"` in a run on a
             GPU. Costs one copy of the weights on the host.
-        fused: update with a compiled kernel, several averages for little more than one; see `soups.averaging.Keep`.
+        fused: update with a compiled kernel, several averages for little more than one; see `soups.averaging.MeanOptions`.
         log_distance: log ‖average - raw‖₂ as `distance/<name>` at the end of every epoch.
     """
 
@@ -98,8 +98,8 @@ class Settings:
             raise ConfigError(
                 f"name={self.name!r} cannot be an average's name: 'raw' is taken, and '/' separates names."
             )
-        Schedule(self.start, "1st", Plan(steps_per_epoch=10**6, steps=10**9, epochs=1000))
-        Schedule("0st", self.every, Plan(steps_per_epoch=10**6, steps=10**9, epochs=1000))
+        Schedule(self.start, "1st", RunLength(steps_per_epoch=10**6, steps=10**9, epochs=1000))
+        Schedule("0st", self.every, RunLength(steps_per_epoch=10**6, steps=10**9, epochs=1000))
         for option, value, kind in (
             ("validate", self.validate, Evaluate),
             ("test", self.test, Evaluate),
@@ -114,9 +114,9 @@ class Settings:
         if self.batches < 1:
             raise ConfigError(f"batches={self.batches} measures nothing; give at least 1.")
 
-    def keep(self, covers: Callable[[str], bool] | None) -> Keep:
+    def keep(self, covers: Callable[[str], bool] | None) -> MeanOptions:
         """Return what the average itself is to be told."""
-        return Keep(
+        return MeanOptions(
             dtype=self.dtype,
             device=self.device,
             seed=self.seed,

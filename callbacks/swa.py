@@ -7,7 +7,7 @@ from typing import Unpack
 
 from soups.averaging import swa
 from soups.averaging.mean import Mean
-from soups.averaging.units import Plan
+from soups.averaging.units import RunLength
 
 from .base import Averaging
 from .settings import Common, settings_of
@@ -33,7 +33,7 @@ class SWA(Averaging):
         """The last step of the planned run is a point."""
         return True
 
-    def make(self, plan: Plan, covers: Callable[[str], bool] | None) -> dict[str, Mean]:
+    def make(self, plan: RunLength, covers: Callable[[str], bool] | None) -> dict[str, Mean]:
         """Return the average."""
         settings = self.settings
         mean = swa.SWA(**settings.keep(covers))

@@ -10,10 +10,10 @@ import lightning.pytorch as pl
 
 from soups.averaging.mean import Mean
 from soups.averaging.snapshots import Snapshots
-from soups.averaging.units import Plan, Schedule
+from soups.averaging.units import RunLength, Schedule
 
+from .averaged_fit import AveragedFit
 from .base import Averaging
-from .fit import Fit
 from .folders import SnapshotFolder
 from .settings import Common, settings_of
 from .sharding import is_sharded
@@ -45,12 +45,12 @@ class Trajectory(Averaging):
         self._schedule: Schedule | None = None
         self._snapshots: Snapshots | None = None
 
-    def make(self, plan: Plan, covers: Callable[[str], bool] | None) -> dict[str, Mean]:
+    def make(self, plan: RunLength, covers: Callable[[str], bool] | None) -> dict[str, Mean]:
         """Return no averages; only the schedule is made."""
         self._schedule = Schedule(self.settings.start, self.settings.every, plan, last=True)
         return {}
 
-    def on_begin(self, session: Fit, trainer: pl.Trainer, run: dict[str, Any] | None) -> None:
+    def on_begin(self, session: AveragedFit, trainer: pl.Trainer, run: dict[str, Any] | None) -> None:
         """Open the folder, and remove what a run that is resumed wrote after the checkpoint."""
         self._folder.name = self.settings.name
         self._snapshots = self._folder.open(trainer, session.steps, ["raw"], run)
@@ -59,7 +59,7 @@ class Trajectory(Averaging):
         """Return which run this is and where its snapshots lie."""
         return self._folder.state()
 
-    def after_step(self, session: Fit, trainer: pl.Trainer, *, epoch_end: bool) -> None:
+    def after_step(self, session: AveragedFit, trainer: pl.Trainer, *, epoch_end: bool) -> None:
         """Write the snapshot that is due."""
         schedule, snapshots = self._schedule, self._snapshots
         if schedule is None or snapshots is None or not session.steps:

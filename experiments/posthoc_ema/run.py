@@ -25,7 +25,7 @@ from soups.averaging import Exponential, PostHoc, Power, Window, averaged
 from soups.averaging.mean import Mean
 from soups.averaging.power import PowerEMA
 from soups.averaging.profiles import Profile
-from soups.averaging.units import Plan
+from soups.averaging.units import RunLength
 from soups.callbacks import PostHocEMA
 from soups.callbacks.base import Averaging
 from soups.callbacks.settings import Common, settings_of
@@ -43,7 +43,7 @@ class Direct(Averaging):
         super().__init__(settings_of(options, name="direct"))
         self.sigma = sigma
 
-    def make(self, plan: Plan, covers: Callable[[str], bool] | None) -> dict[str, Mean]:
+    def make(self, plan: RunLength, covers: Callable[[str], bool] | None) -> dict[str, Mean]:
         """Return the average."""
         return {"direct": PowerEMA(self.sigma, covers=covers)}
 

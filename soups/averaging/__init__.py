@@ -17,8 +17,8 @@ from soups.averaging.ema import EMA as EMA
 from soups.averaging.ema import ema_update_ as ema_update_
 from soups.averaging.lawa import LAWA as LAWA
 from soups.averaging.lawa import latest_mean as latest_mean
-from soups.averaging.mean import Keep as Keep
 from soups.averaging.mean import Mean as Mean
+from soups.averaging.mean import MeanOptions as MeanOptions
 from soups.averaging.mean import release as release
 from soups.averaging.mean import update as update
 from soups.averaging.mixout import mixout as mixout

@@ -11,8 +11,8 @@ from typing import Any, Literal, Unpack, get_args
 
 from soups.averaging import units
 from soups.averaging.lerp import Lerp, lerp_
-from soups.averaging.mean import Keep
-from soups.averaging.units import Plan
+from soups.averaging.mean import MeanOptions
+from soups.averaging.units import RunLength
 from soups.errors import ConfigError
 from soups.weights import Weights
 
@@ -23,7 +23,7 @@ def decay_of(
     decay: float | None = None,
     half_life: str | float | None = None,
     sigma: str | float | None = None,
-    plan: Plan | None = None,
+    plan: RunLength | None = None,
 ) -> float:
     """Return the decay β a step from whichever of the three was given; 0.999 if none was.
 
@@ -33,7 +33,7 @@ def decay_of(
         sigma: standard deviation of the points' ages: β = exp(-1 / steps), exact for long averages.
         plan: what `"0.5ep"` and `"1%"` are resolved with; not needed for steps.
 
-    >>> decay_of(half_life="1st"), round(decay_of(half_life="1%", plan=Plan(steps=100_000)), 6)
+    >>> decay_of(half_life="1st"), round(decay_of(half_life="1%", plan=RunLength(steps=100_000)), 6)
     (0.5, 0.999307)
 
     Raises:
@@ -71,7 +71,7 @@ class EMA(Lerp):
             "count": β_t = min(β, (1 + t)/(10 + t)), t updates so far.
             "power": β_t = min(β, 1 - (1 + t)^(-2/3)).
             "none": starts as a copy of the first point, which keeps weight βᵗ.
-        **keep: dtype, device and more; see `Keep`.
+        **keep: dtype, device and more; see `MeanOptions`.
 
     >>> import torch
     >>> ema = EMA(decay=0.5)
@@ -94,7 +94,7 @@ class EMA(Lerp):
         sigma: str | float | None = None,
         interval: int = 1,
         warmup: Warmup = "debias",
-        **keep: Unpack[Keep],
+        **keep: Unpack[MeanOptions],
     ) -> None:
         super().__init__(**keep)
         self.decay = decay_of(decay, half_life, sigma)

@@ -19,7 +19,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from soups.averaging.mean import DTYPES, SMALL, Keep, Mean, storage_dtype
+from soups.averaging.mean import DTYPES, SMALL, Mean, MeanOptions, storage_dtype
 from soups.errors import ConfigError
 from soups.weights import Weights, mean
 
@@ -38,7 +38,7 @@ class LAWA(Mean):
         snapshots: where the ring lives: "device" (that of the mean), "cpu" or "disk" (memory-mapped files).
         snapshot_dtype: dtype of the ring; float32 when None. "bfloat16" halves it and rounds every point once.
         folder: where the files of "disk" go, in a temporary folder of this average; the system's when None.
-        **keep: dtype and device of the mean, and more; see `Keep`.
+        **keep: dtype and device of the mean, and more; see `MeanOptions`.
 
     >>> lawa = LAWA(k=2)
     >>> for value in (1.0, 2.0, 6.0):
@@ -59,7 +59,7 @@ class LAWA(Mean):
         snapshots: str = "device",
         snapshot_dtype: torch.dtype | str | None = None,
         folder: str | Path | None = None,
-        **keep: Unpack[Keep],
+        **keep: Unpack[MeanOptions],
     ) -> None:
         super().__init__(**keep)
         if self.fused:
@@ -162,7 +162,7 @@ class LAWA(Mean):
             return [now == 0]
         return [
             (0 if numel <= SMALL else crc32(f"{name}:{part and part.start}".encode()) % (REFRESH * self.k)) == now
-            for (name, part), numel in zip(self._pass.members[index], self._pass.sizes[index], strict=True)
+            for (name, part), numel in zip(self._pass.entries[index], self._pass.sizes[index], strict=True)
         ]
 
     def _scalars(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from soups.averaging.mean import Keep, Mean
+from soups.averaging.mean import Mean, MeanOptions
 from soups.averaging.rounding import noise_like, round_stochastically_
 from soups.seeding import derive_seed, generator
 from soups.weights import Weights
@@ -26,7 +26,7 @@ class Lerp(Mean):
 
     revisits = False
 
-    def __init__(self, **keep: Unpack[Keep]) -> None:
+    def __init__(self, **keep: Unpack[MeanOptions]) -> None:
         super().__init__(**keep)
         self._weight = 1.0
         self._weights: dict[torch.dtype, Tensor] = {}
@@ -69,7 +69,7 @@ class Lerp(Mean):
 
     def _apply_rounded(self, index: int, mean: list[Tensor], theta: list[Tensor]) -> None:
         assert self._pass is not None
-        names = [name for name, _ in self._pass.members[index]]
+        names = [name for name, _ in self._pass.entries[index]]
         if mean[0].device.type != "cpu":
             self._apply_rounded_at_once(names, mean, theta)
             return

@@ -46,7 +46,7 @@ def storage_dtype(weight: torch.dtype, asked: torch.dtype | None) -> torch.dtype
     return asked or torch.float32
 
 
-class Keep(TypedDict, total=False):
+class MeanOptions(TypedDict, total=False):
     """Keyword arguments that every average takes.
 
     Attributes:
@@ -77,17 +77,17 @@ class Mean(ABC):
     restore exactly, so that a resumed run gives the same bits.
 
     Args:
-        **keep: what is kept, where and how; see `Keep`.
+        **keep: what is kept, where and how; see `MeanOptions`.
     """
 
     kind: str = "mean"
     # Whether an update goes over a group more than once, so that it had better stay in the cache.
     revisits: bool = True
 
-    def __init__(self, **keep: Unpack[Keep]) -> None:
-        if unknown := keep.keys() - Keep.__annotations__.keys():
+    def __init__(self, **keep: Unpack[MeanOptions]) -> None:
+        if unknown := keep.keys() - MeanOptions.__annotations__.keys():
             name = min(unknown)
-            raise ConfigError(f"There is no option {name!r}: {did_you_mean(name, Keep.__annotations__)}")
+            raise ConfigError(f"There is no option {name!r}: {did_you_mean(name, MeanOptions.__annotations__)}")
         dtype, device = keep.get("dtype"), keep.get("device")
         if isinstance(dtype, str):
             if dtype not in DTYPES:
@@ -347,7 +347,7 @@ class Pass:
         for mean in means:
             mean._prepare({name: tensor for name, tensor in kept.items() if mean.covers(name)})
         self.theta: list[list[Tensor]] = []
-        self.members: list[list[tuple[str, slice | None]]] = []
+        self.entries: list[list[tuple[str, slice | None]]] = []
         # For groups of small tensors: the buffer into which they are copied side by side.
         self.stages: list[Tensor | None] = []
         self.sizes: list[list[int]] = []
@@ -395,24 +395,24 @@ class Pass:
         for signature in list(open_groups):
             close(signature)
 
-    def _add_group(self, kept: dict[str, Tensor], members: list[tuple[str, slice | None]], small: bool) -> None:
+    def _add_group(self, kept: dict[str, Tensor], entries: list[tuple[str, slice | None]], small: bool) -> None:
         def views(tensors: dict[str, Tensor]) -> list[Tensor]:
             if not small:
-                return [_view(tensors[name], kept[name], part) for name, part in members]
+                return [_view(tensors[name], kept[name], part) for name, part in entries]
             # The average's small tensors become parts of one buffer.
-            flat = torch.cat([tensors[name].reshape(-1) for name, _ in members])
-            parts = flat.split([kept[name].numel() for name, _ in members])
-            for (name, _), part in zip(members, parts, strict=True):
+            flat = torch.cat([tensors[name].reshape(-1) for name, _ in entries])
+            parts = flat.split([kept[name].numel() for name, _ in entries])
+            for (name, _), part in zip(entries, parts, strict=True):
                 tensors[name] = part.view(kept[name].shape)
             return [flat]
 
-        self.theta.append([_view(kept[name], kept[name], slice(None) if small else part) for name, part in members])
+        self.theta.append([_view(kept[name], kept[name], slice(None) if small else part) for name, part in entries])
         self.stages.append(torch.cat(self.theta[-1]) if small else None)
-        self.members.append(members)
-        self.sizes.append([kept[name].numel() for name, _ in members])
+        self.entries.append(entries)
+        self.sizes.append([kept[name].numel() for name, _ in entries])
         wanted: dict[bool, dict[tuple[torch.dtype, torch.device], list[Mean]]] = {False: {}, True: {}}
         for mean in self.means:
-            if not mean.covers(members[0][0]):
+            if not mean.covers(entries[0][0]):
                 mean._views.append(None)
                 continue
             planes = {plane: views(tensors) for plane, tensors in mean._planes.items()}

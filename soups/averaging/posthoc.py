@@ -26,7 +26,7 @@ BINS = 8192
 
 
 @dataclass(frozen=True)
-class Fit:
+class ProfileFit:
     """A profile written as a combination of others.
 
     Attributes:
@@ -42,7 +42,7 @@ class Fit:
     amplification: float
 
 
-def solve(basis: Sequence[Profile], wanted: Profile) -> Fit:
+def solve(basis: Sequence[Profile], wanted: Profile) -> ProfileFit:
     """Find the combination of `basis` closest to `wanted` in least squares, with coefficients that sum to one.
 
     Args:
@@ -67,7 +67,7 @@ def solve(basis: Sequence[Profile], wanted: Profile) -> Fit:
     target = np.diff(wanted.share(edges))
     coefficients = _constrained(columns * scale[:, None], target * scale)
     error = columns @ coefficients - target
-    return Fit(
+    return ProfileFit(
         coefficients,
         float(np.linalg.norm(error * scale) / np.linalg.norm(target * scale)),
         float(np.abs(error).sum() / 2),
@@ -93,7 +93,7 @@ class Synthesis:
     """Weights made from snapshots, and how well their profile fits."""
 
     weights: dict[str, torch.Tensor]
-    fit: Fit
+    fit: ProfileFit
     profile: Profile
 
 
@@ -130,7 +130,7 @@ class PostHoc:
         """Updates that the last snapshot has seen; profiles are counted in them."""
         return max(profile.end for profile in self.basis)
 
-    def fit(self, profile: Profile) -> Fit:
+    def fit(self, profile: Profile) -> ProfileFit:
         """Return how well a profile can be reached, without reading any weights."""
         return solve(self.basis, profile)
 
@@ -163,7 +163,7 @@ class PostHoc:
 
     def sweep(
         self, profiles: Sequence[Profile], score: Callable[[Weights], float], *, higher_is_better: bool = False
-    ) -> tuple[Synthesis, list[tuple[Profile, Fit, float]]]:
+    ) -> tuple[Synthesis, list[tuple[Profile, ProfileFit, float]]]:
         """Score every profile on held-out data and return the best one with the scores of all.
 
         Args:
@@ -171,7 +171,7 @@ class PostHoc:
             score: from weights to a number on a held-out split; never the test split.
             higher_is_better: whether `score` is an accuracy rather than a loss.
         """
-        rows: list[tuple[Profile, Fit, float]] = []
+        rows: list[tuple[Profile, ProfileFit, float]] = []
         for profile in profiles:
             made = self.synthesize(profile)
             rows.append((profile, made.fit, float(score(made.weights))))

@@ -13,7 +13,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from soups.averaging.lerp import Lerp, lerp_
-from soups.averaging.mean import Keep
+from soups.averaging.mean import MeanOptions
 from soups.errors import ConfigError
 from soups.weights import Weights
 
@@ -49,7 +49,7 @@ class PowerEMA(Lerp):
     Args:
         sigma: relative width; 0.05 averages about the last tenth of training, 0.10 the last fifth.
         interval: steps between updates; it enters β, so that the width does not depend on it.
-        **keep: dtype, device and more; see `Keep`.
+        **keep: dtype, device and more; see `MeanOptions`.
     """
 
     kind = "PowerEMA"
@@ -59,7 +59,7 @@ class PowerEMA(Lerp):
         sigma: float = 0.05,
         *,
         interval: int = 1,
-        **keep: Unpack[Keep],
+        **keep: Unpack[MeanOptions],
     ) -> None:
         super().__init__(**keep)
         if interval < 1:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from soups.averaging.lerp import Lerp, lerp_
-from soups.averaging.mean import Keep, storage_dtype
+from soups.averaging.mean import MeanOptions, storage_dtype
 from soups.errors import ConfigError
 from soups.reduction import accumulation_dtype, divide_
 from soups.weights import Weights
@@ -29,7 +29,7 @@ class SWA(Lerp):
     mean is kept instead, in a quarter of the memory, and rounded stochastically at each update.
 
     Args:
-        **keep: see `soups.averaging.mean.Keep`; `dtype` is that of `value()`.
+        **keep: see `soups.averaging.mean.MeanOptions`; `dtype` is that of `value()`.
 
     Raises:
         ConfigError: `fused=True`; a sum reads and writes each element once already.
@@ -44,7 +44,7 @@ class SWA(Lerp):
 
     kind = "SWA"
 
-    def __init__(self, **keep: Unpack[Keep]) -> None:
+    def __init__(self, **keep: Unpack[MeanOptions]) -> None:
         super().__init__(**keep)
         if self.fused:
             raise ConfigError(

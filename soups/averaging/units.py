@@ -18,7 +18,7 @@ _PATTERN = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*(st|ep|%)\s*"
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunLength:
     """What is known of a run before it starts; None for what is not.
 
     Attributes:
@@ -37,7 +37,7 @@ class Plan:
     def steps_after(self, epochs: float) -> float:
         """Return the optimizer steps in the first epochs of the run.
 
-        >>> Plan(steps_per_epoch=10).steps_after(1.5), Plan(steps_per_epoch=8, lengths=(10, 5)).steps_after(2.5)
+        >>> RunLength(steps_per_epoch=10).steps_after(1.5), RunLength(steps_per_epoch=8, lengths=(10, 5)).steps_after(2.5)
         (15.0, 17.5)
 
         Raises:
@@ -66,7 +66,7 @@ class Span(NamedTuple):
         """Whether this is a whole number of epochs, which needs no knowledge of their length."""
         return self.unit == "ep" and self.number == int(self.number)
 
-    def steps(self, plan: Plan) -> float:
+    def steps(self, plan: RunLength) -> float:
         """Return the length in optimizer steps, not rounded.
 
         Raises:
@@ -92,7 +92,7 @@ class Span(NamedTuple):
 def parse(text: str | Span) -> Span:
     """Read a length of training.
 
-    >>> parse("1000st"), str(parse("0.5 ep")), parse("1%").steps(Plan(steps=4000))
+    >>> parse("1000st"), str(parse("0.5 ep")), parse("1%").steps(RunLength(steps=4000))
     (Span(number=1000.0, unit='st'), '0.5ep', 40.0)
 
     Raises:
@@ -112,16 +112,16 @@ def parse(text: str | Span) -> Span:
     return span
 
 
-def steps(text: str | Span | float, plan: Plan | None = None) -> float:
+def steps(text: str | Span | float, plan: RunLength | None = None) -> float:
     """Return a length in optimizer steps: a plain number is taken as such, a string is parsed.
 
-    >>> steps(100), steps("100st"), steps("2ep", Plan(steps_per_epoch=25))
+    >>> steps(100), steps("100st"), steps("2ep", RunLength(steps_per_epoch=25))
     (100.0, 100.0, 50.0)
 
     Raises:
         ConfigError: the string is no length, or needs a plan that was not given.
     """
-    return float(text) if isinstance(text, int | float) else parse(text).steps(plan or Plan())
+    return float(text) if isinstance(text, int | float) else parse(text).steps(plan or RunLength())
 
 
 class Schedule:
@@ -136,7 +136,7 @@ class Schedule:
         plan: lengths of this run.
         last: also take the last step of the planned run when the spacing misses it.
 
-    >>> schedule = Schedule("75%", "1ep", Plan(steps_per_epoch=5, steps=40, epochs=8))
+    >>> schedule = Schedule("75%", "1ep", RunLength(steps_per_epoch=5, steps=40, epochs=8))
     >>> [epoch for epoch in range(1, 9) if schedule.due(5 * epoch, epoch, epoch_end=True)]
     [6, 7, 8]
 
@@ -144,7 +144,7 @@ class Schedule:
         ConfigError: a spacing of nothing, or a unit that this run cannot resolve.
     """
 
-    def __init__(self, start: str | Span, every: str | Span, plan: Plan, *, last: bool = False) -> None:
+    def __init__(self, start: str | Span, every: str | Span, plan: RunLength, *, last: bool = False) -> None:
         self.start, self.every, self.plan = parse(start), parse(every), plan
         if self.start.unit == "%" and self.start.number > 100:
             raise ConfigError(

@@ -340,7 +340,7 @@ def test_stochastic_rounding_is_unbiased_and_keeps_what_is_exact():
 def test_rounding_side_by_side_gives_the_bits_of_one_by_one(monkeypatch):
     class SideBySide(EMA):  # as on a GPU
         def _apply_rounded(self, index, mean, theta):
-            self._apply_rounded_at_once([name for name, _ in self._pass.members[index]], mean, theta)
+            self._apply_rounded_at_once([name for name, _ in self._pass.entries[index]], mean, theta)
 
     points = trajectory(6, torch.float32)
     wanted = run(KINDS["ema-bfloat16"](), points)

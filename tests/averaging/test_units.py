@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from soups.averaging.units import Plan, Schedule, parse, steps
+from soups.averaging.units import RunLength, Schedule, parse, steps
 from soups.errors import ConfigError
 
-PLAN = Plan(steps_per_epoch=10, steps=80, epochs=8)
+PLAN = RunLength(steps_per_epoch=10, steps=80, epochs=8)
 
 
 @pytest.mark.parametrize("text", ["", "10", "st", "-1st", "1.5st", "10 steps", "1e", "5%%", "nan%"])
@@ -54,7 +54,7 @@ def test_schedules(start, every, last, wanted):
 
 
 def test_streams_of_unknown_length():
-    unknown = Plan()
+    unknown = RunLength()
     assert points("2ep", "1ep", unknown, epochs=4) == [20, 30, 40]
     assert points("15st", "1ep", unknown, epochs=4) == [20, 30, 40]
     assert points("1ep", "15st", unknown, epochs=4) == [10, 25, 40]

@@ -14,9 +14,9 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, GradientAccumulationScheduler, ModelCheckpoint
 
 from soups.averaging import Snapshots, averages, constant_swa, load_averaged
-from soups.averaging.units import Plan, Schedule
+from soups.averaging.units import RunLength, Schedule
 from soups.callbacks import EMA, LAWA, SWA, Averages, PostHocEMA, Trajectory
-from soups.callbacks.plan import plan_of
+from soups.callbacks.run_length import run_length_of
 from soups.errors import ConfigError
 from tests.devices import forks
 
@@ -98,7 +98,7 @@ def test_schedules_of_gradient_accumulation_are_part_of_the_plan(tmp_path, toy, 
 
     class Look(toy.pl.Callback):
         def on_train_start(self, trainer, pl_module):
-            plans.append(plan_of(trainer))
+            plans.append(run_length_of(trainer))
 
         def on_train_batch_end(self, trainer, *_):
             steps.append(trainer.global_step)
@@ -158,7 +158,7 @@ def test_a_start_beyond_the_run_is_refused_at_once(start):
     with pytest.raises(ConfigError, match="beyond the end of the planned run"):
         SWA(start=start)
     with pytest.raises(ConfigError, match="beyond the end"):
-        Schedule(start, "1st", Plan())
+        Schedule(start, "1st", RunLength())
     SWA(start="100%")
 
 
@@ -240,7 +240,7 @@ def test_after_a_fit_in_other_processes_the_main_process_has_the_averages(tmp_pa
     spool = both._spool.path
     assert spool.exists()
     tester = toy.trainer(tmp_path, both, strategy="ddp_fork", devices=devices, accelerator="cpu")
-    both.members()[0].settings.test = "both"
+    both.callbacks()[0].settings.test = "both"
     tester.test(module, verbose=False)
     assert "test/loss_ema" in tester.callback_metrics
     del both, tester, trainer, callback

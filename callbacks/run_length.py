@@ -7,10 +7,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from soups.averaging.units import Plan
+from soups.averaging.units import RunLength
 
 
-def plan_of(trainer: pl.Trainer) -> Plan:
+def run_length_of(trainer: pl.Trainer) -> RunLength:
     """Return the lengths of the planned run, counting optimizer steps as the weights see them.
 
     Under manual optimization the number of steps in an epoch is the number of batches: only the module knows when it steps.
@@ -23,9 +23,9 @@ def plan_of(trainer: pl.Trainer) -> Plan:
         lengths = _lengths(trainer, int(batches))
         per_epoch = lengths[-1]
         if len(lengths) > 1 and epochs is not None:
-            per_epoch = math.ceil(Plan(per_epoch, lengths=lengths).steps_after(epochs) / epochs)
+            per_epoch = math.ceil(RunLength(per_epoch, lengths=lengths).steps_after(epochs) / epochs)
         lengths = lengths if len(lengths) > 1 else ()
-    whole = Plan(steps_per_epoch=per_epoch, lengths=lengths)
+    whole = RunLength(steps_per_epoch=per_epoch, lengths=lengths)
     steps = None if per_epoch is None or epochs is None else int(whole.steps_after(epochs))
     if trainer.max_steps > 0:
         # Lightning counts the steps of every optimizer; the weights see one step a batch.
@@ -36,7 +36,7 @@ def plan_of(trainer: pl.Trainer) -> Plan:
             while whole.steps_after(reached) < steps:
                 reached += 1
             epochs = reached if epochs is None else min(epochs, reached)
-    return Plan(steps_per_epoch=per_epoch, steps=steps, epochs=epochs, lengths=lengths)
+    return RunLength(steps_per_epoch=per_epoch, steps=steps, epochs=epochs, lengths=lengths)
 
 
 def _lengths(trainer: Any, batches: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from soups.averaging.mean import Mean
 from soups.averaging.swapping import Swap, slots
-from soups.averaging.units import Plan, Schedule
+from soups.averaging.units import RunLength, Schedule
 from soups.errors import ConfigError
 from soups.stores.averages import plain_name
 
@@ -23,7 +23,7 @@ from .settings import Settings
 from .tensors import Tensors
 
 
-class Member(Protocol):
+class Averager(Protocol):
     """What a fit asks of an averaging callback."""
 
     settings: Settings
@@ -33,15 +33,15 @@ class Member(Protocol):
         """Whether the last step of the planned run is a point even when the spacing misses it."""
         ...
 
-    def make(self, plan: Plan, covers: Callable[[str], bool] | None) -> dict[str, Mean]:
+    def make(self, plan: RunLength, covers: Callable[[str], bool] | None) -> dict[str, Mean]:
         """Return the callback's averages by name."""
         ...
 
-    def after_step(self, session: Fit, trainer: pl.Trainer, *, epoch_end: bool) -> None:
+    def after_step(self, session: AveragedFit, trainer: pl.Trainer, *, epoch_end: bool) -> None:
         """Do more after the averages were updated."""
         ...
 
-    def on_begin(self, session: Fit, trainer: pl.Trainer, run: dict[str, Any] | None) -> None:
+    def on_begin(self, session: AveragedFit, trainer: pl.Trainer, run: dict[str, Any] | None) -> None:
         """Get ready, when a resumed run's state is in place."""
         ...
 
@@ -67,26 +67,26 @@ class Tracked:
     finite: Finite = field(default_factory=Finite)
 
 
-class Fit:
+class AveragedFit:
     """The state of one fit of one module under one or more averaging callbacks.
 
     Args:
         trainer: the Trainer.
         module: the module whose weights are averaged.
-        members: the callbacks that say what is averaged.
+        averagers: the callbacks that say what is averaged.
 
     Raises:
         ConfigError: two averages of one name, or two that both want to be validated under the plain names.
     """
 
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, members: list[Member]) -> None:
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, averagers: list[Averager]) -> None:
         self.trainer = trainer
         self.module = module
-        self.members = members
+        self.averagers = averagers
         self.tracked: dict[str, Tracked] = {}
         self.steps = 0
         self.epochs = 0
-        self.plan = Plan()
+        self.plan = RunLength()
         self.begun = False
         self.evaluating = False
         # What a checkpoint held, until the averages are there to take it; in evaluations, what is evaluated.
@@ -96,12 +96,12 @@ class Fit:
         self._check()
 
     def _check(self) -> None:
-        names = [member.settings.name for member in self.members]
+        names = [averager.settings.name for averager in self.averagers]
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"Two averages are called {name!r}. Give each a name of its own: EMA(name='slow').")
         for what in ("validate", "test", "predict"):
-            plain = [m.settings.name for m in self.members if getattr(m.settings, what) == "average"]
+            plain = [m.settings.name for m in self.averagers if getattr(m.settings, what) == "average"]
             if len(plain) > 1:
                 raise ConfigError(
                     f"{' and '.join(plain)} both ask for {what}='average', and only one can be evaluated under the plain "
