@@ -109,12 +109,14 @@ class Trim(WholeModelTransform):
         within: what the share is of: the whole model, as in the paper, or each tensor.
         exact: keep exactly int(density · n), the earlier of equal magnitudes first; otherwise everything that is at least
             as large as the int(density · n)-th, as the paper's code does.
+        least: keep at least so many of what a density above zero is a share of.
         extra: keep this many more (the paper's code keeps int(density · n) + 1).
     """
 
     density: PerModel
     within: Literal["model", "tensor"] = "model"
     exact: bool = False
+    least: int = 1
     extra: int = 0
 
     @property
@@ -124,7 +126,7 @@ class Trim(WholeModelTransform):
 
     def _rank(self, model: int, total: int) -> int:
         density = one_of(self.density, model, share="density")
-        return total if density == 1 else max(int(density > 0), int(density * total)) + self.extra
+        return total if density == 1 else max(self.least if density > 0 else 0, int(density * total)) + self.extra
 
     def observe(self, operands: Operands) -> list[Cut]:
         """Find this tensor's cut in each model."""

@@ -96,5 +96,6 @@ ROWS = [
         statistics=("gram",),
     ),
     Row("cart", base=False, returns_common=True),
+    Row("cart.official", {"tasks": 20}, base=False, returns_common=True),
     Row("cart", {"exclude": ("mat*",)}, base=False, returns_common=True),
 ]

@@ -278,8 +278,9 @@ def test_arcee_fusion():
         b, x = BASE[name], EXPERTS[0][name]
         p, q = softmax(x) + 1e-8, softmax(b) + 1e-8
         importance = np.abs(x - b) * (p * np.log(p / q)).sum(-1, keepdims=True)
-        first, third = np.quantile(importance, [0.25, 0.75])
-        middle = np.sort(importance.ravel())[(importance.size - 1) // 2]
+        # mergekit sorts and takes the places (0.25, 0.5, 0.75) · (n − 1), rounded down.
+        ordered = np.sort(importance.ravel())
+        first, middle, third = (ordered[int(share * (ordered.size - 1))] for share in (0.25, 0.5, 0.75))
         expected[name] = np.where(importance >= middle + 1.5 * (third - first), x, b)
     check(merged("arcee_fusion", experts=EXPERTS[:1]), expected, 1e-9)
 
@@ -349,26 +350,113 @@ def test_iso_cts():
     np.testing.assert_allclose(merged("iso_cts", common=0.4)[name], BASE[name] + tau, atol=1e-9)
 
 
-def test_pcb():
+def pcb_clamp(x, low_share, high_share):
+    """The authors' `clamp`, on rows: sort, and take the places int(d · low) and int(d · (1 − high) − 1)."""
+    d, ordered = x.shape[1], np.sort(x, axis=1)
+    return np.clip(x, ordered[:, int(d * low_share), None], ordered[:, int(d * (1 - high_share) - 1), None])
+
+
+def pcb_normalize(x):
+    low, high = x.min(1, keepdims=True), x.max(1, keepdims=True)
+    return (x - low) / (high - low)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "clip"), [(0.3, 0.05), (0.05, 0.01), (0.1, 0.0001), (0.213, 0.013), (0.7, 0.02), (0.93, 0.1)]
+)
+def test_pcb(ratio, clip):
+    # The steps of the authors' vision code, one after the other.
     x = np.stack([flat(tau) for tau in TAUS])
-    n = x.shape[1]
-    out = int(0.05 * n)
-    units, clipped = [], []
-    for row in np.abs(x):
-        ordered = np.sort(row)
-        low, high = ordered[out], ordered[n - 1 - out]
-        clipped.append(np.clip(row, low, high))
-        units.append((clipped[-1] - low) / (high - low))
-    units, signed = np.stack(units), np.stack(units) * np.sign(x)
-    scores = np.stack([np.exp(3 * u**2) * np.tanh(s * signed).sum(0) for u, s in zip(units, signed, strict=True)])
-    scores = np.maximum(scores, 0)
-    weights = []
-    for score in scores:
-        limit = np.sort(score)[::-1][int(0.3 * n) - 1]
-        weights.append((np.maximum(score, limit) - limit) / (score.max() - limit))
-    weights = np.stack(weights)
-    tau = (weights * np.stack(clipped) * np.sign(x)).sum(0) / np.maximum(weights.sum(0), 1e-12)
-    check(merged("pcb", ratio=0.3, clip=0.05, scale=0.5), plus(BASE, tau, 0.5), 1e-10)
+    sizes = pcb_clamp(np.abs(x), clip, clip)
+    clamped = np.sign(x) * sizes
+    own = np.exp(len(x) * pcb_normalize(sizes) ** 2)
+    signed = np.sign(x) * pcb_normalize(sizes)
+    across = np.stack([np.tanh(one * signed).sum(0) for one in signed])
+    scale = pcb_normalize(pcb_clamp(own * across, 1 - ratio, 0))
+    tau = (clamped * scale).sum(0) / np.maximum(scale.sum(0), 1e-12)
+    check(merged("pcb", ratio=ratio, clip=clip, scale=0.5), plus(BASE, tau, 0.5), 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("density", "gamma"), [(0.15, 0.006), (0.4, 0.1), (1.0, 0.0)])
+def test_breadcrumbs_official_keeps_exactly_its_share_of_each_row(dtype, density, gamma):
+    draw = torch.Generator().manual_seed(3)
+    coarse = (torch.randn(20, 640, generator=draw) * 4).round() / 64  # many equal magnitudes
+    base = {
+        "w": torch.zeros(20, 640, dtype=dtype),
+        "b": torch.zeros(640, dtype=dtype),
+        "s": torch.zeros((), dtype=dtype),
+    }
+    expert = {"w": coarse.to(dtype), "b": coarse[0].to(dtype), "s": torch.tensor(0.5, dtype=dtype)}
+    method = make_method("breadcrumbs.official", density=density, gamma=gamma, scale=1.0)
+    found = merge(method, [expert], base=base)
+    kept = int(density * 640)
+    top = min(int(gamma * 640), 640 - kept)
+    for name in ("w", "b"):
+        for row, left in zip(expert[name].view(-1, 640), found[name].view(-1, 640), strict=True):
+            order = sorted(range(640), key=lambda i, row=row: (-abs(float(row[i])), i))[top : top + kept]
+            wanted = torch.zeros_like(row)
+            wanted[order] = row[order]
+            assert torch.equal(left, wanted)
+    assert found["s"] == 0.5
+
+
+@pytest.mark.parametrize("shape", [(1, 40), (40, 1), (1, 1)])
+def test_heads_with_one_row_or_column_follow_the_formulas(shape):
+    base = {"w": RNG.standard_normal(shape)}
+    taus = [RNG.standard_normal(shape) for _ in range(3)]
+    experts = [{"w": base["w"] + tau} for tau in taus]
+    total = sum(taus)
+    # A matrix of rank one has one singular value: flattening the spectrum changes nothing.
+    for name in ("iso_c", "iso_cts"):
+        parameters = {"common": 1.0} if name == "iso_cts" else {}
+        np.testing.assert_allclose(
+            merged(name, base=base, experts=experts, **parameters)["w"], base["w"] + total, atol=1e-12
+        )
+    # TSV: each task's only direction; along the axis of length one all of them are ±1.
+    row = [tau.ravel() for tau in taus]
+    sizes = [np.linalg.norm(one) for one in row]
+    if max(shape) > 1:
+        v = np.stack([one / size for one, size in zip(row, sizes, strict=True)])
+        v = inverse_root(v @ v.T) @ v
+        wanted = sum(size * direction for size, direction in zip(sizes, v, strict=True)) / np.sqrt(3)
+        found = merged("tsv", base=base, experts=experts)["w"] - base["w"]
+        np.testing.assert_allclose(found.ravel(), wanted, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("shape", "common", "tasks", "stops"),
+    [
+        ((2, 30), 0.4, 3, True),
+        ((30, 2), 0.4, 3, True),
+        ((2, 30), 0.5, 3, False),
+        ((2, 30), 0.0, 2, False),
+        ((5, 9), 0.1, 7, True),
+        ((1, 9), 0.4, 1, False),
+    ],
+)
+def test_iso_cts_stops_where_a_task_would_have_no_dimension(shape, common, tasks, stops):
+    base = {"head": RNG.standard_normal(shape)}
+    experts = [{"head": base["head"] + RNG.standard_normal(shape)} for _ in range(tasks)]
+    rank = min(shape)
+    assert (rank - round((rank - int(rank * common)) / tasks) * tasks < 0) == stops
+    if stops:
+        with pytest.raises(
+            ConfigError, match=r"Iso-CTS: 'head' has .* Raise common, or leave this tensor out by exclude"
+        ):
+            merged("iso_cts", base=base, experts=experts, common=common)
+        mean = np.mean([one["head"] for one in experts], axis=0)
+        found = merged("iso_cts", base=base, experts=experts, common=common, exclude=("head",))
+        np.testing.assert_allclose(found["head"], mean, atol=1e-12)
+    else:
+        assert np.isfinite(merged("iso_cts", base=base, experts=experts, common=common)["head"]).all()
+
+
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.2])
+def test_ties_peft_may_keep_nothing(density):
+    base, expert = {"w": torch.zeros(30)}, {"w": torch.arange(1.0, 31.0)}
+    found = merge(make_method("ties.peft", density=density), [expert], base=base)
+    assert int((found["w"] != 0).sum()) == int(density * 30)
 
 
 def test_cabs_takes_the_largest_free_ones_of_each_group():
@@ -423,14 +511,39 @@ def test_knots_leaves_matrices_that_nobody_changed():
     assert all(torch.equal(result[name], tensor) for name, tensor in tensors(BASE).items())
 
 
-def test_cart():
-    name = "c"
-    mean = np.mean([e[name] for e in EXPERTS], axis=0)
+def cart(experts, rank, scale):
+    mean = np.mean(experts, axis=0)
+    k = max(1, int(rank * min(mean.shape)))
     total = 0
-    for expert in EXPERTS:
-        u, s, vt = np.linalg.svd(expert[name] - mean, full_matrices=False)
-        total += s[0] * np.outer(u[:, 0], vt[0]) + s[1] * np.outer(u[:, 1], vt[1])
-    np.testing.assert_allclose(merged("cart", base=None, rank=0.4, scale=0.7)[name], mean + 0.7 * total, atol=1e-12)
+    for expert in experts:
+        u, s, vt = np.linalg.svd(expert - mean, full_matrices=False)
+        total = total + (u[:, :k] * s[:k]) @ vt[:k]
+    return mean + scale * total
+
+
+@pytest.mark.parametrize("rank", [0.4, 0.12, 0.25, 0.38, 0.05, 1.0])
+def test_cart_rounds_its_rank_down(rank):
+    found = merged("cart", base=None, rank=rank, scale=0.7)
+    for name in ("a", "c"):
+        np.testing.assert_allclose(found[name], cart([e[name] for e in EXPERTS], rank, 0.7), atol=1e-12)
+    np.testing.assert_allclose(found["b"], np.mean([e["b"] for e in EXPERTS], axis=0), atol=1e-14)
+
+
+@pytest.mark.parametrize(("tasks", "rank", "scale"), [(8, 0.12, 2.0), (14, 0.16, 1.5), (20, 0.32, 1.9)])
+def test_cart_official_takes_attention_and_mlp_alone(tasks, rank, scale):
+    names = {
+        "model.attn.out.weight": True,
+        "model.mlp.fc.weight": True,
+        "model.ln_mlp.weight": False,
+        "model.proj": False,
+    }
+    experts = [{name: RNG.standard_normal((25, 31)) for name in names} for _ in range(3)]
+    found = merged("cart.official", base=None, experts=experts, tasks=tasks)
+    for name, reduced in names.items():
+        own = [e[name] for e in experts]
+        np.testing.assert_allclose(found[name], cart(own, rank, scale) if reduced else np.mean(own, axis=0), atol=1e-12)
+    with pytest.raises(ConfigError, match=r"settings for \[8, 14, 20\] tasks, not 9"):
+        make_method("cart.official", tasks=9)
 
 
 @pytest.mark.parametrize(("name", "density"), [("dare", 0.2), ("della", 0.4)])

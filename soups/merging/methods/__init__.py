@@ -29,7 +29,7 @@ from soups.merging.methods.regmean import RegMean
 from soups.merging.methods.robust import Median, TrimmedMean
 from soups.merging.methods.sce import SCE
 from soups.merging.methods.spherical import Karcher, MultiSlerp, NuSlerp, Slerp
-from soups.merging.methods.svd import CART, TSV, IsoC, IsoCTS
+from soups.merging.methods.svd import CART, TSV, IsoC, IsoCTS, cart_official
 from soups.merging.methods.task_arithmetic import task_arithmetic, task_arithmetic_mergekit
 from soups.merging.methods.ties import ties, ties_adamerging, ties_mergekit, ties_official, ties_peft
 
@@ -100,6 +100,7 @@ METHODS: dict[str, Entry] = {
     "iso_c": Entry(IsoC, "arXiv:2502.04959"),
     "iso_cts": Entry(IsoCTS, "arXiv:2502.04959"),
     "cart": Entry(CART, "arXiv:2412.12153"),
+    "cart.official": Entry(cart_official, "the authors' code"),
     "pcb": Entry(PCB, "arXiv:2410.02396"),
     "cabs": Entry(CABS, "arXiv:2503.01874"),
     "knots": Entry(KnOTS, "arXiv:2410.19735"),

@@ -9,7 +9,6 @@ When it fails: It takes one model besides the base. A softmax over a row means l
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -42,15 +41,11 @@ class ArceeFusion(Method):
     def observe(self, operands: Operands) -> float:
         """Return the least importance that is taken over."""
         count = operands.numel
-        # Quartiles by linear interpolation between two order statistics; the median is the lower one of two.
-        places = [(count - 1) * 0.25, (count - 1) * 0.75]
-        ascending = [math.floor(places[0]), math.ceil(places[0]), math.floor(places[1]), math.ceil(places[1])]
-        ranks = [count - place for place in [*ascending, (count - 1) // 2]]
+        # mergekit's quartiles: the order statistics at the rounded-down places, none interpolated.
+        ranks = [count - int(share * (count - 1)) for share in (0.25, 0.5, 0.75)]
         stream = lambda: (importance(chunk) for chunk in operands)  # noqa: E731
-        values = kth_largest([stream], ranks, dtype=operands.dtype)
-        first = values[0] + (places[0] - ascending[0]) * (values[1] - values[0])
-        third = values[2] + (places[1] - ascending[2]) * (values[3] - values[2])
-        return values[4] + 1.5 * (third - first)
+        first, median, third = kth_largest([stream], ranks, dtype=operands.dtype)
+        return median + 1.5 * (third - first)
 
     def combine(self, chunk: Chunk, seen: float) -> Tensor:
         """Return the base with what stands out."""

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from soups.merging.chunk import Chunk, Unit
@@ -79,15 +80,15 @@ class Band(Transform):
         return Choice((*upper[:2], *outliers[:2]), (upper[2], outliers[2]))
 
     def _apply_rows(self, delta: Tensor, chunk: Chunk, model: int) -> Tensor:
+        if not chunk.shape:  # a number is no row, and is left as it is
+            return delta
         rows = delta.view(-1, max(1, chunk.width))
         width = rows.shape[1]
         top, kept = self._counts(model, width)
-        if kept == 0:
-            return delta.zero_()
-        size = rows.abs()
-        ordered = size.sort(dim=1).values
-        low, high = ordered[:, width - top - kept, None], ordered[:, width - top - 1, None]
-        return rows.mul_(((size >= low) & (size <= high)).to(rows.dtype)).view(-1)
+        # Exactly so many of each row, the earlier of equal magnitudes first.
+        order = rows.abs().sort(dim=1, descending=True, stable=True).indices
+        mask = torch.zeros_like(rows).scatter_(1, order[:, top : top + kept], 1.0)
+        return rows.mul_(mask).view(-1)
 
 
 def breadcrumbs(

@@ -7,10 +7,10 @@ whole model and mm() the scaling of the result to 0 … 1:
     θ = θ_0 + λ Σ w_t τ_t / Σ w_t,   w_t = (score_t above its (1 − r)-quantile) scaled to 0 … 1
 
 This is the form of the authors' vision code; their language code takes tanh(τ_t Σ τ_s), which changes when all models are
-scaled. Negative scores, of elements that most tasks disagree with, never survive.
+scaled.
 
-When it fails: Scores are made from the whole model four times, and the survivors' share suits tasks of like size. Task vectors that
-differ in norm should be brought to one norm first.
+When it fails: Scores are made from the whole model four times, and the survivors' share suits tasks of like size. Task
+vectors that differ in norm should be brought to one norm first.
 """
 
 from __future__ import annotations
@@ -65,22 +65,26 @@ class PCB(WholeModelMethod):
         """Find the quantiles of the magnitudes, then those of the scores."""
         total = sum(one.numel for one in operands)
         dtype = torch.float64 if any(one.dtype == torch.float64 for one in operands) else torch.float32
-        out = int(self.clip * total)
+        # The authors' order statistics: ascending places int(n · c), int(n · (1 − c) − 1) and int(n · (1 − r)).
+        low, high = int(total * self.clip), int(total * (1 - self.clip) - 1)
         clips: list[Range] = []
         for model in range(len(operands[0].models)):
             streams = [_wide(magnitudes(one.only(model)), dtype) for one in operands]
-            high, low = kth_largest(streams, [1 + out, total - out], dtype=dtype, map=map)
-            clips.append(Range(low, high))
+            clips.append(Range(*kth_largest(streams, [total - low, total - high], dtype=dtype, map=map)))
         scores: list[Range] = []
         for model in range(len(clips)):
-            streams = [_wide(self._score_stream(one, clips, model), dtype) for one in operands]
-            rank = max(1, int(self.ratio * total))
-            high, low = kth_largest(streams, [1, rank], dtype=dtype, map=map)
-            scores.append(Range(low, high))
+            streams = [_wide(self._score_stream(one, clips, model, 1), dtype) for one in operands]
+            rank = max(1, total - int(total * (1 - self.ratio)))
+            high, least = kth_largest(streams, [1, rank], dtype=dtype, map=map)
+            if least == 0:  # among the negative ones, whose magnitudes are in the other order
+                streams = [_wide(self._score_stream(one, clips, model, -1), dtype) for one in operands]
+                least = -kth_largest(streams, [total - rank + 1], dtype=dtype, map=map)[0]
+            scores.append(Range(least, high))
         return clips, scores
 
-    def _score_stream(self, operands: Operands, clips: list[Range], model: int) -> Stream:
-        return lambda: (_scores(chunk.deltas(), clips)[model] for chunk in operands)
+    def _score_stream(self, operands: Operands, clips: list[Range], model: int, sign: int) -> Stream:
+        """Return the stream of positive scores, or of the magnitudes of negative ones; zero in the place of the others."""
+        return lambda: (_scores(chunk.deltas(), clips)[model].mul_(sign).clamp_(min=0).abs_() for chunk in operands)
 
     def combine(self, chunk: Chunk, seen: tuple[list[Range], list[Range]]) -> Tensor:
         """Return the merged chunk."""
@@ -103,7 +107,7 @@ def _scores(deltas: list[Tensor], clips: list[Range]) -> list[Tensor]:
         inter = torch.zeros_like(own)
         for other in signed:
             inter += torch.tanh(own * other)
-        result.append(torch.exp(unit.square().mul_(len(deltas))).mul_(inter).clamp_(min=0))
+        result.append(torch.exp(unit.square().mul_(len(deltas))).mul_(inter))
     return result
 
 

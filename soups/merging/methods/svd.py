@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from soups.errors import ConfigError
 from soups.merging.chunk import Chunk, Unit
 from soups.merging.method import Method, Scope, weighted_sum
 from soups.merging.operands import Operands
@@ -34,11 +35,13 @@ class MatrixMethod(Method):
     """A method given by what it does to one matrix of every model.
 
     Attributes:
+        include: patterns of names of the matrices that are merged as such; all of them when empty.
         exclude: patterns of names that are averaged although they are matrices (`"*embed*"`).
         scale: the factor of the merged task vector.
     """
 
     base: ClassVar[Literal["required", "optional", "none"]] = "required"
+    include: tuple[str, ...] = ()
     exclude: tuple[str, ...]
     scale: float
 
@@ -54,8 +57,12 @@ class MatrixMethod(Method):
 
     def eligible(self, tensor: Chunk | Operands) -> bool:
         """Tell whether this tensor is merged as a matrix."""
-        matrix = len(tensor.shape) == 2 and min(tensor.shape) > 1
-        return matrix and not any(fnmatchcase(tensor.key, pattern) for pattern in self.exclude)
+        matrix = len(tensor.shape) == 2 and min(tensor.shape) > 0
+        included = not self.include or any(fnmatchcase(tensor.key, pattern) for pattern in self.include)
+        return matrix and included and not any(fnmatchcase(tensor.key, pattern) for pattern in self.exclude)
+
+    def check_tensor(self, chunk: Chunk) -> None:
+        """Check that the parameters suit a matrix; raise a `ConfigError` if they do not."""
 
     @abstractmethod
     def merge_matrices(self, deltas: list[Tensor]) -> Tensor:
@@ -66,6 +73,7 @@ class MatrixMethod(Method):
         assert chunk.base is not None
         deltas = chunk.deltas()
         if self.eligible(chunk):
+            self.check_tensor(chunk)
             merged = self.merge_matrices([delta.view(chunk.shape) for delta in deltas]).reshape(-1)
         else:
             merged = average(deltas)
@@ -186,11 +194,29 @@ class IsoCTS(MatrixMethod):
     common: float = 0.8
     exclude: tuple[str, ...] = ()
 
+    def _dimensions(self, rank: int, count: int) -> tuple[int, int]:
+        """Return how many dimensions each task has to itself, and how many are common."""
+        each = round((rank - int(rank * self.common)) / count)
+        return each, rank - each * count
+
+    def check_tensor(self, chunk: Chunk) -> None:
+        """Check that the matrix has a dimension for every task that is to have one.
+
+        Raises:
+            ConfigError: it has not; the authors' code stops there too.
+        """
+        rank = min(chunk.shape)
+        each, shared = self._dimensions(rank, chunk.count)
+        if shared < 0:
+            raise ConfigError(
+                f"Iso-CTS: {chunk.key!r} has {rank} dimensions, and common={self.common} leaves {each} to each of {chunk.count} "
+                f"tasks, which is more. Raise common, or leave this tensor out by exclude, so that it is averaged."
+            )
+
     def merge_matrices(self, deltas: list[Tensor]) -> Tensor:
         """Merge matrices, shape (m, n) each."""
-        rank, count = min(deltas[0].shape), len(deltas)
-        each = round((rank - int(rank * self.common)) / count)
-        shared = rank - each * count
+        count = len(deltas)
+        each, shared = self._dimensions(min(deltas[0].shape), count)
         u, s, vt = svd(weighted_sum([1.0] * count, [delta.clone() for delta in deltas]))
         u, s, vt = u[:, :shared], s[:shared], vt[:shared]
         own = [svd(delta - u @ (u.T @ delta)) for delta in deltas]
@@ -205,19 +231,21 @@ class CART(MatrixMethod):
     """CART: θ̄ + λ Σ SVD_k(θ_t − θ̄): task vectors are centred on the average, and only their leading parts are added.
 
     Attributes:
-        scale: λ, the factor of the merged task vector.
-        rank: k as a share of min(m, n).
+        scale: λ, the factor of the sum of leading parts.
+        rank: ρ; k is int(ρ · min(m, n)), at least 1.
+        include: patterns of the matrices to merge; all of them when empty.
         exclude: names to average.
     """
 
     base: ClassVar[Literal["required", "optional", "none"]] = "none"
-    scale: float = 1.0
-    rank: float = 0.08
+    scale: float = 2.0
+    rank: float = 0.12
+    include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
     def merge_matrices(self, deltas: list[Tensor]) -> Tensor:
         """Return Σ of the leading parts of centred matrices, shape (m, n) each."""
-        rank = max(1, round(self.rank * min(deltas[0].shape)))
+        rank = max(1, int(self.rank * min(deltas[0].shape)))
         total = torch.zeros_like(deltas[0])
         for delta in deltas:
             u, s, vt = svd(delta)
@@ -232,3 +260,23 @@ class CART(MatrixMethod):
             return mean
         centred = [(model - mean).view(chunk.shape) for model in chunk.models]
         return self.merge_matrices(centred).reshape(-1).mul_(self.scale).add_(mean)
+
+
+_CART_SETTINGS = {8: (0.12, 2.0), 14: (0.16, 1.5), 20: (0.32, 1.9)}
+
+
+def cart_official(*, tasks: int = 8) -> CART:
+    """The authors' code: only the matrices of attention and MLP layers, with the settings that it has for 8, 14 or 20 tasks.
+
+    Args:
+        tasks: which settings: 8 takes ρ = 0.12 and λ = 2, 14 takes 0.16 and 1.5, 20 takes 0.32 and 1.9.
+
+    Raises:
+        ConfigError: there are no settings for this number of tasks.
+    """
+    if tasks not in _CART_SETTINGS:
+        raise ConfigError(
+            f"cart.official has settings for {sorted(_CART_SETTINGS)} tasks, not {tasks}; use cart with your own."
+        )
+    rank, scale = _CART_SETTINGS[tasks]
+    return CART(scale, rank, ("*attn*", "*mlp*"), ("*ln*", "*bias*"))

@@ -8,7 +8,7 @@ Resolving interference when merging models (arXiv:2306.01708), section 4 and alg
 | `ties.official` | the whole model | int(dn) + 1, equal ones too | none | the model's majority | mean over who agrees | 1 |
 | `ties.adamerging` | the whole model | as official | none | as official | sum over who agrees | 0.3 |
 | `ties.mergekit` | each tensor | exactly int(dn), at least 1 | before the election, and vote | plus | Σwτ / Σw | 1 |
-| `ties.peft` | each tensor | exactly int(dn), at least 1 | after the election | plus | Σwτ / how many agree | 1 |
+| `ties.peft` | each tensor | exactly int(dn), also 0 | after the election | plus | Σwτ / how many agree | 1 |
 
 When it fails: Over the whole model, trimming favours layers that moved far: a small but decisive head can be trimmed away
 (`ties.peft` trims each tensor by itself). With few models there is little to elect.
@@ -65,4 +65,4 @@ def ties_mergekit(
 
 def ties_peft(*, density: PerModel = 0.2, weight: PerModel = 1.0) -> TaskVectors:
     """PEFT's `ties`, on full weights: divides by how many agree, whatever their weights."""
-    return TaskVectors(Trim(density, within="tensor", exact=True), weight, Elect(zero="plus"), "count")
+    return TaskVectors(Trim(density, within="tensor", exact=True, least=0), weight, Elect(zero="plus"), "count")
