@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any, ClassVar
 
 import torch
@@ -41,6 +42,14 @@ class Samples(ABC):
     @abstractmethod
     def digest(self) -> str:
         """Return a hash that changes when the samples or labels do."""
+
+    @abstractmethod
+    def identities(self) -> list[str]:
+        """Return a string for each sample, equal for the same content, labels apart: splits are disjoint by these."""
+
+    @abstractmethod
+    def take(self, indices: Tensor) -> Samples:
+        """Return the samples at `indices`, int64 (M,)."""
 
 
 class Input(ABC):
@@ -88,6 +97,28 @@ class Splits:
     def reported(self) -> dict[str, Samples]:
         """Return the splits that are reported after selection: test first, then the out-of-distribution ones."""
         return {"test": self.test, **self.ood}
+
+
+def check_disjoint(parts: Mapping[str, Samples], task: str) -> None:
+    """Check that no sample stands in two parts of a task's data.
+
+    Args:
+        parts: by name.
+        task: its name, for the message.
+
+    Raises:
+        DataError: naming the parts, how many samples they share, and where the first one stands.
+    """
+    identities = {name: part.identities() for name, part in parts.items()}
+    for (first, left), (second, right) in combinations(identities.items(), 2):
+        places = {identity: number for number, identity in enumerate(left)}
+        shared = [(places[identity], number) for number, identity in enumerate(right) if identity in places]
+        if shared:
+            raise DataError(
+                f"The {first} and {second} splits of {task} share {len(shared)} sample(s): sample {shared[0][0]} of "
+                f"{first} is sample {shared[0][1]} of {second}. What is chosen or fitted on one split cannot be judged on "
+                f"another that holds the same samples: remove the copies from the data."
+            )
 
 
 class ShuffledBatches(Sampler[Keys]):

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as transform
 
 from soups.errors import ConfigError, DataError, did_you_mean
 from soups.seeding import derive_seed, generator
-from soups.stores.files import fingerprint
+from soups.stores.files import fingerprint, sha256_file
 from soups.tasks.data import Batch, Input, Keys, Samples, Splits
 
 
@@ -45,6 +45,10 @@ class TensorImages(Images):
         content = hashlib.sha256(self.images.contiguous().numpy().tobytes())
         content.update(self.labels.numpy().tobytes())
         return content.hexdigest()
+
+    def identities(self) -> list[str]:
+        """Hash the pixels of each image."""
+        return [hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest() for image in self.images]
 
     def take(self, indices: Tensor) -> TensorImages:
         """Return the images at `indices`, int64 (M,)."""
@@ -84,6 +88,15 @@ class FileImages(Images):
             for file, label in zip(self.files, self.labels.tolist(), strict=True)
         ]
         return fingerprint(rows)
+
+    def identities(self) -> list[str]:
+        """Hash the bytes of each file."""
+        return [sha256_file(file) for file in self.files]
+
+    def take(self, indices: Tensor) -> FileImages:
+        """Return the images at `indices`, int64 (M,)."""
+        chosen = indices.tolist()
+        return FileImages(self.root, [self.files[index] for index in chosen], self.labels[indices].tolist())
 
 
 def _noise(image: Tensor, severity: int, source: torch.Generator) -> Tensor:
@@ -152,6 +165,18 @@ class CorruptedImages(Images):
     def digest(self) -> str:
         """Hash the source's digest and the corruption's settings."""
         return fingerprint([self.source.digest(), self.kind, self.severity, self.seed])
+
+    def identities(self) -> list[str]:
+        """Return the source's identities with the corruption's settings."""
+        return [f"{one} {self.kind} {self.severity} {self.seed}" for one in self.source.identities()]
+
+    def take(self, indices: Tensor) -> CorruptedImages:
+        """Refuse: what is random in a corruption depends on an image's place in its source.
+
+        Raises:
+            DataError: always.
+        """
+        raise DataError("Part of a corrupted split cannot be taken: take part of its source, and corrupt that.")
 
 
 def with_corruptions(splits: Splits, kinds: Sequence[str], severity: int, seed: int) -> Splits:

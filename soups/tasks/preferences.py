@@ -56,6 +56,16 @@ class Pairs(Samples):
         """Hash texts and labels."""
         return fingerprint([hash_texts(self.first), hash_texts(self.second), self.labels.tolist()])
 
+    def identities(self) -> list[str]:
+        """Return the two texts of each pair in alphabetical order, without regard to case and spacing."""
+        pairs = zip(self.first, self.second, strict=True)
+        return ["\n".join(sorted(" ".join(text.split()).casefold() for text in pair)) for pair in pairs]
+
+    def take(self, indices: Tensor) -> Pairs:
+        """Return the pairs at `indices`, int64 (M,)."""
+        first, second = ([side[index] for index in indices.tolist()] for side in (self.first, self.second))
+        return Pairs(first, second, self.labels[indices], self.truth[indices], self.swapped[indices])
+
 
 class PairTokens(Dataset[Batch]):
     """Tokenised candidates as model input: `input_ids` and `attention_mask`, int64 (B, K, longest), and labels (B,).

@@ -41,6 +41,10 @@ class Texts(Samples):
         """Hash texts and labels."""
         return fingerprint([hash_texts(self.texts), self.labels.tolist()])
 
+    def identities(self) -> list[str]:
+        """Return the texts without regard to case and spacing."""
+        return [" ".join(text.split()).casefold() for text in self.texts]
+
     def take(self, indices: Tensor | Sequence[int]) -> Texts:
         """Return the texts at `indices`, (M,)."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)

