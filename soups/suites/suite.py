@@ -31,8 +31,8 @@ from torch.func import functional_call
 
 from soups.errors import ConfigError, did_you_mean
 from soups.evaluation import Batch, Inputs, Score, candidates_of, predict, score
-from soups.fitting.schema import build
 from soups.fitting.spec import TRAINING_VERSION
+from soups.fitting.task import build_network
 from soups.seeding import derive_seed
 from soups.stores import write_safetensors
 from soups.stores.files import fingerprint, replacing_folder, write_json
@@ -246,15 +246,8 @@ class TaskSuite:
     @cached_property
     def _network(self) -> Network:
         """The one network that all tasks share: weights and head are put into it when they are needed."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(derive_seed(self.spec.seed, "base model"))
-            network = build(self.spec.model, "model", num_classes=len(self.classes(self.tasks[0])))
-        if not isinstance(network, Network):
-            raise ConfigError(
-                f"model._target_={self.spec.model.get('_target_')} must return soups.tasks.network.Network."
-            )
-        if self.spec.task.channels_last:
-            network.module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        classes, seed = len(self.classes(self.tasks[0])), derive_seed(self.spec.seed, "base model")
+        network = build_network(self.spec.model, classes, seed, self.spec.task.channels_last)
         network.module.to(self.device)
         return network
 
@@ -327,7 +320,7 @@ class TaskSuite:
             spec = spec.model_copy(update={"augment": trained.augment})
             network = self._with_width(len(splits.classes))
             with self._progress.fit(self.spec.name, "base model", steps_of(spec, len(splits.train))) as advance:
-                fit(network, splits.train, len(splits.classes), spec, self.device, advance)
+                fit(network, splits.as_splits(), spec, self.device, advance)
         with replacing_folder(folder) as scratch:
             write_safetensors(scratch / _BASE, self._backbone())
             write_json(scratch / "record.json", self._base_determinants())
@@ -364,7 +357,7 @@ class TaskSuite:
         for parameter in network.linear().parameters():
             parameter.requires_grad_(self.spec.train_head)
         with self._progress.fit(self.spec.name, f"{task}: expert", steps_of(spec, len(splits.train))) as advance:
-            fit(network, splits.train, len(splits.classes), spec, self.device, advance)
+            fit(network, splits.as_splits(), spec, self.device, advance)
         record = {"task": task, "classes": list(splits.classes), "seconds": time.perf_counter() - began}
         with replacing_folder(folder) as scratch:
             write_safetensors(scratch / _EXPERT, self._backbone())

@@ -18,7 +18,7 @@ from torch.nn import functional
 from soups.errors import DataError
 from soups.seeding import generator
 from soups.tasks.data import Samples, Splits
-from soups.tasks.images import TensorImages, with_corruptions
+from soups.tasks.images import TensorImages, each_once, with_corruptions
 from soups.tasks.wheels import MNIST_5K, fetch
 
 
@@ -53,6 +53,27 @@ def digits(
     ood: dict[str, Samples] = {"optdigits": optdigits()}
     splits = Splits(parts[0], parts[1], parts[2], tuple(str(digit) for digit in range(10)), ood)
     return with_corruptions(splits, corruptions, severity, split_seed)
+
+
+def scanned_digits(train: int = 600, heldout: int = 200, test: int = 900, split_seed: int = 0) -> Splits:
+    """Return optdigits as a task of its own, for suites.
+
+    Args:
+        train, heldout, test: sizes of the splits, drawn without overlap from 1,797 images, fewer where two look alike.
+        split_seed: of the draw.
+
+    Raises:
+        DataError: the sizes add up to more images than there are.
+    """
+    images = each_once(optdigits())
+    if min(train, heldout, test) < 1 or train + heldout + test > len(images):
+        raise DataError(
+            f"data.train + data.heldout + data.test = {train} + {heldout} + {test}, but there are {len(images)} scanned digits; "
+            f"each split needs at least one image and together they cannot exceed that."
+        )
+    order = torch.randperm(len(images), generator=generator(split_seed, "split"))[: train + heldout + test]
+    parts = [images.take(part) for part in order.split([train, heldout, test])]
+    return Splits(parts[0], parts[1], parts[2], tuple(str(digit) for digit in range(10)))
 
 
 def mnist_5k() -> tuple[Tensor, Tensor]:

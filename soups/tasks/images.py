@@ -55,6 +55,17 @@ class TensorImages(Images):
         return TensorImages(self.images[indices], self.labels[indices])
 
 
+def each_once(images: TensorImages) -> TensorImages:
+    """Return images without copies, in their order; one that stands there with two labels is left out."""
+    first: dict[str, int] = {}
+    unclear: set[str] = set()
+    for number, identity in enumerate(images.identities()):
+        at = first.setdefault(identity, number)
+        if int(images.labels[at]) != int(images.labels[number]):
+            unclear.add(identity)
+    return images.take(torch.tensor([number for identity, number in first.items() if identity not in unclear]))
+
+
 class FileImages(Images):
     """Images in files, decoded when asked for. The digest covers relative names, sizes and labels, not the pixels."""
 

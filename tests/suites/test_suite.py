@@ -16,7 +16,7 @@ from soups.evaluation import forward
 from soups.fitting.spec import FitSpec
 from soups.suites import SPLITS, TaskSuite, open_suite, read_suite
 from soups.suites import suite as suite_module
-from soups.tasks.data import Samples, Splits
+from soups.tasks.data import Splits
 from soups.tasks.network import Network
 from soups.tasks.texts import Texts
 from tests.tiny_text import BAD, GOOD, OTHER, write_bert
@@ -108,12 +108,12 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Count fits, which are replaced by a small change of what is trainable."""
     counted: list[str] = []
 
-    def change(network: Network, samples: Samples, classes: int, spec: FitSpec, *_: object) -> None:
+    def change(network: Network, splits: Splits, spec: FitSpec, *_: object) -> None:
         counted.append("fit")
         with torch.no_grad():
             for parameter in network.module.parameters():
                 if parameter.requires_grad:
-                    parameter.add_(0.01 * (spec.trainer.max_epochs or 0) + 0.001 * classes)
+                    parameter.add_(0.01 * (spec.trainer.max_epochs or 0) + 0.001 * len(splits.classes))
 
     monkeypatch.setattr(suite_module, "fit", change)
     return counted
