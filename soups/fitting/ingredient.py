@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any, cast
 
+import lightning.pytorch as lightning
+from torch import Tensor
+
 from soups.errors import SoupError
 from soups.evaluation import predict, score
 from soups.fitting.configuration import Configuration
@@ -12,11 +15,12 @@ from soups.fitting.environment import kind_of_processes, needs_processes, versio
 from soups.fitting.progress import History, ReportProgress
 from soups.fitting.quiet import quiet
 from soups.fitting.run import Run, run_of
-from soups.fitting.spec import fingerprint
+from soups.fitting.spec import RAW, FitSpec, fingerprint
 from soups.fitting.task import evaluation_batches
 from soups.fitting.tracking import close_logger, fit_logger
 from soups.fitting.training import ran_on, train
 from soups.stores.pool import Failure, Ingredient
+from soups.tasks.classification import Classification
 from soups.worker import Message, run_in_processes
 
 
@@ -73,9 +77,11 @@ def fit(run: Run, show_progress: bool = True) -> None:
     watching = [ReportProgress(pool, name), history]
     network, trainer = train(spec, layout, run.base_model.weights, splits, watching, logger, show_progress)
     fitted = time.perf_counter()
-    device = trainer.strategy.root_device
-    heldout = evaluation_batches(splits.heldout, network, spec.loader.size, layout.loader)
-    logits = predict(network.module.to(device), heldout, device)
+    logits = _validated(spec, trainer, len(splits.heldout))
+    if logits is None:
+        device = trainer.strategy.root_device
+        heldout = evaluation_batches(splits.heldout, network, spec.loader.size, layout.loader)
+        logits = predict(network.module.to(device), heldout, device)
     numbers = score(logits, splits.heldout.labels)
     weights = {key: tensor.detach().cpu().contiguous() for key, tensor in network.module.state_dict().items()}
     if trainer.is_global_zero:
@@ -99,3 +105,19 @@ def fit(run: Run, show_progress: bool = True) -> None:
         finally:
             close_logger(logger, added)
     trainer.strategy.barrier("ingredient")
+
+
+def _validated(spec: FitSpec, trainer: lightning.Trainer, count: int) -> Tensor | None:
+    """Return held-out logits that the fit's last validation made of the finished weights, or None.
+
+    With callbacks, what was validated can be an average; in lower precision, it is not what `predict` computes.
+    """
+    module = trainer.lightning_module
+    if (
+        spec.callbacks
+        or spec.keep != RAW
+        or spec.trainer.precision != "32-true"
+        or not isinstance(module, Classification)
+    ):
+        return None
+    return module.validated_logits(count)

@@ -25,8 +25,8 @@ from soups.errors import ConfigError, did_you_mean
 from soups.fitting.schema import Count, Flag, Section, Seed, Target, check_target, checked
 from soups.fitting.spec import Augment, FitSpec, LoaderSpec, Optimizer, Task, TrainerSpec
 
-# `conf/suite` of a checkout, and of an installed package.
-FOLDERS = (Path(__file__).parents[1] / "conf" / "suite", Path(__file__).parents[2] / "conf" / "suite")
+# A link to conf/suite.
+FOLDER = Path(__file__).parent / "conf"
 
 
 class Pretraining(Section):
@@ -118,7 +118,7 @@ def read_suite(source: str | Path) -> SuiteSpec:
     """
     path = Path(source).expanduser()
     if path.suffix not in (".yaml", ".yml"):
-        known = {file.stem: file for folder in FOLDERS if folder.is_dir() for file in sorted(folder.glob("*.yaml"))}
+        known = {file.stem: file for file in sorted(FOLDER.glob("*.yaml"))}
         if str(source) not in known:
             raise ConfigError(
                 f"There is no suite {str(source)!r}: {did_you_mean(str(source), known)} A file of your own ends in .yaml."

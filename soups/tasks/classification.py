@@ -48,6 +48,8 @@ class Classification(lightning.LightningModule):
         self.freeze_batchnorm = freeze_batchnorm
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.class_groups = tuple(class_groups)
+        self._validated: list[Tensor] = []
+        self._validated_after = -1
         self.train_loss = MeanMetric()
         self.heldout_loss = MeanMetric()
         self.heldout_accuracy = MulticlassAccuracy(num_classes, average="micro")
@@ -78,14 +80,32 @@ class Classification(lightning.LightningModule):
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True, batch_size=len(labels))
         return loss
 
+    def on_validation_epoch_start(self) -> None:
+        """Forget the predictions of an earlier validation."""
+        self._validated, self._validated_after = [], self.trainer.global_step
+
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Score a batch of the held-out split."""
         inputs, labels = batch
-        logits = within_groups(self(inputs), labels, self.class_groups)
+        answers = self(inputs)
+        self._validated.append(answers.detach().float().cpu())
+        logits = within_groups(answers, labels, self.class_groups)
         self.heldout_loss.update(functional.cross_entropy(logits, labels), weight=len(labels))
         self.heldout_accuracy.update(logits, labels)
         self.log("heldout/loss", self.heldout_loss, batch_size=len(labels))
         self.log("heldout/accuracy", self.heldout_accuracy, batch_size=len(labels))
+
+    def validated_logits(self, count: int) -> Tensor | None:
+        """Return the held-out logits, float32 (N, classes), of a validation of all samples at the end of the fit, or None.
+
+        Args:
+            count: N, of the whole held-out split.
+        """
+        trainer = self.trainer
+        if trainer.world_size > 1 or self._validated_after != trainer.global_step or not self._validated:
+            return None
+        logits = torch.cat(self._validated)
+        return logits if len(logits) == count else None
 
     def configure_optimizers(self) -> Any:
         """Build the optimiser over what is trainable, and its schedule by step."""
