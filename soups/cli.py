@@ -10,6 +10,7 @@ import typer
 
 from soups import __version__
 from soups.commands import cold
+from soups.commands.adapters import extract_lora, merge_lora
 from soups.commands.dashboard import dashboard
 from soups.commands.diff import diff
 from soups.commands.inspect import inspect
@@ -28,6 +29,8 @@ app = typer.Typer(
 )
 for command in (merge, inspect, diff, methods, report, dashboard):
     app.command()(command)
+for name, command in (("extract-lora", extract_lora), ("merge-lora", merge_lora)):
+    app.command(name)(command)
 app.add_typer(pool, name="pool")
 app.add_typer(cold.app, name="cold")
 app.add_typer(stats, name="stats")

@@ -9,6 +9,8 @@
 ['news'] tensor([0.5000, 0.5000, 0.5000])
 """
 
+from soups.artifacts.adapters import extract_adapter as extract_adapter
+from soups.artifacts.adapters import merge_adapters as merge_adapters
 from soups.artifacts.artifact import Artifact as Artifact
 from soups.artifacts.artifact import open_artifact as open_artifact
 from soups.artifacts.method import PartMethod as PartMethod

@@ -196,6 +196,21 @@ def test_a_saved_head_leaves_the_tie(tmp_path):
         assert not store.read("model.embed_tokens.weight").any()
 
 
+def test_a_saved_embedding_leaves_the_head_as_it_was(tmp_path):
+    """The base on disk leaves the tied head out; PEFT trains a copy of the embedding, and the head keeps the base's rows."""
+    model = llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    wrapped = trained(model, target_modules=QV, modules_to_save=["embed_tokens"])
+    wrapped.save_pretrained(tmp_path / "adapter")
+    merged = wrapped.merge_and_unload().state_dict()
+    with open_store(tmp_path / "base", adapter=tmp_path / "adapter") as store:
+        assert not store.tied()
+        assert set(store) == set(merged)
+        for name in ("lm_head.weight", "model.embed_tokens.weight"):
+            assert torch.equal(store.read(name), merged[name])
+            assert store.identity(name) is not None
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     "settings",

@@ -154,7 +154,10 @@ class LowRank:
         if self.start:
             weight = _without_start(weight.T if across else weight, self.start, self.rank, self.scale, dtype)
             weight = weight.T if across else weight
-        first, second = _blocks(read(self.first), self.blocks[0]), _blocks(read(self.second), self.blocks[1])
+        first, second = (
+            block_diagonal(read(self.first), self.blocks[0]),
+            block_diagonal(read(self.second), self.blocks[1]),
+        )
         product = second.flatten(1) @ first.flatten(1)
         adapted = weight + self.scale * (product.T if across else product).reshape(weight.shape)
         if not self.magnitude:
@@ -165,7 +168,8 @@ class LowRank:
         return adapted * factor.reshape([-1 if at == axis else 1 for at in range(adapted.ndim)])
 
 
-def _blocks(factor: Tensor, count: int) -> Tensor:
+def block_diagonal(factor: Tensor, count: int) -> Tensor:
+    """Return a factor whose rows are kept as `count` blocks of a diagonal (BD-LoRA)."""
     return torch.block_diag(*factor.chunk(count)) if count > 1 else factor
 
 

@@ -62,6 +62,8 @@ class AdapterConfig:
         token_indices: rows of embeddings that were trained, by the end of the embedding's name; the key `""` is any.
         blocks: block-diagonal factors (BD-LoRA): parts of module names with a block-diagonal A, with B, and the count.
         text: everything, for fingerprints.
+        base: the base model's place or name.
+        task_type: PEFT's, where it was given.
     """
 
     r: int
@@ -78,6 +80,8 @@ class AdapterConfig:
     token_indices: Mapping[str, tuple[int, ...]]
     blocks: tuple[tuple[str, ...], tuple[str, ...], int]
     text: str
+    base: str | None = None
+    task_type: str | None = None
 
     def rank(self, module: str) -> int:
         """Return the rank of a module, by PEFT's rule for patterns."""
@@ -190,6 +194,8 @@ def _parsed(settings: Mapping[str, Any]) -> AdapterConfig:
             int(blocks.get("nblocks") or 1),
         ),
         text=json.dumps(settings, sort_keys=True),
+        base=settings.get("base_model_name_or_path") or None,
+        task_type=settings.get("task_type") or None,
     )
 
 

@@ -56,7 +56,10 @@ class LoRAStore(StoreView):
             targets = Targets(base, self._adapter, contents, self._config)
             self._changes = {name: tuple(changes) for name, changes in targets.changes.items() if changes}
             self.own = targets.own
-            self._metas = {name: self._meta_of(name) for name in self._changes}
+            self._copies = {name: first for name, first in targets.copies.items() if name not in targets.changes}
+            self.own = self.own | set(self._copies)
+            self._metas = {name: base.meta(first) for name, first in self._copies.items()}
+            self._metas |= {name: self._meta_of(name) for name in self._changes}
         except BaseException:
             self._adapter.close()
             raise
@@ -80,7 +83,7 @@ class LoRAStore(StoreView):
 
     def changes(self, name: str) -> bool:
         """Tell whether the adapter changes a tensor."""
-        return name in self._changes
+        return name in self._changes or name in self._copies
 
     def changed(self) -> list[str]:
         """Return the names of the tensors that the adapter changes."""
@@ -88,6 +91,8 @@ class LoRAStore(StoreView):
 
     def change(self, name: str) -> str | None:
         """Return the identities of the adapter's tensors, and its configuration."""
+        if name in self._copies:
+            return self.store.identity(self._copies[name])
         parts = [self._adapter.identity(key) for change in self._changes[name] for key in change.tensors]
         return None if None in parts else "+".join([*map(str, parts), self._config.text])
 
@@ -97,6 +102,8 @@ class LoRAStore(StoreView):
 
     def compute(self, name: str, start: int, stop: int) -> Tensor:
         """Return elements `start:stop` of an adapted tensor."""
+        if name in self._copies:
+            return self.store.read_flat(self._copies[name], start, stop)
         with self._lock:
             if self._kept is None or self._kept[0] != name:
                 self._kept = None

@@ -33,6 +33,8 @@ class Targets:
     Attributes:
         changes: the steps for each tensor of the base that changes, in PEFT's order.
         own: names that the base ties to another tensor, or does not have, and that the adapter gives a tensor of their own.
+        copies: names that the base leaves out, because they are tied to a tensor that the adapter takes out of the tie, and
+            that tensor's name in the base.
 
     Raises:
         WeightsError: a tensor of the adapter has no place in the base, or another shape.
@@ -47,11 +49,12 @@ class Targets:
         self._layouts = Layouts(base, recorded=config.fan_in_fan_out, architecture=lambda: self._architecture)
         self.changes: defaultdict[str, list[Change]] = defaultdict(list)
         self.own: set[str] = set()
+        self.copies: dict[str, str] = {}
         self._unknown: list[str] = []
         # What is replaced comes first: products are added to the replaced tensor. Of tied modules PEFT merges the embedding
         # before the head.
         for name, whole in contents.wholes.items():
-            self._replace(name, whole)
+            self._replace(name, whole, contents)
         for factors in sorted(contents.factors.values(), key=lambda one: "lora_embedding_A" not in one.keys):
             self._multiply(factors, contents)
         for module, key in contents.rows.items():
@@ -103,7 +106,7 @@ class Targets:
             shape = change.shape(shape)
         return shape
 
-    def _replace(self, name: str, whole: Whole) -> None:
+    def _replace(self, name: str, whole: Whole, contents: Contents) -> None:
         module, _, leaf = name.rpartition(".")
         saved, shape = self._config.saves(module), self._adapter.meta(whole.key).shape
         exact = name if name in self._names else self._matched.get(name)
@@ -111,6 +114,11 @@ class Targets:
             target = exact or name
             if self._tied.get(target) is not None or exact is None or target in self._tied.values():
                 self.own.add(target)
+            for group in self._ties if exact is not None and leaf == "weight" else []:
+                # PEFT trains a copy: what the base would tie to the tensor, and leaves out, keeps the base's values.
+                for mate in group - self._names - set(contents.wholes) if target in group else ():
+                    if self._architecture and mate in self._architecture.names:
+                        self.copies[mate] = self._tied.get(target, target)
         else:
             found = self._find_tied(name, shape)
             if found is None:

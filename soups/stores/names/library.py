@@ -26,7 +26,9 @@ class Architecture:
         ignored: patterns of tensors that loading ignores, or makes where they are absent.
         transposed: modules whose weight has the shape (in, out), as `Conv1D` keeps it.
         linear: modules whose weight has the shape (out, in).
+        convolutions: modules whose weight is a kernel of shape (out, in, …), without groups.
         names: the names in the module's own state dict.
+        modules: the names of all modules.
     """
 
     name: str
@@ -36,7 +38,9 @@ class Architecture:
     ignored: tuple[re.Pattern[str], ...]
     transposed: frozenset[str]
     linear: frozenset[str]
+    convolutions: frozenset[str]
     names: frozenset[str]
+    modules: frozenset[str]
 
 
 def architecture_of(folder: Path | None) -> Architecture | None:
@@ -105,7 +109,13 @@ def _describe(model: Any) -> Architecture:
         ignored=tuple(re.compile(pattern) for patterns in lists for pattern in sorted(patterns)),
         transposed=frozenset(name for name, kind in kinds.items() if kind == "Conv1D"),
         linear=frozenset(name for name, kind in kinds.items() if kind.endswith("Linear")),
+        convolutions=frozenset(
+            name
+            for name, module in model.named_modules()
+            if kinds[name] in ("Conv1d", "Conv2d", "Conv3d") and module.groups == 1
+        ),
         names=names,
+        modules=frozenset(kinds),
     )
 
 
