@@ -47,5 +47,10 @@ def statistics(kinds, weights):
             inputs = weights[name][0].numel()
             rows = torch.randn(2 * inputs, inputs, generator=generator, dtype=torch.float64)
             found[f"gram/{name}"] = rows.T @ rows
-    rows = {name: 300 for name in found if name.startswith("gram/")}
+        if "kfac_out" in kinds and name == "matrix":
+            outputs = torch.randn(2 * shape[0], shape[0], generator=generator, dtype=torch.float64)
+            found[f"kfac_out/{name}"] = outputs.T @ outputs
+        if "second_moment" in kinds and name == "bias":
+            found[f"second_moment/{name}"] = torch.rand(shape, generator=generator, dtype=torch.float64)
+    rows = {name: 300 for name in found if not name.startswith("fisher/")}
     return Statistics(found, weights_hash=hash_weights(weights), data="none", examples=128, rows=rows)

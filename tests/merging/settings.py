@@ -95,6 +95,10 @@ ROWS = [
         returns_common=True,
         statistics=("gram",),
     ),
+    Row("lot", statistics=("gram", "second_moment")),
+    Row("mats", base=False, returns_common=True, statistics=("gram", "kfac_out")),
+    Row("wudi", {"steps": 20}, scales=False),  # Adam's step is absolute
+    Row("wudi", {"exact": True}),
     Row("cart", base=False, returns_common=True),
     Row("cart.official", {"tasks": 20}, base=False, returns_common=True),
     Row("cart", {"exclude": ("mat*",)}, base=False, returns_common=True),

@@ -33,7 +33,9 @@ def files(tmp_path_factory):
     write_safetensors(folder / "base.safetensors", base)
     for number, weights in enumerate(experts, 1):
         write_safetensors(folder / f"{number}.safetensors", weights)
-        models.statistics(("gram", "fisher"), weights).save(folder / f"{number}.statistics.safetensors")
+        models.statistics(("gram", "fisher", "kfac_out", "second_moment"), weights).save(
+            folder / f"{number}.statistics.safetensors"
+        )
     return folder, base, experts
 
 

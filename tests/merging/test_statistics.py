@@ -276,3 +276,74 @@ def test_parameters_go_with_a_name():
         merge("ties", [tensors(MODELS[0])], base=tensors(MODELS[1]), densty=0.5)
     with pytest.raises(ConfigError, match="go with the name of a method"):
         merge(make_method("linear"), [tensors(MODELS[0])], weight=2.0)
+
+
+def _gram(size, rows):
+    x = RNG.standard_normal((rows, size))
+    return x.T @ x
+
+
+def test_lot_reproduces_each_change_on_its_own_inputs_and_leaves_the_rest_at_the_base():
+    """With the inputs themselves: the least-squares solution of least norm of Σ ‖X_t (τᵀ − τ_tᵀ)‖²."""
+    base = {name: RNG.standard_normal(shape) for name, shape in SHAPES.items()}
+    inputs = [RNG.standard_normal((2, 9)) for _ in MODELS]  # six rows for nine directions
+    moments = [RNG.random(6) for _ in MODELS]
+    sums = [{"gram/linear": x.T @ x, "second_moment/bias": m} for x, m in zip(inputs, moments, strict=True)]
+    found = merged("lot", [given(m, s) for m, s in zip(MODELS, sums, strict=True)], base=tensors(base))
+    stacked = np.vstack(inputs)
+    target = np.vstack([x @ (m["linear"] - base["linear"]).T for x, m in zip(inputs, MODELS, strict=True)])
+    change = np.linalg.lstsq(stacked, target, rcond=None)[0].T
+    np.testing.assert_allclose(found["linear"], base["linear"] + change, rtol=1e-9, atol=1e-11)
+    unseen = np.linalg.svd(stacked)[2][6:]
+    np.testing.assert_allclose(found["linear"] @ unseen.T, base["linear"] @ unseen.T, atol=1e-10)
+    weights = np.stack(moments)
+    delta = np.stack([m["bias"] - base["bias"] for m in MODELS])
+    np.testing.assert_allclose(found["bias"], base["bias"] + (weights * delta).sum(0) / weights.sum(0), rtol=1e-12)
+    np.testing.assert_allclose(found["conv"], np.mean([m["conv"] for m in MODELS], axis=0), rtol=1e-12)
+
+
+def test_mats_solves_the_kronecker_system_that_is_written_out():
+    sums = [{"gram/linear": _gram(9, 30), "kfac_out/linear": _gram(6, 30)} for _ in MODELS]
+    rows = {"gram/linear": 30, "kfac_out/linear": 15}
+    statistics = [given(m, s, rows=rows) for m, s in zip(MODELS, sums, strict=True)]
+    found = merged("mats", statistics, weight=(1, 2, 0.5), ridge=0.0, steps=1000, tolerance=1e-14)
+    # vec by rows: (Gout ⊗ Gin) vec(W)
+    left, right = np.zeros((54, 54)), np.zeros(54)
+    for weight, model, one in zip((1, 2, 0.5), MODELS, sums, strict=True):
+        matrix = weight * np.kron(one["kfac_out/linear"] / 15, one["gram/linear"] / 30)
+        left += matrix
+        right += matrix @ model["linear"].ravel()
+    np.testing.assert_allclose(found["linear"].ravel(), np.linalg.solve(left, right), rtol=1e-6)
+    np.testing.assert_allclose(found["bias"], np.average([m["bias"] for m in MODELS], axis=0, weights=(1, 2, 0.5)))
+    few = merged("mats", statistics, steps=1)
+    assert np.abs(few["linear"] - found["linear"]).max() > 1e-3, "the number of steps has an effect"
+    turned = [{name: x.T if name == "linear" else x for name, x in m.items()} for m in MODELS]
+    other = [given(m, s, rows=rows, transposed=("linear",)) for m, s in zip(turned, sums, strict=True)]
+    again = merged("mats", other, models=turned, weight=(1, 2, 0.5), ridge=0.0, steps=1000, tolerance=1e-14)
+    np.testing.assert_allclose(again["linear"].T, found["linear"], rtol=1e-6)
+
+
+def test_wudi_is_the_published_descent_and_its_minimum():
+    """Autograd on the paper's loss, by Adam; the minimum has a gradient of zero."""
+    base = {"w": RNG.standard_normal((4, 7)), "v": RNG.standard_normal(3)}
+    experts = [{name: x + 0.1 * RNG.standard_normal(x.shape) for name, x in base.items()} for _ in range(3)]
+    deltas = [torch.from_numpy(one["w"] - base["w"]) for one in experts]
+
+    def loss(tau):
+        return sum((((tau - d) @ d.T) ** 2).sum() / (d**2).sum() for d in deltas)
+
+    tau = sum(deltas).clone().requires_grad_()
+    optimiser = torch.optim.Adam([tau], lr=1e-3)
+    for _ in range(50):
+        optimiser.zero_grad()
+        loss(tau).backward()
+        optimiser.step()
+    options = {"models": experts, "base": tensors(base)}
+    found = merged(make_method("wudi", steps=50, lr=1e-3), None, **options)
+    np.testing.assert_allclose(found["w"], base["w"] + tau.detach().numpy(), rtol=1e-9)
+    np.testing.assert_allclose(found["v"], np.mean([one["v"] for one in experts], axis=0), rtol=1e-12)
+    exact = merged(make_method("wudi", exact=True, ridge=1e-12), None, **options)
+    best = torch.from_numpy(exact["w"] - base["w"]).requires_grad_()
+    value = loss(best)
+    value.backward()
+    assert float(best.grad.abs().max()) < 1e-6 and float(value.detach()) < float(loss(tau.detach()))

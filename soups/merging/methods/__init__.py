@@ -22,6 +22,8 @@ from soups.merging.methods.della import della, della_linear_mergekit, della_merg
 from soups.merging.methods.fisher import Fisher
 from soups.merging.methods.knots import KnOTS
 from soups.merging.methods.linear import Linear, Nearswap, Passthrough
+from soups.merging.methods.lot import LOT
+from soups.merging.methods.mats import MaTS
 from soups.merging.methods.model_stock import ModelStock
 from soups.merging.methods.pcb import PCB
 from soups.merging.methods.ram import RAM, ram_plus, ram_plus_mergekit
@@ -32,6 +34,7 @@ from soups.merging.methods.spherical import Karcher, MultiSlerp, NuSlerp, Slerp
 from soups.merging.methods.svd import CART, TSV, IsoC, IsoCTS, cart_official
 from soups.merging.methods.task_arithmetic import task_arithmetic, task_arithmetic_mergekit
 from soups.merging.methods.ties import ties, ties_adamerging, ties_mergekit, ties_official, ties_peft
+from soups.merging.methods.wudi import WUDI
 
 
 class Entry(NamedTuple):
@@ -106,6 +109,9 @@ METHODS: dict[str, Entry] = {
     "knots": Entry(KnOTS, "arXiv:2410.19735"),
     "fisher": Entry(Fisher, "arXiv:2111.09832"),
     "regmean": Entry(RegMean, "arXiv:2212.09849"),
+    "lot": Entry(LOT, "arXiv:2505.23859"),
+    "mats": Entry(MaTS, "arXiv:2312.04339"),
+    "wudi": Entry(WUDI, "arXiv:2503.08099"),
 }
 
 
