@@ -67,7 +67,11 @@ def main(cfg: DictConfig) -> float:
     data = Points(cfg.data.seed)
     module = Energy(cfg.lr)
     plain = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    if cfg.warm_up:
+    if cfg.warm_up == "loop":
+        optimizer = torch.optim.Adam(module.parameters())
+        module.net(torch.zeros(1, 2)).sum().backward()
+        optimizer.step()
+    elif cfg.warm_up:
         pl.Trainer(max_epochs=1, inference_mode=False, enable_checkpointing=False, **plain).fit(module, data)
         if cfg.warm_up == "another":
             module = Energy(cfg.lr)
