@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from soups.reporting.differences import differences, flatten
-from soups.reporting.page import Cell, Curves, Matrix, Page, Scatter, Steps, Table
+from soups.reporting.page import Cell, Curves, Matrix, Page, Scatter, Steps, Table, p_value_text
 from soups.stores.files import write_text
 
 _SUBJECTS = {"soup": "Soup", "protocol": "Protocol", "merge": "Merge"}
@@ -158,6 +158,8 @@ def _view(table: Table, exact: bool = False) -> dict[str, Any]:
             row.append(_cell(cell, decimals, numeric))
             if exact and isinstance(cell, int):
                 row[-1]["text"] = str(cell)
+            if heading == "p" and isinstance(cell, float) and math.isfinite(cell):
+                row[-1]["text"] = p_value_text(cell)
     rows = [{"cells": cells, "highlight": number in table.highlight} for number, cells in enumerate(written)]
     return {"title": table.title, "columns": columns, "rows": rows}
 

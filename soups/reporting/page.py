@@ -28,11 +28,20 @@ class Cell(BaseModel):
     high: float | None = None
 
 
+def p_value_text(value: float) -> str:
+    """Return a p-value for people: three decimals, or that it is smaller than they can say.
+
+    >>> p_value_text(0.04321), p_value_text(2e-7), p_value_text(1.0)
+    ('0.043', '< 0.001', '1.000')
+    """
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
 class Table(_Part):
     """Rows of texts and numbers.
 
     Attributes:
-        columns: headings; "accuracy, %" gives the unit after a comma.
+        columns: headings; "accuracy, %" gives the unit after a comma, and "p" is a column of p-values.
         rows: one value a column; a number may carry an interval, None is an empty cell.
         highlight: numbers of the rows to stress.
     """

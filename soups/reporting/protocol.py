@@ -9,8 +9,9 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
+from rich.text import Text
 
-from soups.reporting.page import Cell, Curves, Page, Scatter, Table
+from soups.reporting.page import Cell, Curves, Page, Scatter, Table, p_value_text
 from soups.stores.files import replacing
 
 # Okabe–Ito colours, and markers for print.
@@ -24,7 +25,11 @@ def page_tables(page: Page) -> list[RichTable]:
     for part in page.parts:
         if isinstance(part, Table):
             table = RichTable(
-                title=part.title, caption=part.note or None, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+                title=Text(part.title),
+                caption=Text(part.note) if part.note else None,
+                box=SIMPLE_HEAD,
+                pad_edge=False,
+                collapse_padding=True,
             )
             for place, column in enumerate(part.columns):
                 # Headings take several lines, so that numbers and names keep theirs on a narrow terminal.
@@ -34,9 +39,13 @@ def page_tables(page: Page) -> list[RichTable]:
                 words = [row[place] for row in part.rows if isinstance(row[place], str)]
                 names = place == 0 or bool(words)
                 short = max((len(str(word)) for word in words), default=0) <= 24
-                table.add_column(heading, justify="left" if names else "right", no_wrap=names and short)
+                table.add_column(Text(heading), justify="left" if names else "right", no_wrap=names and short)
             for number, row in enumerate(part.rows):
-                table.add_row(*map(cell_text, row), style="bold" if number in part.highlight else None)
+                texts = [
+                    Text(p_value_text(cell) if heading == "p" and isinstance(cell, float) else cell_text(cell))
+                    for heading, cell in zip(part.columns, row, strict=True)
+                ]
+                table.add_row(*texts, style="bold" if number in part.highlight else None)
             tables.append(table)
     return tables
 

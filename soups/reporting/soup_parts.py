@@ -16,16 +16,15 @@ def differences(report: Report) -> Table | None:
     """Return how the soups differ from the best single model on the same samples."""
     if not report.differences:
         return None
-    rows: list[list[Cell | float | int | str | None]] = [
-        [
-            f"{change.name} − {change.against}",
-            split_name(change.split),
-            Cell(value=100 * change.value, low=100 * change.low, high=100 * change.high),
-            change.p_value,
-            change.test,
-        ]
-        for change in report.differences
-    ]
+    best = report.row("best single").metrics
+    rows: list[list[Cell | float | int | str | None]] = []
+    for change in report.differences:
+        if report.row(change.name).metrics == best:  # the same weights: there is nothing to estimate
+            found: list[Cell | float | int | str | None] = [None, None, "identical"]
+        else:
+            interval = Cell(value=100 * change.value, low=100 * change.low, high=100 * change.high)
+            found = [interval, change.p_value, change.test]
+        rows.append([f"{change.name} − {change.against}", split_name(change.split), *found])
     return Table(
         title="Soups against the best single model",
         note="On the same samples, in points, with 95 % intervals. The best single model was chosen on the held-out split.",
@@ -173,12 +172,16 @@ def _history(
     scale: float,
 ) -> Curves | None:
     found: dict[str, dict[float, float]] = {}
+    starts = [row for row in report.rows if row.kind == "start"]
+    start = starts[-1].value("heldout", metric) if starts else None
     for record in members:
         points = {float(entry["epoch"]): scale * entry[key] for entry in record.history if key in entry}
-        if points and metric in (final := record.metrics.get("heldout", {})):
+        if record.history and metric in (final := record.metrics.get("heldout", {})):
             # A fit that measures nothing on its way still has a score at its end.
             last = max(float(entry["epoch"]) for entry in record.history)
             points.setdefault(last, scale * final[metric])
+        if len(points) == 1 and start is not None:  # and one at its beginning
+            points = {0.0: scale * start, **points}
         if points:
             found[record.short] = points
     epochs = sorted({epoch for points in found.values() for epoch in points})

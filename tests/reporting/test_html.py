@@ -17,6 +17,7 @@ from soups.reporting.differences import differences
 from soups.reporting.html import embeddable
 from soups.reporting.page import Curves, Page, Scatter, Steps, Table
 from soups.reporting.pairs import agreement_heatmap, compare_members, distance_heatmaps
+from soups.reporting.report import Difference
 from soups.stores import DictStore
 from soups.stores.pool import Ingredient, Pool
 
@@ -207,3 +208,41 @@ def test_a_page_of_almost_nothing() -> None:
 def test_one_members_settings_are_not_compared() -> None:
     text = render(Page(title="One", subject="protocol", summary="One.", configs={"study": {"seed": 1, "lr": 0.1}}))
     assert "2 settings</summary>" in text and "same settings" not in text and "that all share" not in text
+
+
+def test_a_soup_that_is_the_best_single_model_is_called_identical() -> None:
+    def change(name: str, p_value: float) -> Difference:
+        return Difference(
+            name=name,
+            against="best single",
+            split="test",
+            value=0.0,
+            low=-0.01,
+            high=0.01,
+            p_value=p_value,
+            test="exact McNemar",
+        )
+
+    made = report().model_copy(update={"differences": [change("greedy soup", 1.0), change("uniform soup", 2e-7)]})
+    table = next(
+        part for part in page_of(made).parts if isinstance(part, Table) and part.title.startswith("Soups against")
+    )
+    assert [row[2:] for row in table.rows if str(row[0]).startswith("greedy")] == [[None, None, "identical"]]
+    assert [row[3:] for row in table.rows if str(row[0]).startswith("uniform")] == [[2e-7, "exact McNemar"]]
+    rows = Reader(render(page_of(made))).rows
+    assert any("< 0.001" in row for row in rows), "p-values have one form"
+
+
+def test_a_fit_of_one_epoch_has_a_beginning_and_an_end() -> None:
+    def record(name: str, history: list[dict[str, float]]) -> Ingredient:
+        return Ingredient(
+            fingerprint=name + "0" * 62, determinants={}, metrics={"heldout": {"accuracy": 0.9}}, history=history
+        )
+
+    members = [
+        record("a1", [{"epoch": 1, "step": 3}]),
+        record("b2", [{"epoch": 1, "step": 3, "heldout/accuracy": 0.7}, {"epoch": 2, "step": 6}]),
+    ]
+    curves = next(part for part in page_of(report(), members).parts if isinstance(part, Curves))
+    assert curves.x == [0, 1, 2]
+    assert curves.series == {"a1000000": [60.0, 90.0, None], "b2000000": [None, 70.0, 90.0]}, "from the start's 60 %"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from soups.reporting import page_of, write_html
+from soups.reporting.page import Curves, Matrix, Page, Steps, Table
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pages import EVIL, page
@@ -166,3 +167,44 @@ def test_a_soups_page_opens(browser, tmp_path: Path) -> None:
     view.goto((tmp_path / "report.html").as_uri())
     assert view.locator(".plot > svg").count() == 2 and problems == []
     view.close()
+
+
+LONG = "model.encoder.layers.{}.self_attention.query_key_value_projection.lora_A.default.weight"
+
+
+def test_long_names_fit_a_telephone_and_are_told_apart(browser, tmp_path: Path) -> None:
+    tensors = [LONG.format(number) for number in range(9)]
+    whole = Page(
+        title=f"Soup of {tensors[0]}", subject="soup", summary=tensors[0], warnings=[tensors[0]],
+        parts=[
+            Table(title=tensors[0], columns=["tensor", tensors[1]], rows=[[name, name] for name in tensors]),
+            Matrix(title="Cosines", row_labels=tensors, column_labels=tensors, values=[[1.0 * i * j for j in range(9)] for i in range(9)]),
+            Curves(title="Curves", x_label="epochs", y_label=tensors[0], x=[0, 1], series={name: [1.0, 2.0] for name in tensors[:3]}),
+            Steps(title="Search", score_label="s", names=tensors, scores=[1.0] * 9, to_reach=[None, *[1.0] * 8], kept=[True] * 9),
+        ],
+        configs={tensors[0]: {"a": tensors[0]}, tensors[1]: {"a": "b"}}, lineage={tensors[0]: tensors[1]}, environment={tensors[0]: "1"},
+    )  # fmt: skip
+    write_html(whole, tmp_path / "report.html")
+    view = browser.new_page(viewport={"width": 390, "height": 800})
+    view.goto((tmp_path / "report.html").as_uri())
+    assert view.evaluate("document.documentElement.scrollWidth") <= 390
+    for part in ("part-1", "part-3"):
+        names = view.locator(f"#{part} .plot svg text").all_text_contents()
+        for number in range(9):
+            assert any(f"{number}" in name and len(name) <= 16 for name in names), "cut, and still told apart"
+
+
+@pytest.mark.parametrize("columns", [3, 8, 9, 10, 14, 40])
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_heat_map_has_the_heading_of_its_last_column(browser, tmp_path: Path, columns: int, width: int) -> None:
+    names = [f"{number:02d}ab34cd" for number in range(columns)]
+    part = Matrix(title="Agreement", row_labels=names, column_labels=names, values=[[1.0] * columns] * columns)
+    write_html(Page(title="T", subject="soup", summary="", parts=[part]), tmp_path / "report.html")
+    view = browser.new_page(viewport={"width": width, "height": 800})
+    view.goto((tmp_path / "report.html").as_uri())
+    boxes = """() => { const svg = document.querySelector('.plot svg').getBoundingClientRect();
+        return [...document.querySelectorAll('.plot svg text')].map(t => { const b = t.getBoundingClientRect();
+            return [t.textContent, b.left >= svg.left - 1 && b.right <= svg.right + 1 && b.top >= svg.top - 1]; }); }"""
+    found = view.evaluate(boxes)
+    assert all(inside for _, inside in found), "no heading is cut"
+    assert sum(text == names[-1] for text, _ in found) == 2, "the last row's and the last column's"

@@ -133,6 +133,23 @@
   };
   const dashes = ["", "7 4", "2 3", "9 3 2 3"];
   const textWidth = (text, size = 12) => text.length * size * 0.56;
+  // Long names are cut in their middle: tensors and runs differ at their ends.
+  const middle = (text, most) => {
+    if (text.length <= most) return text;
+    const end = Math.floor((most - 1) / 2);
+    return `${text.slice(0, most - 1 - end)}…${text.slice(text.length - end)}`;
+  };
+  // Labels of one axis that would look alike when they are cut lose what they have in common first.
+  const shortened = (labels, most) => {
+    const cut = labels.map((label) => middle(label, most));
+    if (new Set(cut).size === new Set(labels).size) return cut;
+    let start = 0, end = 0;
+    const least = Math.min(...labels.map((label) => label.length));
+    while (start < least && labels.every((label) => label[start] === labels[0][start])) start++;
+    while (end < least - start && labels.every((label) => label[label.length - 1 - end] === labels[0][labels[0].length - 1 - end])) end++;
+    return labels.map((label) => middle(`${start ? "…" : ""}${label.slice(start, label.length - end)}${end ? "…" : ""}`, most));
+  };
+  const fitted = (text, width) => middle(text, Math.max(8, Math.floor(width / (12 * 0.56))));
 
   const measure = (plot) => Math.max(260, Math.round(plot.clientWidth) || 560);
   const base = (plot, width, height, label) => {
@@ -163,8 +180,8 @@
       }
     }
     svg.append(make("line", { x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom, class: "axis" }));
-    svg.append(make("text", { x: 0, y: 12, class: "label" }, labels[1]));
-    svg.append(make("text", { x: box.right, y: height - 6, "text-anchor": "end", class: "label" }, labels[0]));
+    svg.append(make("text", { x: 0, y: 12, class: "label" }, fitted(labels[1], width)));
+    svg.append(make("text", { x: box.right, y: height - 6, "text-anchor": "end", class: "label" }, fitted(labels[0], width)));
     return { x, y, box };
   };
 
@@ -378,9 +395,10 @@
       const { y, box } = frame(svg, width, height, [0, count], ys, ["candidates in the order they were tried", part.score_label], { noX: true, bottom });
       const x = (k) => box.left + ((k + 0.5) / count) * (box.right - box.left);
       const each = Math.ceil(count / Math.max(1, Math.floor((box.right - box.left) / 18)));
+      const names = shortened(part.names, 14);
       const items = part.names.map((name, k) => {
         if (k % each === 0) {
-          const short = name.length > 14 ? `${name.slice(0, 13)}…` : name;
+          const short = names[k];
           const place = upright ? { x: x(k), y: box.bottom + 18, "text-anchor": "middle" }
             : { x: 0, y: 0, "text-anchor": "end", transform: `translate(${x(k) + 4},${box.bottom + 12}) rotate(-45)` };
           svg.append(make("text", place, short));
@@ -405,28 +423,32 @@
     matrix(part, section, plot) {
       const rows = part.row_labels.length, columns = part.column_labels.length;
       const square = rows === columns && part.row_labels.every((label, k) => label === part.column_labels[k]);
-      const width = measure(plot), longest = (labels) => Math.min(16, Math.max(0, ...labels.map((l) => l.length)));
-      const left = Math.min(width * 0.35, longest(part.row_labels) * 7.6 + 12);
-      const size = Math.min(rows > 14 ? 22 : 54, (width - left - 8) / columns);
-      const upright = size > longest(part.column_labels) * 7.6 + 4;
-      const top = upright ? 22 : Math.min(110, longest(part.column_labels) * 4.9 + 16);
-      const overhang = upright ? 0 : Math.min(60, longest(part.column_labels) * 4.9);
+      const width = measure(plot), longest = (labels) => Math.max(0, ...labels.map((l) => l.length));
+      const rowNames = shortened(part.row_labels, 16), columnNames = shortened(part.column_labels, 16);
+      const left = Math.min(width * 0.35, longest(rowNames) * 7.6 + 12);
+      const most = rows > 14 ? 22 : 54, headings = longest(columnNames);
+      const upright = Math.min(most, (width - left - 8) / columns) > headings * 7.6 + 4;
+      const top = upright ? 22 : headings * 5.4 + 16;
+      // A slanted heading ends to the right of its column: the last one needs room there.
+      const overhang = upright ? 8 : headings * 5.4 + 8;
+      const size = Math.min(most, (width - left - overhang) / columns);
       const height = Math.round(top + rows * size + 46);
       const svg = base(plot, width, height, `${part.title}: ${part.value_label}`);
       // A thing compared with itself says nothing: the diagonal is left out of the colour scale.
       const counted = part.values.flatMap((row, i) => row.filter((v, j) => v !== null && !(square && i === j)));
       const [low, high] = counted.length ? extent(counted) : [0, 1];
-      const text = (label) => (label.length > 16 ? `${label.slice(0, 15)}…` : label);
       const every = Math.max(1, Math.ceil(12 / size));
-      part.column_labels.forEach((label, j) => {
-        if (j % every) return;
+      // With room for some headings only, the last is one of them.
+      const named = (j, count) => j === count - 1 || (j % every === 0 && count - 1 - j >= every);
+      part.column_labels.forEach((_, j) => {
+        if (!named(j, columns)) return;
         const px = left + (j + 0.5) * size;
         const place = upright ? { x: px, y: top - 8, "text-anchor": "middle" } : { x: 0, y: 0, transform: `translate(${px + 3},${top - 6}) rotate(-45)` };
-        if (upright || px + overhang < width + 4) svg.append(make("text", place, text(label)));
+        svg.append(make("text", place, columnNames[j]));
       });
       const items = [];
       part.values.forEach((row, i) => {
-        if (i % every === 0) svg.append(make("text", { x: left - 8, y: top + (i + 0.5) * size + 4, "text-anchor": "end" }, text(part.row_labels[i])));
+        if (named(i, rows)) svg.append(make("text", { x: left - 8, y: top + (i + 0.5) * size + 4, "text-anchor": "end" }, rowNames[i]));
         row.forEach((value, j) => {
           const self = square && i === j;
           const share = value === null ? 0 : high > low ? (value - low) / (high - low) : 0.5;
