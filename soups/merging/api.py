@@ -24,8 +24,19 @@ from soups.stores.folder import folder_of
 from soups.stores.lora import adapted_configuration
 from soups.stores.names import reconcile
 from soups.stores.opening import Checkpoint, open_store
+from soups.stores.quantised import plain_config
 from soups.stores.store import Store
 from soups.stores.writer import DEFAULT_SHARD_BYTES
+
+
+def _carried(folder: Path) -> dict[str, bytes | Path]:
+    """Return the files that belong to a model and are not its weights; its configuration without quantisation."""
+    files: dict[str, bytes | Path] = dict(carried_files(folder))
+    path = folder / "config.json"
+    if "config.json" in files and b"quantization_config" in path.read_bytes():
+        config = plain_config(json.loads(path.read_text(encoding="utf-8")))
+        files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+    return files
 
 
 def _opened(place: Checkpoint, stack: ExitStack) -> Store:
@@ -116,7 +127,7 @@ def merge(
         stores, start = _under_one_set_of_names(stores, start, rename)
         plan = plan_merge(method, stores, start, dtype=dtype, statistics=found if statistics is not None else None)
         metadata = {"soups.merge": json.dumps({"method": repr(method), "models": [store.location for store in stores]})}
-        files: dict[str, bytes | Path] = dict(carried_files(folder)) if folder else {}
+        files = _carried(folder) if folder else {}
         if isinstance(path := files.get("config.json"), Path):
             donors = [start] if start is not None else stores
             files["config.json"] = adapted_configuration(path, [*donors, *stores], plan.tied) or path

@@ -133,7 +133,7 @@ def plan_merge(
             continue
         rule = made[pattern]
         check_complex(rule, meta, key, donor)
-        out = TensorMeta(meta.shape, output_dtype(meta.dtype, dtype))
+        out = TensorMeta(meta.shape, output_dtype(donor.declared_dtype(key), dtype))
         sources = tuple(Source(store, key) for store in models)
         names = [key, *(name for name, first in tied.items() if first == key)]
         read = attached.of(rule, [(number, names) for number in range(len(models))], meta)

@@ -13,6 +13,7 @@ from soups.stores.folder import contained
 # What training and tools leave in a folder; none of it describes the model.
 _TRAINING = re.compile(
     r"(trainer_state|(all|train|eval|test|predict)_results)\.json|training_args\.bin|optimizer.*|scheduler.*\.pt|scaler\.pt|"
+    r"hf_quant_config\.json|"
     r"rng_state.*|events\.out\.tfevents.*|.*\.log|latest|zero_to_fp32\.py|mergekit_config\.yml|adapter_(config\.json|model\..*)"
 )
 _FOLDERS = re.compile(

@@ -93,6 +93,7 @@ class FolderStore(ExtentStore):
             owner: dict[str, str] = {}
             extents: dict[str, Extent] = {}
             tied: dict[str, str] = {}
+            unreadable: dict[str, str] = {}
             for name in names:
                 store = open_file(self._files.place(name))
                 self._stores.append(store)
@@ -103,16 +104,20 @@ class FolderStore(ExtentStore):
                             f"counts. Remove the shards of the older model and try again."
                         )
                     owner[key] = name
-                    if key not in store.tied():
+                    if key in store.unreadable:
+                        unreadable[key] = store.unreadable[key]
+                    elif key not in store.tied():
                         extents[key] = store.extent(key)
                 tied |= store.tied()
             if index is not None:
-                self._check_index(index, {key: name for key, name in owner.items() if key in extents})
+                self._check_index(
+                    index, {key: name for key, name in owner.items() if key in extents or key in unreadable}
+                )
             self.metadata = dict(self._stores[0].metadata) if self._stores else {}
         except BaseException:
             self.close()
             raise
-        super().__init__(extents, tied)
+        super().__init__(extents, tied, unreadable)
         self._indirect = {
             key: store for store in self._stores if isinstance(store, TorchStore) for key in store.indirect
         }
@@ -174,6 +179,16 @@ class FolderStore(ExtentStore):
         """Return elements `start:stop` of a tensor."""
         store = self._indirect.get(self._tied.get(key, key))
         return store.read_flat(key, start, stop, out) if store else super().read_flat(key, start, stop, out)
+
+    def config(self) -> dict[str, Any]:
+        """Return the model's `config.json`; nothing where there is none, or none that can be read."""
+        if not self._files.exists("config.json"):
+            return {}
+        try:
+            found = json.loads(self._files.text("config.json"))
+        except (OSError, ValueError):  # whoever needs it says what is wrong with it
+            return {}
+        return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
 
     @property
     def indirect(self) -> Collection[str]:

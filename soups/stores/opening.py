@@ -14,10 +14,11 @@ from soups.stores.distributed import DistributedStore, is_distributed
 from soups.stores.folder import FolderStore, is_model_folder
 from soups.stores.lora import LoRAStore, base_of, is_adapter
 from soups.stores.memory import DictStore
+from soups.stores.quantised import as_numbers
 from soups.stores.safetensors import SafetensorsStore
 from soups.stores.sources import file_system, is_remote, open_bytes
 from soups.stores.store import Store
-from soups.stores.views import RenamedStore
+from soups.stores.views import RenamedStore, StoreView
 
 Checkpoint = str | os.PathLike[str] | Mapping[str, Tensor] | Store
 """A checkpoint by its path or URL, weights in memory, or an open store: whatever `open_store` takes."""
@@ -32,8 +33,11 @@ def open_store(
     prefix: str | None = None,
     adapter: str | os.PathLike[str] | None = None,
     rename: Mapping[str, str] | None = None,
+    as_stored: bool = False,
 ) -> Store:
     """Open a checkpoint for lazy reading.
+
+    Weights in FP8 with scales are read as the numbers that they stand for (float32); see `soups.stores.quantised`.
 
     Args:
         place: a `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` file, a Hugging Face folder, an fsspec URL of
@@ -44,16 +48,19 @@ def open_store(
             its network's.
         adapter: a PEFT LoRA folder to apply.
         rename: regular expressions and replacements for the adapter's names, where the model has others.
+        as_stored: show quantised checkpoints as they are stored: to look at, not to compute with.
 
     Returns:
         The store; close it, or use it in a `with` block.
 
     Raises:
         StorageError: nothing is there, or it is damaged, hostile or of an unknown kind.
-        WeightsError: the prefix or the adapter does not fit.
+        WeightsError: the prefix or the adapter does not fit, or the weights are quantised in a way that cannot be undone.
     """
     store = _open(place, state)
     try:
+        if not as_stored and not isinstance(place, Store) and not isinstance(store, StoreView):
+            store = _numbers(store)
         if prefix:
             store = RenamedStore(store, strip_prefix(store.keys(), prefix, store.location).__getitem__)
         return LoRAStore(store, adapter, rename=rename) if adapter else store
@@ -94,8 +101,16 @@ def _open(place: str | os.PathLike[str] | Mapping[str, Tensor] | Store, state: s
     )
 
 
+def _numbers(store: Store) -> Store:
+    try:
+        return as_numbers(store, store.config() if isinstance(store, FolderStore) else None)
+    except BaseException:
+        store.close()
+        raise
+
+
 def _adapted(base: str, adapter: str, state: str | None) -> Store:
-    store = _open(base, state)
+    store = _numbers(_open(base, state))
     try:
         return LoRAStore(store, adapter)
     except BaseException:

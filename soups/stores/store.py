@@ -39,6 +39,8 @@ class Store(ABC):
 
     location: str
     metadata: Mapping[str, str] = {}
+    unreadable: Mapping[str, str] = {}
+    """Tensors that are there and cannot be read, with their dtypes; to ask for one is an error that says so."""
 
     @abstractmethod
     def keys(self) -> list[str]:
@@ -72,6 +74,10 @@ class Store(ABC):
         last = max(first, last)
         width = torch.Size(shape[1:]).numel()
         return self.read_flat(key, first * width, last * width).reshape(last - first, *shape[1:])
+
+    def declared_dtype(self, key: str) -> torch.dtype:
+        """Return the dtype to write a tensor in when none is asked for; its own, where reading changed none."""
+        return self.meta(key).dtype
 
     def tied(self) -> dict[str, str]:
         """Map each name that repeats another tensor's memory to the first name that holds it."""
@@ -128,17 +134,28 @@ class Extent(NamedTuple):
 class ExtentStore(Store):
     """A store whose tensors are contiguous runs of bytes in files."""
 
-    def __init__(self, extents: Mapping[str, Extent], tied: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        extents: Mapping[str, Extent],
+        tied: Mapping[str, str] | None = None,
+        unreadable: Mapping[str, str] | None = None,
+    ) -> None:
         self._extents = dict(extents)
         self._tied = dict(tied or {})
+        self.unreadable = dict(unreadable or {})
 
     def keys(self) -> list[str]:
-        """Return the names of all tensors, tied ones included."""
-        return [*self._extents, *(name for name in self._tied if name not in self._extents)]
+        """Return the names of all tensors, tied ones and those that cannot be read included."""
+        return [*self._extents, *(name for name in self._tied if name not in self._extents), *self.unreadable]
 
     def extent(self, key: str) -> Extent:
         """Return where a tensor's elements lie."""
         found = self._extents.get(self._tied.get(key, key))
+        if found is None and key in self.unreadable:
+            raise WeightsError(
+                f"{self.location}: tensor {key!r} is {self.unreadable[key]}, and torch has no numbers of this dtype. The other "
+                f"tensors of the file can be read; convert this one with the program that wrote it."
+            )
         if found is None:
             raise self.absent(key)
         return found

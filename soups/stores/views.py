@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from soups.errors import WeightsError
@@ -65,6 +66,12 @@ class StoreView(Store):
         name = self.original(key)
         return self._ties.get(name, name)
 
+    @cached_property
+    def unreadable(self) -> Mapping[str, str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Tensors that are there and cannot be read, with their dtypes."""
+        below = self.store.unreadable
+        return {key: below[name] for key in (self.keys() if below else ()) if (name := self.source(key)) in below}
+
     def keys(self) -> list[str]:
         """Return the names of all tensors."""
         return self.store.keys()
@@ -73,6 +80,13 @@ class StoreView(Store):
         """Return shape and dtype of a tensor."""
         name = self.source(key)
         return self.changed_meta(name) if self.changes(name) else self.store.meta(name)
+
+    def declared_dtype(self, key: str) -> torch.dtype:
+        """Return the dtype to write a tensor in when none is asked for."""
+        name = self.source(key)
+        if self.changes(name) and self.changed_meta(name).dtype != self.store.meta(name).dtype:
+            return self.changed_meta(name).dtype
+        return self.store.declared_dtype(name)
 
     def read_flat(self, key: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
         """Return elements `start:stop` of a tensor, changed where this view changes it."""

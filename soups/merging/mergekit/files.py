@@ -15,6 +15,7 @@ from soups.merging.mergekit.chat_templates import CHAT_TEMPLATES
 from soups.merging.mergekit.schema import Configuration, Document, Reference
 from soups.merging.mergekit.vocabulary import Shared
 from soups.stores.companions import carried_files
+from soups.stores.quantised import plain_config
 
 _TOKENIZER = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -78,7 +79,7 @@ def updated_config(
     path: Path, document: Document, layers: int | None, *, untied: bool = False, vocabulary: int | None = None
 ) -> bytes:
     """Return a model's config.json with the output's dtype, number of layers and of tokens, and untied head."""
-    config = _json(path)
+    config = plain_config(_json(path))
     dtype = document.out_dtype or document.dtype
     if dtype:
         config["dtype" if "dtype" in config else "torch_dtype"] = dtype

@@ -388,7 +388,8 @@ class _Planner:
         method = self._method(section, name, each, t)
         check_complex(method, meta, name, donor.store)
         dtype = self.document.out_dtype or self.document.dtype
-        out = TensorMeta(meta.shape, output_dtype(meta.dtype, getattr(torch, dtype) if dtype else None))
+        own = donor.store.declared_dtype(donor.key)
+        out = TensorMeta(meta.shape, output_dtype(own, getattr(torch, dtype) if dtype else None))
         read = self.attachments.of(method, [(self.numbers.get(one.model, -1), [key]) for one, key in each], meta)
         return Job(name, out, method, tuple(sources[one.model] for one in others), base, read)
 
