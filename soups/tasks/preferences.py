@@ -6,7 +6,7 @@ rewards is the Bradley-Terry loss, −log σ(r⁺ − r⁻).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -123,13 +123,14 @@ def preferences(
     swapped: float = 0.0,
     rater: str = "one",
     part: str = "members",
+    pairs_per_text: int = 1,
     split_seed: int = 0,
 ) -> Splits:
     """Return preferences between rated texts.
 
     The preferred text of a training or held-out pair is the one that one random rater a text scored higher; pairs that this
     rater ties are left out. Test and OOD pairs are labelled by the mean of all raters. All pairs are of texts whose means
-    differ by at least `gap`; no text is in two pairs.
+    differ by at least `gap`. No text is in two pairs, but for training pairs with `pairs_per_text` above one.
 
     Args:
         domain: a key of `soups.tasks.rated_texts.DOMAINS`.
@@ -139,6 +140,7 @@ def preferences(
         swapped: share of training and held-out pairs whose labels are turned round besides.
         rater: "one" a text, or "all": labels by the mean, without noise.
         part: which of `PARTS` training and held-out texts are from; no part sees another one's.
+        pairs_per_text: most training pairs that a text is in, each with another partner and rater of its own.
         split_seed: of everything that is random.
 
     Raises:
@@ -153,12 +155,14 @@ def preferences(
         raise DataError(f"data.rater={rater} must be one or all.")
     if not 0 <= swapped < 0.5:
         raise DataError(f"data.swapped={swapped} must be in [0, 0.5).")
+    if pairs_per_text < 1:
+        raise DataError(f"data.pairs_per_text={pairs_per_text} must be at least 1.")
     own = parts(domain, split_seed)
-    share = heldout / (train + heldout)
+    share = heldout / (train / pairs_per_text + heldout)
     cut = len(own[part]) - round(share * len(own[part]))
     noisy = rater == "one"
     return Splits(
-        pair_up(own[part][:cut], train, gap, noisy, swapped, split_seed, f"{domain} ({part}, train)"),
+        pair_up(own[part][:cut], train, gap, noisy, swapped, split_seed, f"{domain} ({part}, train)", pairs_per_text),
         pair_up(own[part][cut:], heldout, gap, noisy, swapped, split_seed, f"{domain} ({part}, held-out)"),
         pair_up(own["test"], test, gap, False, 0.0, split_seed, f"{domain} (test)"),
         CLASSES,
@@ -188,9 +192,19 @@ def parts(domain: str, seed: int) -> dict[str, list[RatedText]]:
 
 
 def pair_up(
-    rated: Sequence[RatedText], count: int, gap: float, noisy: bool, swapped: float, seed: int, what: str
+    rated: Sequence[RatedText],
+    count: int,
+    gap: float,
+    noisy: bool,
+    swapped: float,
+    seed: int,
+    what: str,
+    uses: int = 1,
 ) -> Pairs:
-    """Return `count` pairs of the first texts that make one, with labels as `preferences` describes them."""
+    """Return `count` pairs of the first texts that make one, with labels as `preferences` describes them.
+
+    Each of `uses` passes over the texts puts every text into one more pair at most; the first is in the given order.
+    """
     random = generator(seed, "pairs", what)
 
     def draw_number(below: int) -> int:
@@ -200,16 +214,10 @@ def pair_up(
     second: list[str] = []
     labels: list[int] = []
     truth: list[int] = []
-    waiting: list[RatedText] = []
-    for one in rated:
+    for pair in _partners(rated, gap, uses, seed, what):
         if len(first) == count:
             break
-        partner = next((other for other in waiting if abs(one.mean - other.mean) >= gap), None)
-        if partner is None:
-            waiting.append(one)
-            continue
-        waiting.remove(partner)
-        pair = (one, partner) if draw_number(2) else (partner, one)
+        pair = pair if draw_number(2) else pair[::-1]
         scores = [float(text.ratings[draw_number(len(text.ratings))]) if noisy else text.mean for text in pair]
         if scores[0] == scores[1]:
             continue
@@ -223,6 +231,33 @@ def pair_up(
     turned[torch.randperm(count, generator=random)[: round(swapped * count)]] = True
     given = torch.tensor(labels)
     return Pairs(first, second, torch.where(turned, 1 - given, given), torch.tensor(truth), turned)
+
+
+def _partners(
+    rated: Sequence[RatedText], gap: float, uses: int, seed: int, what: str
+) -> Iterator[tuple[RatedText, RatedText]]:
+    """Yield pairs of texts whose means differ by `gap`, each text once in a pass, no pair twice."""
+    made: set[frozenset[int]] = set()
+    for turn in range(uses):
+        order = list(range(len(rated)))
+        if turn:
+            order = torch.randperm(len(rated), generator=generator(seed, "pairs", what, turn)).tolist()
+        waiting: list[int] = []
+        for one in order:
+            partner = next(
+                (
+                    other
+                    for other in waiting
+                    if abs(rated[one].mean - rated[other].mean) >= gap and frozenset((one, other)) not in made
+                ),
+                None,
+            )
+            if partner is None:
+                waiting.append(one)
+                continue
+            waiting.remove(partner)
+            made.add(frozenset((one, partner)))
+            yield rated[one], rated[partner]
 
 
 def pair_files(
