@@ -72,9 +72,12 @@ def split_arguments(arguments: Sequence[str]) -> Arguments:
         else:
             fixed.append(text)
             keys.add(key)
-    entries = {one.get_key_element().lstrip("+~") for one in parsed}
-    for key in sorted(entries):
-        if key.startswith(_SPACE) and (plain := key.removeprefix(_SPACE)) in entries:
+    given = {*keys, *(one.get_key_element().lstrip("+~") for one in parsed if one.is_sweep_override())}
+    for override in parsed:
+        key = override.get_key_element().lstrip("+~")
+        plain = key.removeprefix(_SPACE)
+        # Taking an entry out (null, ~) and giving its key a value agree with each other.
+        if plain != key and plain in given and not override.is_delete() and override.value() is not None:
             raise ConfigError(
                 f"{key} would be ignored: {plain} is given too, and wins over the search space. Keep one."
             )

@@ -36,6 +36,7 @@ class Row(BaseModel):
             and "loss", the mean cross-entropy in nats; other programs have the names that they log.
         note: why it is in the soup or not; how many models it needs at inference.
         interval: 95 % interval of the accuracy, by split; none for a mean of models.
+        settings: of an ingredient: those that differ among the ingredients.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -45,6 +46,7 @@ class Row(BaseModel):
     metrics: dict[str, dict[str, float]]
     note: str = ""
     interval: dict[str, tuple[float, float]] = Field(default_factory=dict[str, tuple[float, float]])
+    settings: dict[str, Any] = Field(default_factory=dict[str, Any])
 
     @model_validator(mode="before")
     @classmethod

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -97,8 +98,28 @@ def _table(report: Report, title: str, columns: Sequence[Column], notes: bool) -
             Text(column.text(value), "green" if row in single and value is not None and value == top else "")
             for column, value, top in zip(columns, values, best, strict=True)
         ]
-        result.add_row(Text(row.name), *cells, *([Text(row.note)] if notes else []), style=_STYLE.get(row.kind, ""))
+        result.add_row(Text(row.name), *cells, *([_remarks(row)] if notes else []), style=_STYLE.get(row.kind, ""))
     return result
+
+
+def _remarks(row: Row) -> Text:
+    """Return a row's note, and below it the settings in which an ingredient differs from the others."""
+    text = Text(row.note)
+    if row.settings:
+        varied = ", ".join(f"{key} {_short(value)}" for key, value in row.settings.items())
+        text.append(f"{chr(10) if row.note else ''}{varied}", style="dim")
+    return text
+
+
+def _short(value: Any) -> str:
+    """Return a setting in few characters.
+
+    >>> _short(0.000123456), _short(7), _short(None)
+    ('0.000123', '7', 'null')
+    """
+    if value is None:
+        return "null"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _folded(heading: str, width: int) -> str:

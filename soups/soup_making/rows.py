@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from soups.evaluation import score
 from soups.evaluation.statistics import right, wilson
+from soups.reporting import differences, flatten
 from soups.reporting.report import PathPoint, Row, soup_name
 from soups.soup_making.evaluator import SoupEvaluator
 from soups.soup_making.predictions import Predictions
+from soups.stores.pool import Ingredient
 
 
 def rows(found: Predictions) -> list[Row]:
     """Return references, ingredients from the best to the worst, their mean, the best one, soups, and the ensemble."""
     evaluator, soups = found.evaluator, found.selection.soups
-    notes = _notes(found)
+    notes, varied = _notes(found), varied_settings(found.ingredients)
     order = evaluator.best_first(found.ingredients)
     single = [
         _row(evaluator, record.short, "ingredient", found.of_ingredients[record.short],
-             notes.get(record.short, "left out"))
+             notes.get(record.short, "left out")).model_copy(update={"settings": varied.get(record.short, {})})
         for record in order
     ]  # fmt: skip
     average = Row(
@@ -35,7 +38,7 @@ def rows(found: Predictions) -> list[Row]:
             for split in found.splits
         },
     )
-    best = single[0].model_copy(update={"name": "best single", "kind": "best", "note": single[0].name})
+    best = single[0].model_copy(update={"name": "best single", "kind": "best", "note": single[0].name, "settings": {}})
     return [
         *(_row(evaluator, one.name, "start", found.of_references[one.name]) for one in found.references),
         *single,
@@ -47,6 +50,19 @@ def rows(found: Predictions) -> list[Row]:
         ),
         _row(evaluator, "logit ensemble", "ensemble", found.ensemble(), f"{len(order)} models at inference"),
     ]
+
+
+def varied_settings(ingredients: Sequence[Ingredient]) -> dict[str, dict[str, Any]]:
+    """Return the settings in which ingredients differ, by short name; nothing of checkpoints made elsewhere.
+
+    Keys are without their sections where that is enough to tell them apart.
+    """
+    ours = {record.short: record.determinants for record in ingredients if "training_version" in record.determinants}
+    keys = [key for key in differences(ours)[0] if key not in ("start", "split")]
+    last = [key.rpartition(".")[2] for key in keys]
+    names = {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
+    flat = {name: flatten(determinants) for name, determinants in ours.items()}
+    return {name: {names[key]: settings[key] for key in keys if key in settings} for name, settings in flat.items()}
 
 
 def path(found: Predictions) -> list[PathPoint]:
