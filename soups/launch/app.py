@@ -26,7 +26,8 @@ from soups.fitting.run import Run, run_of
 from soups.launch.hydra_errors import check_hydra
 from soups.launch.ignored import refuse_ignored
 from soups.launch.settings import UserError, configuration_of, resolve
-from soups.reporting import Report, summary_sentence, tables
+from soups.launch.terminal import show_report
+from soups.reporting import Report
 from soups.soup_making.soup import make_soup
 from soups.soup_making.tracking import track_soup
 
@@ -93,14 +94,7 @@ def finish(run: Run, failed: Mapping[str, Failed]) -> int:
     report, folder = make_soup(run)
     if folder not in before:
         track_soup(run, report, folder)
-    console.print()
-    for table in tables(report, console.width):
-        console.print(table)
-    console.print(summary_sentence(report), highlight=False)
-    for warning in report.warnings:
-        console.print(f"[yellow]![/] {escape(warning)}", highlight=False)
-    console.print(f"\n[bold]{folder}/[/]  {', '.join(sorted(path.name for path in folder.iterdir()))}", highlight=False)
-    console.print(_how_to_load(run, report, folder), highlight=False)
+    show_report(report, folder, _how_to_load(run, report, folder), console)
     return tell_failures(console, failed)
 
 
@@ -144,8 +138,8 @@ def _how_to_load(run: Run, report: Report, folder: Path) -> str:
     model, path = run.asked.model, folder / "soup.safetensors"
     if str(model["_target_"]).endswith("timm_model"):
         classes = len(report.lineage["classes"])
-        return f"Load it: timm.create_model({model['name']!r}, num_classes={classes}, checkpoint_path='{path}')"
-    return f"Load it: model.load_state_dict(safetensors.torch.load_file('{path}'))"
+        return f"timm.create_model({model['name']!r}, num_classes={classes}, checkpoint_path='{path}')"
+    return f"model.load_state_dict(safetensors.torch.load_file('{path}'))"
 
 
 def leave(code: int) -> None:

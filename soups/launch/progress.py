@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from soups.errors import StorageError
 from soups.fitting.progress import LOCAL, REMOTE
@@ -115,7 +116,7 @@ class SweepProgress:
         if name in self._bars:
             display.remove_task(self._bars.pop(name))
         why = failure.error.strip().splitlines()[0] if failure.error.strip() else "it left no reason"
-        display.console.print(f"[red]failed[/] {name[:8]}  {escape(self.labels[name])}  {escape(why)}", highlight=False)
+        display.console.print(Text.assemble(("failed", "red"), f" {name[:8]}  {self.labels[name]}  {why}"))
 
     def _finish(self, display: Progress, name: str) -> None:
         self._done.add(name)
@@ -128,9 +129,10 @@ class SweepProgress:
         self._share = max(self._share, (len(self._done) + len(self._failed)) / len(self.names))
         left = f"  {rest}" if (rest := self._left()) else ""
         display.console.print(
-            f"[{self.found + len(self._done)}/{total}] {record.short}  {self.describe(record)}  "
-            f"{escape(self.labels[name])}  {record.durations.get('total', 0):.0f} s{left}",
-            highlight=False,
+            Text(
+                f"[{self.found + len(self._done)}/{total}] {record.short}  {self.describe(record)}  {self.labels[name]}  "
+                f"{record.durations.get('total', 0):.0f} s{left}"
+            )
         )
 
 

@@ -17,6 +17,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.panel import Panel
+from rich.text import Text
 
 from soups.errors import ConfigError, RunError, SoupError
 from soups.fitting.environment import (
@@ -36,6 +37,7 @@ from soups.launch.settings import (
     open_pool,
     resolve,
 )
+from soups.launch.terminal import show_end
 from soups.protocols import Node, Plan, ProtocolRunner, build_protocol, execute, in_sequence, perform
 from soups.protocols.plan import PLAN_VERSION
 from soups.reporting import draw_page, page_tables, write_html
@@ -124,7 +126,7 @@ def run_protocol(
         missing, results = _run(settings, program, plan, launcher, fixed)
         if missing:
             Console(stderr=True).print(
-                Panel("\n".join(f"{name[:8]}  {why}" for name, why in missing.items()), style="red",
+                Panel(Text("\n".join(f"{name[:8]}  {why}" for name, why in missing.items())), style="red",
                       title=f"{len(missing)} of {len(plan.nodes)} nodes are missing; the same command tries them again")
             )  # fmt: skip
         lost = sum(node.fingerprint in missing for node in plan.targets)
@@ -150,10 +152,8 @@ def _run(
             highlight=False,
         )
     left = sum(map(len, waves))
-    console.print(
-        f"{program.name}: {len(plan.nodes)} nodes in the plan, {left} to do in {len(waves)} waves; pool [bold]{pool.url}[/].",
-        highlight=False,
-    )
+    counts = f"{program.name}: {len(plan.nodes)} nodes in the plan, {left} to do in {len(waves)} waves; pool "
+    console.print(Text.assemble(counts, (pool.url, "bold"), "."), soft_wrap=True)
     here = in_sequence(pool, program.operations())
     results: list[JobReturn] = []
 
@@ -225,10 +225,7 @@ def _finish(settings: Settings, program: ProtocolRunner[Any], plan: Plan) -> Non
     console.print()
     for table in page_tables(page):
         console.print(table)
-    for warning in page.warnings:
-        console.print(f"[yellow]{warning}[/]", highlight=False)
-    console.print(page.summary, highlight=False)
-    console.print(f"\n[bold]{folder}/[/]  {', '.join(sorted(path.name for path in folder.iterdir()))}", highlight=False)
+    show_end(page.summary, page.warnings, folder, console)
 
 
 def _plain(settings: Settings) -> dict[str, Any]:

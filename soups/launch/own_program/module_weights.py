@@ -108,5 +108,5 @@ def averages_of(trainer: Any) -> dict[str, Any]:
         member.settings.name: callback
         for callback in trainer.callbacks
         if isinstance(callback, Averaging)
-        for member in callback.members()
+        for member in callback.callbacks()
     }

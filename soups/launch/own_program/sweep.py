@@ -26,10 +26,10 @@ from soups.launch.own_program.options import check_options
 from soups.launch.own_program.rehearsal import rehearsal
 from soups.launch.own_program.soup import make_soup
 from soups.launch.own_program.task import ProgramTask
-from soups.launch.own_program.terminal import show
 from soups.launch.search_space import split_arguments
 from soups.launch.settings import UserError
 from soups.launch.sweep import Wanted, compose_one, label, plan, run_missing
+from soups.launch.terminal import show_report
 from soups.stores.pool import Ingredient, Pool
 from soups.weights import hash_weights
 
@@ -113,7 +113,9 @@ class _Sweep:
             results, failed = run_missing(Pool(program.pool), wanted, self.launcher, describe)
             asked = [item.fingerprint for item in wanted]
             report, folder = make_soup(program, self.soup, evaluation, asked, self._output(), told)
-            show(report, folder, Console(), strict=not extra_state(fit.module))
+            strict = ", strict=False" if extra_state(fit.module) else ""
+            load = f"module.load_state_dict(safetensors.torch.load_file('{folder}/soup.safetensors'){strict})"
+            show_report(report, folder, load, Console())
         return results, failed
 
     @property
