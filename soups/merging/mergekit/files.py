@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ import yaml
 
 from soups.errors import ConfigError
 from soups.merging.mergekit.chat_templates import CHAT_TEMPLATES
+from soups.merging.mergekit.layer_settings import Layer, follow_layers
 from soups.merging.mergekit.schema import Configuration, Document, Reference
 from soups.merging.mergekit.vocabulary import Shared
 from soups.stores.companions import carried_files
@@ -22,7 +23,6 @@ _TOKENIZER = (
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "spiece.model",
     "sentencepiece.bpe.model", "tekken.json",
 )  # fmt: skip
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers")
 
 
 def folder_files(
@@ -31,7 +31,7 @@ def folder_files(
     donor: Reference,
     folders: dict[Reference, Path],
     *,
-    layers: int | None,
+    stack: Sequence[Sequence[tuple[Reference, int]]] | None,
     untied: bool,
     shared: Shared | None = None,
     vocabulary: int | None = None,
@@ -45,7 +45,7 @@ def folder_files(
         document: the merge that is written.
         donor: the model that configuration and tokenizer are from.
         folders: the models that are folders.
-        layers: the number of layers of the output, if it was changed.
+        stack: the source layers of each layer of the output, if they were changed.
         untied: whether the output has a head of its own where some models had not.
         shared: the vocabulary that the models were brought to.
         vocabulary: the number of tokens of the output, if it was changed.
@@ -64,7 +64,7 @@ def folder_files(
     files |= {name: path for name, path in carried.items() if name not in _TOKENIZER and name not in files}
     if "config.json" in carried:
         files["config.json"] = updated_config(
-            carried["config.json"], document, layers, untied=untied, vocabulary=vocabulary
+            carried["config.json"], document, _with_configs(stack, folders), untied=untied, vocabulary=vocabulary
         )
     if copy_tokenizer:
         files |= _tokenizer_files(document, donor, folders, shared)
@@ -75,11 +75,30 @@ def folder_files(
     return files
 
 
+def _with_configs(
+    stack: Sequence[Sequence[tuple[Reference, int]]] | None, folders: Mapping[Reference, Path]
+) -> list[list[Layer]] | None:
+    """Return the source layers with their models' config.json; an empty one where there is none."""
+    if stack is None:
+        return None
+    models = dict.fromkeys(model for layers in stack for model, _ in layers)
+    paths = {model: folders[model] / "config.json" for model in models if model in folders}
+    configs = {model: _json(path) for model, path in paths.items() if path.is_file()}
+    return [[(configs.get(model, {}), layer) for model, layer in layers] for layers in stack]
+
+
 def updated_config(
-    path: Path, document: Document, layers: int | None, *, untied: bool = False, vocabulary: int | None = None
+    path: Path,
+    document: Document,
+    stack: Sequence[Sequence[Layer]] | None,
+    *,
+    untied: bool = False,
+    vocabulary: int | None = None,
 ) -> bytes:
     """Return a model's config.json with the output's dtype, number of layers and of tokens, and untied head."""
     config = plain_config(_json(path))
+    if stack is not None:
+        config = follow_layers(config, stack, str(path))
     dtype = document.out_dtype or document.dtype
     if dtype:
         config["dtype" if "dtype" in config else "torch_dtype"] = dtype
@@ -89,15 +108,6 @@ def updated_config(
         for part in (config, config.get("text_config")):
             if isinstance(part, dict) and "vocab_size" in part:
                 part["vocab_size"] = vocabulary
-    if layers is not None:
-        for key in _LAYER_COUNTS:
-            if isinstance(config.get(key), int):
-                config[key] = layers
-        if isinstance(config.get("layer_types"), list) and len(config["layer_types"]) != layers:
-            raise ConfigError(
-                f"{path}: layer_types lists the kind of each layer, which cannot be worked out for a new order of layers. "
-                f"Remove it from the model's config.json, or write it by hand."
-            )
     return (json.dumps(config, indent=2) + "\n").encode()
 
 

@@ -80,7 +80,7 @@ class Planned:
     Attributes:
         plan: the jobs.
         donor: the model that gives configuration and tokenizer.
-        layers: the number of layers, if it was changed.
+        stack: for each layer of the output, the models and layers that it is from; `None` where layers stay as they are.
         warnings: what is odd about the document.
         untied: whether an output head is written that some models had tied to the embedding.
         shared: the vocabulary that the models are brought to, if one was asked for.
@@ -89,7 +89,7 @@ class Planned:
 
     plan: MergePlan
     donor: Reference
-    layers: int | None
+    stack: list[list[tuple[Reference, int]]] | None
     warnings: list[str] = field(default_factory=list[str])
     untied: bool = False
     shared: Shared | None = None
@@ -239,26 +239,26 @@ class _Planner:
         for section in self.sections:
             self._check_section(section)
         jobs: list[Job] = []
-        layers = None
+        stack: list[list[tuple[Reference, int]]] | None = None
         for module in dict.fromkeys(section.module for section in self.sections):
             sections = [section for section in self.sections if section.module == module]
             if sections[0].length is None:
                 jobs += self._whole(sections[0])
                 continue
             jobs += self._sliced(sections)
-            layers = sum(section.length or 0 for section in sections)
+            stack = self._stack(sections)
             if module not in (None, "default"):
                 self.warnings.append(
-                    f"{self.at('modules', module)}: the output's {module} has {layers} layers; set that in its config.json."
+                    f"{self.at('modules', module)}: the output's {module} has {len(stack)} layers; set that in its config.json."
                 )
-                layers = None
+                stack = None
         self.attachments.check_used()
         tied = self._tied({job.key for job in jobs})
         plan = MergePlan(tuple(job for job in jobs if job.key not in tied), tied)
         heads = self.heads | untied_heads(self.stores.values())
         untied = any(head not in tied for head in heads & set(plan.outputs))
         vocabulary = self.shared.size if self.shared else resized_vocabulary(self.stores.values())
-        return Planned(plan, self.donor, layers, self.warnings, untied, self.shared, vocabulary)
+        return Planned(plan, self.donor, stack, self.warnings, untied, self.shared, vocabulary)
 
     def _tied(self, names: set[str]) -> dict[str, str]:
         donor = self.stores[self.donor].tied()
@@ -364,6 +364,17 @@ class _Planner:
                 if 0 <= index < (section.length or 0):
                     jobs.append(self._layer_job(section, place, index))
         return sorted(jobs, key=lambda job: _natural(job.key))
+
+    def _stack(self, sections: Sequence[Section]) -> list[list[tuple[Reference, int]]]:
+        """Return the source layers of each output layer, the donor's first."""
+        return [
+            sorted(
+                ((one.model, (one.first or 0) + index) for one in section.inputs),
+                key=lambda source: source[0] != self.donor,
+            )
+            for section in sections
+            for index in range(section.length or 0)
+        ]
 
     def _layer_job(self, section: Section, place: Position, index: int) -> Job:
         sources = [place.name((one.first or 0) + index) for one in section.inputs]

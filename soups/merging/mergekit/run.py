@@ -91,7 +91,7 @@ def merge_configuration(
                     document,
                     plan.donor,
                     folders,
-                    layers=plan.layers,
+                    stack=plan.stack,
                     untied=plan.untied,
                     shared=plan.shared,
                     vocabulary=plan.vocabulary,
