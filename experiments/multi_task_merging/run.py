@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -53,7 +53,7 @@ def merged(suite: TaskSuite, label: str, seed: int) -> tuple[float, dict[str, to
     name, parameters, scales = METHODS[label]
     method = make_method(name, **parameters, **({"seed": seed} if name.startswith("dare") else {}))
     paths = [suite.expert_path(task) for task in suite.tasks]
-    end = merge(method, paths, base=None if name == "linear" else suite.base_path)
+    end = cast(dict[str, torch.Tensor], merge(method, paths, base=None if name == "linear" else suite.base_path))
 
     def at(scale: float) -> dict[str, torch.Tensor]:
         return {

@@ -271,7 +271,7 @@ def test_mistakes_are_named(suite: TaskSuite, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no split 'held': did you mean 'heldout'"):
         suite.batches("ends", "held")
     short = dict(list(suite.base.items())[1:])
-    with pytest.raises(WeightsError, match="the weights to evaluate on opinions"):
+    with pytest.raises(WeightsError, match="the weights to evaluate on ends"):
         suite.evaluate(short)
     with pytest.raises(ConfigError, match="adaptaton is no setting: did you mean 'adaptation'"):
         make(tmp_path, adaptaton=3)
