@@ -214,6 +214,37 @@ def test_two_towers_are_not_guessed():
     assert set(shown["one"]) == {f"text.layers.{i}.w" for i in range(2)}
 
 
+def test_towers_that_moved_one_by_one():
+    """LLaVA's names on the Hub and in the library of today: three prefixes change, each in its own way."""
+    layers = [f"layers.{i}.{name}.weight" for i in range(2) for name in ("q", "k", "v", "o", "up", "down")]
+    old = {f"language_model.model.{name}": torch.rand(3, 3) for name in [*layers, "embed_tokens.weight"]}
+    old |= {f"vision_tower.encoder.{name}": torch.rand(2, 2) for name in layers}
+    old |= {
+        "language_model.lm_head.weight": torch.rand(3, 3),
+        "multi_modal_projector.linear_1.weight": torch.rand(3, 2),
+    }
+    new = {}
+    for name, tensor in old.items():
+        moved = name.replace("language_model.lm_head", "lm_head").replace(
+            "language_model.model.", "model.language_model."
+        )
+        new[moved.replace("vision_tower", "model.vision_tower").replace("multi_modal", "model.multi_modal")] = tensor
+    for reference in ("old", "new"):
+        shown = reconcile({"old": open_store(old), "new": open_store(new)}, reference).stores
+        assert set(shown["old"]) == set(shown["new"]) == set({"old": old, "new": new}[reference])
+        for name in shown["old"]:
+            assert torch.equal(shown["old"].read(name), shown["new"].read(name)), name
+
+
+def test_a_model_with_a_head_of_another_name_gets_none():
+    """Its own head is no copy of its embedding, and must not be taken for one."""
+    one = {"model.embed_tokens.weight": torch.zeros(5, 3), "lm_head.weight": torch.ones(5, 3)}
+    other = {"model.embed_tokens.weight": torch.zeros(5, 3), "embed_out.weight": torch.ones(5, 3)}
+    shown = reconcile({"one": open_store(one), "other": open_store(other)}, "one")
+    assert not shown.given
+    assert "lm_head.weight" not in set(shown.stores["other"])
+
+
 def test_a_head_that_is_no_tie_is_left_to_the_caller():
     body = {"encoder.w": torch.zeros(3, 3)}
     shown = reconcile(

@@ -55,18 +55,28 @@ class NameMatcher:
             place = self._exact(name, shape) or self._known(canonical[name], shape)
             if place is not None:
                 found[name] = place
-        left = {name: shape for name, shape in shapes.items() if prefixes and name not in found}
-        for one in (left, {canonical[name]: shape for name, shape in left.items()}):
-            move = self._best_move(one, set(found.values()))
+        while prefixes and (left := {name: shape for name, shape in shapes.items() if name not in found}):
+            moved = self._moved(left, canonical, set(found.values()))
+            if not moved:
+                break
+            found |= moved
+        return _one_to_one(found)
+
+    def _moved(self, left: Shapes, canonical: Mapping[str, str], taken: set[str]) -> dict[str, str]:
+        """Return places that one change of prefix finds, of the names as they are or as the module has them."""
+        for named in ({name: name for name in left}, {name: canonical[name] for name in left}):
+            move = self._best_move({named[name]: shape for name, shape in left.items()}, taken)
             if move is None:
                 continue
-            for name in left:
-                moved = move(name if one is left else canonical[name])
-                place = None if moved is None else self._exact(moved, left[name]) or self._known(moved, left[name])
-                if place is not None:
+            found: dict[str, str] = {}
+            for name, shape in left.items():
+                moved = move(named[name])
+                place = None if moved is None else self._exact(moved, shape) or self._known(moved, shape)
+                if place is not None and place not in taken:
                     found[name] = place
-            break
-        return _one_to_one(found)
+            if found:
+                return found
+        return {}
 
     def _exact(self, name: str, shape: tuple[int, ...] | None) -> str | None:
         return name if self._fits(template(name)[0], shape) else None
@@ -83,7 +93,7 @@ class NameMatcher:
         return own is None or shape is None or len(own) == len(shape)
 
     def _best_move(self, shapes: Shapes, taken: set[str]) -> Callable[[str], str | None] | None:
-        """Return the change of prefix that finds most names, unless two find as many in different places."""
+        """Return the change of prefix that finds most names, unless another one finds as many and contradicts it."""
         free = {pattern for pattern in self._shapes if not taken or pattern not in {template(one)[0] for one in taken}}
         targets = {meaning: place for meaning, place in self._canonical.items() if place in free}
         targets |= {pattern: pattern for pattern in free}
@@ -106,7 +116,9 @@ class NameMatcher:
             return None
         best = max(scores.values())
         winners = [move for move, score in scores.items() if score == best]
-        if len({places[move] for move in winners}) > 1:
+        # Moves of other names to other places are no rivals; one name with two places, or one place for two names, is a guess.
+        hits = set[tuple[str, str]]().union(*(places[move] for move in winners))
+        if len({name for name, _ in hits}) < len(hits) or len({place for _, place in hits}) < len(hits):
             return None
         old, new = winners[0]
         return lambda name: new + name.removeprefix(old) if name.startswith(old) else None

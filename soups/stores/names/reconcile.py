@@ -111,7 +111,7 @@ def _complete(stores: dict[Key, Store], known: list[Architecture], matcher: Name
             for key, one in mates.items():
                 if one is not None:
                     aliases[key][name] = one
-        elif is_derived(name, metas[pattern]) or any(one.search(name) for arch in known for one in arch.ignored):
+        elif is_derived(name, metas[pattern]) or any(_is_ignored(name, one) for one in known):
             dropped.add(pattern)
     completed: dict[Key, Store] = {}
     for key, store in stores.items():
@@ -119,6 +119,11 @@ def _complete(stores: dict[Key, Store], known: list[Architecture], matcher: Name
         gone = dropped & owned[key]
         completed[key] = RenamedStore(seen, _without(gone)) if gone else seen
     return Reconciled(completed, {key: names for key, names in aliases.items() if names}, frozenset(dropped))
+
+
+def _is_ignored(name: str, architecture: Architecture) -> bool:
+    both = (name, f"{architecture.prefix}.{name}")
+    return any(pattern.search(one) for pattern in architecture.ignored for one in both)
 
 
 def _without(patterns: set[str]) -> Callable[[str], str | None]:
@@ -149,6 +154,8 @@ def mate(store: Store, name: str, meta: TensorMeta, ties: list[set[str]]) -> str
         outer = name.removesuffix("decoder.bias") + "bias"
         return outer if outer in own and store.meta(outer).shape == meta.shape else None
     if len(meta.shape) != 2 or not (is_head(name) or is_embedding(name)) or "*" in template(name)[0]:
+        return None
+    if is_head(name) and any(is_head(one) for one in own):  # it has a head of its own, under a name that is not known
         return None
     candidates = [one for one in own if is_embedding(one) and len(store.meta(one).shape) == 2]
     fitting = {store.tied().get(one, one) for one in candidates if store.meta(one).shape[1] == meta.shape[1]}

@@ -14,7 +14,7 @@ _DERIVED = re.compile(
     r"attn_mask|causal_mask|masked_bias|embed_positions\.weights|embed_positions\._float_tensor)$"
 )
 _MASK = re.compile(r"(^|\.)(attn|attention|self_attn|crossattention|self_attention)\.bias$")
-_EMBEDDING = re.compile(r"embed|wte|shared|tok_|word_emb|lookup", re.IGNORECASE)
+_EMBEDDING = re.compile(r"embed|wte|shared|tok_|word_emb|lookup|(^|\.)w\.weight$", re.IGNORECASE)
 _HEAD = re.compile(
     r"(^|\.)(lm_head|lm_head\.decoder|predictions\.decoder|embed_out|output|output_layer|output_projection|proj_out|lm_loss|"
     r"generator|generator_lm_head|vocab_projector|pred_layer\.proj)\.weight$"
