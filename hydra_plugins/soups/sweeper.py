@@ -54,7 +54,7 @@ class SoupSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Sequence[Any]:
-        """Run the sweep and cook the soup."""
+        """Run the sweep and make the soup."""
         from soups.launch.own_program.sweep import run_own_program
         from soups.launch.sweep import run_sweep
 

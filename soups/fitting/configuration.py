@@ -196,6 +196,6 @@ def read_configuration(values: Mapping[str, Any]) -> Configuration:
         check_target(found.protocol, "protocol", "settings")
     if found.pool.format == "checkpoints" and found.soup is None:
         raise ConfigError(
-            f"Checkpoints from elsewhere ({found.pool.path}) are read and never added to: cook them, +soup=greedy."
+            f"Checkpoints from elsewhere ({found.pool.path}) are read and never added to: ask for their soup, +soup=greedy."
         )
     return found
