@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -14,8 +11,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
-from rich.panel import Panel
-from rich.text import Text
 
 from soups.errors import ConfigError, SoupError
 from soups.fitting.configuration import Configuration
@@ -23,6 +18,7 @@ from soups.fitting.environment import is_first_process
 from soups.fitting.ingredient import fine_tune
 from soups.fitting.quiet import quiet
 from soups.fitting.run import Run, run_of
+from soups.launch.failures import Failed, tell_failures
 from soups.launch.hydra_errors import check_hydra
 from soups.launch.ignored import refuse_ignored
 from soups.launch.settings import UserError, configuration_of, resolve
@@ -30,9 +26,6 @@ from soups.launch.terminal import show_report
 from soups.reporting import Report
 from soups.soup_making.soup import make_soup
 from soups.soup_making.tracking import track_soup
-
-# Ingredients that are named beside one error.
-_NAMED = 4
 
 
 def run(config: DictConfig) -> float:
@@ -98,51 +91,9 @@ def finish(run: Run, failed: Mapping[str, Failed]) -> int:
     return tell_failures(console, failed)
 
 
-@dataclass(frozen=True)
-class Failed:
-    """An ingredient that failed: what tells it apart, and the error."""
-
-    label: str
-    why: str
-
-
-def reasons(failed: Mapping[str, Failed]) -> list[str]:
-    """Return each error once, with the ingredients that failed of it. Errors that differ in numbers alone are one.
-
-    >>> reasons({"a" * 64: Failed("lr=1", "no disk"), "b" * 64: Failed("lr=2", "no disk")})
-    ['2 of them (aaaaaaaa lr=1, bbbbbbbb lr=2): no disk']
-    """
-    first: dict[str, str] = {}
-    groups: dict[str, list[str]] = {}
-    for name, one in failed.items():
-        why = first.setdefault(re.sub(r"[0-9a-f]{8,}|\d+", "#", one.why), one.why)
-        groups.setdefault(why, []).append(f"{name[:8]} {one.label}".rstrip())
-    return [
-        f"{names[0]}: {why}"
-        if len(names) == 1
-        else f"{len(names)} of them ({', '.join(names[:_NAMED])}{', …' if len(names) > _NAMED else ''}): {why}"
-        for why, names in groups.items()
-    ]
-
-
-def tell_failures(console: Console, failed: Mapping[str, Failed]) -> int:
-    """Show which ingredients failed and why, each reason once; return the exit code: 3 if some did."""
-    if not failed:
-        return 0
-    count = f"{len(failed)} ingredient{' failed and is' if len(failed) == 1 else 's failed and are'} not in the soup"
-    console.print(Panel(Text("\n".join(reasons(failed))), title=Text(count), style="red"))
-    return 3
-
-
 def _how_to_load(run: Run, report: Report, folder: Path) -> str:
     model, path = run.asked.model, folder / "soup.safetensors"
     if str(model["_target_"]).endswith("timm_model"):
         classes = len(report.lineage["classes"])
         return f"timm.create_model({model['name']!r}, num_classes={classes}, checkpoint_path='{path}')"
     return f"model.load_state_dict(safetensors.torch.load_file('{path}'))"
-
-
-def leave(code: int) -> None:
-    """End the program with an exit code, where Hydra would end it with 0."""
-    if code:
-        sys.exit(code)

@@ -28,7 +28,7 @@ from soups.fitting.environment import (
     versions,
 )
 from soups.fitting.quiet import quiet
-from soups.launch.app import leave
+from soups.launch.failures import leave
 from soups.launch.progress import SweepProgress
 from soups.launch.search_space import split_arguments
 from soups.launch.settings import (

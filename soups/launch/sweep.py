@@ -19,7 +19,8 @@ from soups.fitting.environment import refuse_sweeps_in_ranks
 from soups.fitting.quiet import quiet
 from soups.fitting.run import Run, run_of, shared
 from soups.fitting.spec import fingerprint
-from soups.launch.app import Failed, finish, leave, reasons
+from soups.launch.app import finish
+from soups.launch.failures import Failed, leave, reasons
 from soups.launch.hydra_errors import check_hydra, keys_of, unknown_setting
 from soups.launch.ignored import refuse_ignored, refuse_swept_layout
 from soups.launch.progress import SweepProgress

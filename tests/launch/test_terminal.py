@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from soups.launch.app import Failed, reasons, tell_failures
+from soups.launch.failures import Failed, reasons, tell_failures
 from soups.launch.progress import SweepProgress
 from soups.launch.terminal import show_end
 from soups.stores.pool import Failure, Ingredient, Pool

@@ -16,7 +16,7 @@ from rich.console import Console
 from soups.errors import SoupError
 from soups.fitting.environment import refuse_sweeps_in_ranks, versions
 from soups.fitting.quiet import quiet
-from soups.launch.app import leave, tell_failures
+from soups.launch.failures import leave, tell_failures
 from soups.launch.own_program.configuration import Program
 from soups.launch.own_program.direction import choose_metric
 from soups.launch.own_program.evaluation import Evaluation
