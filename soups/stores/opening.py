@@ -80,10 +80,10 @@ def _open(place: str | os.PathLike[str] | Mapping[str, Tensor] | Store, state: s
         return DistributedStore(text, state)
     if not is_remote(text) and is_adapter(Path(text)) and not is_model_folder(Path(text)):
         return _adapted(str(base_of(Path(text))), text, state)
-    if "+" in text and not is_remote(text) and not Path(text).exists():
-        base, _, adapter = text.partition("+")
-        if Path(base).exists() and is_adapter(Path(adapter)):
-            return _adapted(base, adapter, state)
+    if not is_remote(text) and not Path(text).exists():
+        for at in (place for place, sign in enumerate(text) if sign == "+"):  # a path may hold the sign as well
+            if Path(text[:at]).exists() and is_adapter(Path(text[at + 1 :])):
+                return _adapted(text[:at], text[at + 1 :], state)
     if _is_folder(text):
         return _no_state(FolderStore(text), state)
     if suffix not in (".safetensors", *_TORCH) and (is_remote(text) or Path(text).is_file()):

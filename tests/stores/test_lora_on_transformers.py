@@ -315,7 +315,9 @@ def test_adapters_are_ingredients_of_a_pool(tmp_path, body):
 
 def test_base_and_adapter_in_one_text(tmp_path):
     run, _ = pool_of_adapters(tmp_path, 1)
-    both, alone = f"{tmp_path / 'base'}+{run / 'checkpoint-0'}", run / "checkpoint-0"
+    (tmp_path / "base").rename(tmp_path / "base+v2")
+    (tmp_path / "base").symlink_to(tmp_path / "base+v2")
+    both, alone = f"{tmp_path / 'base+v2'}+{run / 'checkpoint-0'}", run / "checkpoint-0"
     with open_store(both) as one, open_store(alone) as other, open_store(tmp_path / "base", adapter=alone) as third:
         for name in one:
             assert torch.equal(one.read(name), other.read(name))
