@@ -21,7 +21,7 @@ that `validation` is part of the description then, and of the layout otherwise.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 from pydantic import Field, model_validator
 
@@ -261,7 +261,15 @@ class FitSpec(Section):
         return self.start
 
 
-def fingerprint(spec: FitSpec | ProbeSpec) -> str:
+class Determined(Protocol):
+    """A description of what decides a fit: `FitSpec`, `ProbeSpec`, or one of a program that is not ours."""
+
+    def determinants(self) -> dict[str, Any]:
+        """Return what the fingerprint is made of, as JSON values."""
+        ...
+
+
+def fingerprint(spec: Determined) -> str:
     """Return the name of a fit's result: SHA-256 (hex) of what decides it.
 
     >>> values = {"model": {"_target_": "m"}, "data": {"_target_": "d"}, "seed": 0, "task": {}, "augment": None}

@@ -138,7 +138,7 @@ def _averaging(name: str, callbacks: Sequence[Any]) -> Averaging | None:
         member.settings.name: callback
         for callback in callbacks
         if isinstance(callback, Averaging)
-        for member in callback.members()
+        for member in callback.callbacks()
     }
     if name not in kept:
         raise ConfigError(
