@@ -12,6 +12,7 @@ them in an evaluation, and whoever does is told (`soups.averaging.swapping`).
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import random
 from collections import OrderedDict, deque
@@ -175,28 +176,37 @@ _NUMPY_STATE = Kind(
 _RANDOM = Kind(lambda item: item.getstate(), lambda item, new: item.setstate(new), lambda one, other: one == other)
 
 
+_EMPTY: dict[type, Kind] = {dict: _DICT, OrderedDict: _DICT, list: _LIST, set: _SET}
 _FILE = Kind(lambda item: item.tell(), lambda item, new: item.seek(new), lambda one, other: one == other)
 
 
-def _kind_of(item: Any) -> Kind | None:
-    """Return how an object is recorded, or None if it has no state of its own to record."""
-    if isinstance(item, Tensor):
+@functools.cache
+def _kind_of(type_: type) -> Kind | None:
+    """Return how objects of a type are recorded, or None if they have no content beside their attributes."""
+    if issubclass(type_, Tensor):
         return _TENSOR
     for types, kind in (
         (list, _LIST), (deque, _LIST), (set, _SET), (dict, _DICT), (np.ndarray, _ARRAY), (torch.Generator, _TORCH_GENERATOR),
         (np.random.Generator, _NUMPY_GENERATOR), (np.random.RandomState, _NUMPY_STATE), (random.Random, _RANDOM),
     ):  # fmt: skip
-        if isinstance(item, types):
+        if issubclass(type_, types):
             return kind
     return None
 
 
-def _is_machinery(item: Any) -> bool:
-    home = f"{type(item).__module__}.{type(item).__qualname__}"
+@functools.cache
+def _is_atom(type_: type) -> bool:
+    """Tell whether objects of a type hold no state, or none that is ours to record."""
+    return issubclass(type_, (*_ATOMS, *_OPAQUE, nn.Parameter))
+
+
+@functools.cache
+def _is_machinery(type_: type) -> bool:
+    home = f"{type_.__module__}.{type_.__qualname__}"
     if home.startswith(_EXCEPT):
         return True
     named = any(home.startswith(f"{package}.") for package in _MACHINERY)
-    return named and not home.startswith(_STATEFUL) and not isinstance(item, nn.Module)
+    return named and not home.startswith(_STATEFUL) and not issubclass(type_, nn.Module)
 
 
 class ObjectState:
@@ -237,35 +247,38 @@ class ObjectState:
     def _walk(self, stack: list[tuple[Any, str]]) -> None:
         while stack:
             item, name = stack.pop()
-            if isinstance(item, (*_ATOMS, *_OPAQUE, nn.Parameter)) or id(item) in self._seen:
+            type_ = type(item)
+            if id(item) in self._seen or _is_atom(type_):
+                continue
+            # torch marks a parameter that is a tensor of a class of its own by an attribute
+            if isinstance(item, Tensor) and isinstance(item, nn.Parameter):
                 continue
             self._seen.add(id(item))
-            if isinstance(item, io.IOBase):
-                self._record_file(item, name)
-                continue
-            if hasattr(type(item), "__next__"):
-                if isinstance(item, GeneratorType):
+            if hasattr(type_, "__next__"):
+                if isinstance(item, io.IOBase):
+                    self._record_file(item, name)
+                elif isinstance(item, GeneratorType):
                     self.streams.append(name)
                 continue
             if isinstance(item, tuple | frozenset):
                 self._keep.append(item)
                 stack.extend((part, name) for part in item)
                 continue
-            kind = _kind_of(item)
+            kind = _kind_of(type_)
             if kind is not None:
                 content = self._record(item, kind)
                 if kind.keyed:
                     self._descend(item, content, name, stack)
                 elif kind is _LIST and not _plain(content):
                     stack.extend((part, f"{name}[{number}]") for number, part in enumerate(content))
-                if kind in (_TENSOR, _ARRAY) or type(item).__module__ in ("builtins", "collections"):
+                if kind is _TENSOR or kind is _ARRAY or type_.__module__ in ("builtins", "collections"):
                     continue
-            if _is_machinery(item):
+            if _is_machinery(type_):
                 continue
             # A class can have both `__slots__` and a `__dict__`; the dictionary holds what its instances were given.
             if hasattr(item, "__dict__"):
                 self._descend(item, self._record(item, _ATTRIBUTES), name, stack, attributes=True)
-            elif hasattr(type(item), "__slots__") and kind is None:
+            elif hasattr(type_, "__slots__") and kind is None:
                 self._descend(item, self._record(item, _SLOTS), name, stack, attributes=True)
 
     def _record_file(self, file: Any, name: str) -> None:
@@ -294,10 +307,15 @@ class ObjectState:
             parts = [content[key] for key in content if key in ("_modules", "_parameters") or key.endswith("_hooks")]
             self._structure.update(map(id, parts))
         for key, value in content.items():
-            if isinstance(value, _ATOMS):
+            type_ = type(value)
+            if _is_atom(type_) or id(value) in self._seen:
+                continue
+            if type_ in _EMPTY and not value:  # most dictionaries of a module
+                self._seen.add(id(value))
+                self._record(value, _EMPTY[type_])
                 continue
             place = f"{name}.{key}" if attributes else f"{name}[{key!r}]"
-            if hasattr(type(value), "__next__") and not isinstance(value, GeneratorType) and not _is_machinery(value):
+            if hasattr(type_, "__next__") and not isinstance(value, GeneratorType) and not _is_machinery(type_):
                 try:
                     self._copies[-id(item) if attributes else id(item), key] = copy.copy(value)
                 except TypeError:
@@ -381,4 +399,4 @@ def _plain(values: Any) -> bool:
     """Tell whether the elements need not be walked: all of them plain, or too many of them."""
     if len(values) > LONG:
         return True
-    return all(isinstance(value, _ATOMS) for value in values)
+    return all(_is_atom(type(value)) for value in values)

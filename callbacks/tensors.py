@@ -55,6 +55,7 @@ class Tensors:
         self.buffers: set[str] = set()
         self._objects: dict[str, Tensor] = {}
         self._shapes: dict[str, Any] = {}
+        self._lazy: list[str] = []
         self._layout: list[tuple[dict[str, Any], list[Any]]] = []
         self._find()
 
@@ -86,6 +87,7 @@ class Tensors:
     def _remember(self) -> None:
         self._objects = self.originals()
         self._shapes = {name: tensor.shape for name, tensor in self._objects.items() if not _lazy(tensor)}
+        self._lazy = [name for name, tensor in self._objects.items() if _lazy(tensor)]
 
     def originals(self) -> dict[str, Tensor]:
         """Return the module's tensors by name, DTensors whole."""
@@ -113,10 +115,13 @@ class Tensors:
         for held, values in self._layout:
             if len(held) != len(values) or not all(map(is_, held.values(), values)):
                 return False
-        return all(
-            key in cell and cell[key] is not None and cell[key].shape == self._shapes.get(name)
-            for name, (cell, key) in self.cells.items()
-        )
+        # The parameters are the same objects. Statistics may be new ones, and lazy tensors get their shapes late.
+        for name in (*self.buffers, *self._lazy):
+            cell, key = self.cells[name]
+            tensor = cell.get(key)
+            if tensor is None or _lazy(tensor) or tensor.shape != self._shapes.get(name):
+                return False
+        return True
 
     def follow(self) -> Change | None:
         """Look at the module again if its layers, parameters or shapes have changed; return how, or None if nothing did."""

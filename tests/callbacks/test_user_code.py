@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import sys
 import warnings
 from collections import deque
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -379,3 +380,18 @@ def test_nothing_of_a_second_evaluation_is_kept_after_the_fit(tmp_path, toy):
     toy.trainer(tmp_path, ema).fit(toy.Toy())
     branches = vars(ema._session._branches)
     assert not any(value for name, value in branches.items() if name != "_take"), SimpleNamespace(**branches)
+
+
+def test_wandbs_own_log_has_the_averages_names(tmp_path, toy, monkeypatch):
+    written = []
+    run = SimpleNamespace(log=lambda values, **_: written.append(dict(values)))
+    wandb = ModuleType("wandb")
+    wandb.run, wandb.log = run, run.log
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+
+    class Logs(toy.Toy):
+        def on_validation_epoch_end(self):
+            wandb.log({"hand": 1.0, "epoch": 2}, step=3)
+
+    toy.trainer(tmp_path, EMA(validate="both"), max_epochs=1).fit(Logs())
+    assert written == [{"hand": 1.0, "epoch": 2}, {"hand_ema": 1.0, "epoch": 2}] and wandb.log is run.log
