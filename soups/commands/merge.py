@@ -1,4 +1,4 @@
-"""`soups merge CONFIG OUT`: mergekit's YAML, run by our engine."""
+"""`soups merge CONFIG OUT`: merge models as a YAML configuration describes it."""
 
 from __future__ import annotations
 
@@ -16,42 +16,58 @@ if TYPE_CHECKING:
 
 
 def merge(
-    config: Annotated[Path, typer.Argument(help="A configuration in mergekit's format.")],
-    out: Annotated[str | None, typer.Argument(help="The folder or file to make, or its URL.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read headers only.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Make every warning an error.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")] = False,
-    random_seed: Annotated[int, typer.Option(help="Seed of random masks.")] = 0,
-    out_shard_size: Annotated[str, typer.Option(help="Most bytes in one file: 500M, 5G.")] = "5G",
-    memory: Annotated[str, typer.Option(help="Working memory: 512M, 2G.")] = "512M",
-    threads: Annotated[int | None, typer.Option(min=1, help="Workers; one a core by default.")] = None,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = "cpu",
-    cuda: Annotated[bool, typer.Option("--cuda", help="The same as --device cuda.")] = False,
+    config: Annotated[Path, typer.Argument(help="The YAML configuration: a method, its models and parameters.")],
+    out: Annotated[str | None, typer.Argument(help="The folder or file to write, or its URL.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be merged, and write nothing.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    random_seed: Annotated[int, typer.Option(help="The seed of methods that draw random numbers (DARE, DELLA).")] = 0,
+    out_shard_size: Annotated[str, typer.Option(help="The largest size of one output file: 500M, 5G.")] = "5G",
+    memory: Annotated[str, typer.Option(help="The memory to work in: 512M, 2G.")] = "512M",
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", "-j", "--num-threads", min=1, help="The number of threads; one a core by default."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="The device to compute on: cpu, cuda, cuda:1.")] = "cpu",
+    cuda: Annotated[bool, typer.Option("--cuda", help="Short for --device cuda.")] = False,
     compiled: Annotated[
         bool | None,
-        typer.Option(help="Loops in C: the same bits, sooner. By default where they were built, at installation."),
+        typer.Option(help="Use the compiled C kernels: the same result, faster. Default: if they were built."),
     ] = None,
-    copy_tokenizer: Annotated[bool, typer.Option(help="Take the tokenizer along.")] = True,
-    write_model_card: Annotated[bool, typer.Option(help="Write a README.md.")] = True,
+    copy_tokenizer: Annotated[bool, typer.Option(help="Write the tokenizer beside the weights.")] = True,
+    write_model_card: Annotated[bool, typer.Option(help="Write a README.md beside the weights.")] = True,
     unsafe_truncate_embeddings: Annotated[
         bool,
-        typer.Option("--unsafe-truncate-embeddings", help="Cut embeddings of different lengths to the shortest."),
+        typer.Option("--unsafe-truncate-embeddings", help="Cut embeddings of different lengths to the shortest one."),
     ] = False,
-    report: Annotated[Path | None, typer.Option(help="Also write an HTML page about the merge here.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write a page about the merge to this HTML file.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")] = False,
     lora_merge_cache: Annotated[str | None, typer.Option(hidden=True)] = None,
+    lora_merge_dtype: Annotated[str | None, typer.Option(hidden=True)] = None,
+    transformers_cache: Annotated[str | None, typer.Option(hidden=True)] = None,
     lazy_unpickle: Annotated[bool, typer.Option(hidden=True)] = True,
     allow_crimes: Annotated[bool, typer.Option(hidden=True)] = False,
     low_cpu_memory: Annotated[bool, typer.Option(hidden=True)] = False,
     trust_remote_code: Annotated[bool, typer.Option(hidden=True)] = False,
     safe_serialization: Annotated[bool, typer.Option(hidden=True)] = True,
+    clone_tensors: Annotated[bool, typer.Option(hidden=True)] = False,
+    read_to_gpu: Annotated[bool, typer.Option(hidden=True)] = False,
+    multi_gpu: Annotated[bool, typer.Option(hidden=True)] = False,
+    gpu_rich: Annotated[bool, typer.Option(hidden=True)] = False,
+    async_write: Annotated[bool, typer.Option(hidden=True)] = False,
+    write_threads: Annotated[int | None, typer.Option(hidden=True)] = None,
+    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, hidden=True)] = 0,
 ) -> None:
-    """Merge models by a mergekit configuration.
+    """Merge models as a YAML configuration describes it, and write the merged model.
 
-    mergekit's --lora-merge-cache, --lazy-unpickle, --allow-crimes, --low-cpu-memory, --trust-remote-code and
-    --safe-serialization are accepted and not needed: adapters are merged while reading, no pickle is run, memory is bounded.
+    mergekit's configurations run unchanged. `soups methods` lists the merge methods; `soups methods NAME` prints a
+    configuration to start from.
+
+    mergekit's options that only change how it works (--lazy-unpickle, --low-cpu-memory, --gpu-rich and others) are accepted
+    and do nothing: soups reads every checkpoint in parts, runs no pickles, and applies LoRA adapters while it reads.
     """
-    del lora_merge_cache, lazy_unpickle, allow_crimes, low_cpu_memory, trust_remote_code
+    del lora_merge_cache, lora_merge_dtype, transformers_cache, lazy_unpickle, allow_crimes, low_cpu_memory
+    del trust_remote_code, clone_tensors, read_to_gpu, multi_gpu, gpu_rich, async_write, write_threads, verbose
     with reported():
         from soups.errors import ConfigError
 
@@ -117,7 +133,7 @@ def merge(
         if not quiet:
             console.print(f"{path}: {readable(done)} read in {seconds:.1f} s, {readable(done / seconds)}/s")
             if compiled is None and device == "cpu" and not cuda and (reason := unavailable()):
-                console.print(f"[dim]With compiled loops it takes less time; {reason}.[/]")
+                console.print(f"[dim]The compiled C kernels would be faster; {reason}.[/]")
         if report is not None:
             from soups.commands.inspect import layer_of
             from soups.reporting.html import write_html
@@ -141,8 +157,7 @@ def _print_plan(planned: Planned, budget: int, threads: int | None) -> None:
     for (name, count, dtype), tensors in groups.items():
         table.add_row(str(tensors), name, str(count), dtype)
     console.print(table)
-    whole = [job for job in plan.jobs if job.method is not None and job.method.unit == "tensor"]
-    largest = max((job.meta.numel * 4 * (2 * len(job.models) + 6) for job in whole), default=0)
+    largest = max((job.working_bytes() for job in plan.jobs), default=0)
     console.print(f"configuration and tokenizer from {planned.donor}", soft_wrap=True)
     if planned.shared:
         vocabulary = planned.shared.vocabulary

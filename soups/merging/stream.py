@@ -40,6 +40,8 @@ _MOST_DEVICE_WORKERS = 4
 _HELD_BYTES = 12
 # Chunks that a worker takes at once where a tensor can be split between workers.
 _STRIDE = 8
+# Elements of a tensor that are looked at for infinities.
+_SAMPLE = 4096
 
 
 class Sink(Protocol):
@@ -143,6 +145,7 @@ def run(
     if compiled is None:
         compiled = not kernels.unavailable()
     gate = _Gate(budget)
+    jobs = [_constant(job) for job in jobs]
 
     def operands(job: Job, method: Method) -> Operands:
         count = len(job.models) + (job.base is not None)
@@ -222,6 +225,27 @@ def run(
         # Tensors that one worker must do alone go first, the largest before others, so that none is left for the end.
         units.sort(key=lambda unit: unit[:2])
         _finish([pool.submit(careful, job, spans) for _, _, job, spans in units])
+
+
+def _constant(job: Job) -> Job:
+    """Return a job that copies, if a tensor holds infinities (a mask of attention) and is the same in every model.
+
+    Infinities are looked for among the first elements; a mask has some there. A tensor like this has no task vector, and would
+    spoil what methods find out about the rest of the model.
+    """
+    if job.method is None or not job.models:
+        return job
+    sources = [*job.models, *([job.base] if job.base else [])]
+    donor = sources[-1] if job.base else sources[0]
+    numel = donor.store.meta(donor.key).numel
+    sample = donor.store.read_flat(donor.key, 0, min(numel, _SAMPLE))
+    if not bool(torch.isinf(sample if sample.is_complex() else sample.float()).any()):
+        return job
+    for start, stop in _spans(numel, _BEST_CHUNK):
+        own = donor.store.read_flat(donor.key, start, stop)
+        if any(not torch.equal(own, one.store.read_flat(one.key, start, stop)) for one in sources if one is not donor):
+            return job
+    return Job(job.key, job.meta, None, (donor,))
 
 
 def _spans(numel: int, step: int) -> list[tuple[int, int]]:

@@ -176,3 +176,43 @@ def test_the_command_prints_cards_and_skeletons():
     assert set(rows) == set(METHODS)
     assert rows["regmean"]["statistics"] == ["gram"] and rows["ties"]["base"] == "required"
     assert yaml.safe_load(rows["tsv"]["configuration"])["merge_method"] == "tsv"
+
+
+def test_state_says_which_weights_of_a_checkpoint_are_meant(tmp_path):
+    sets = {"state_dict": {"w": torch.zeros(3)}, "ema": {"w": torch.ones(3)}}
+    torch.save(sets, tmp_path / "run.pt")
+    write_safetensors(tmp_path / "other.safetensors", {"w": torch.full((3,), 3.0)})
+    text = (
+        f"merge_method: linear\nmodels:\n  - {{model: {tmp_path}/run.pt, state: ema}}\n"
+        f"  - model: {tmp_path}/other.safetensors\nparameters: {{weight: 1}}\n"
+    )
+    assert merge_configuration(text)["w"].tolist() == [2.0] * 3
+    assert merge_configuration(text.replace(", state: ema", ", state: state_dict"))["w"].tolist() == [1.5] * 3
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "slerp", "sce", "pcb"])
+def test_masks_of_infinities_stay_where_all_models_agree(method):
+    mask = torch.full((40, 40), float("-inf")).triu(1)
+    draw = torch.Generator().manual_seed(0)
+    base = {"mask": mask, "w": torch.randn(50, 40, generator=draw)}
+    experts = [{"mask": mask.clone(), "w": base["w"] + 0.1 * torch.randn(50, 40, generator=draw)} for _ in range(2)]
+    experts = experts[: METHODS[method].make().most or 2]
+    options = {"base": base} if METHODS[method].base != "none" else {}
+    found = merge(method, experts, **options)
+    assert torch.equal(found["mask"], mask)
+    plain = [{"w": one["w"]} for one in experts]
+    alone = merge(method, plain, **({"base": {"w": base["w"]}} if options else {}))
+    assert torch.equal(found["w"], alone["w"]), "the mask has no part in what is found out about the rest"
+    experts[0]["mask"][3, 3] = float("-inf")
+    with pytest.raises(WeightsError, match="'mask'"):
+        merge(method, experts, **options)
+
+
+def test_mergekits_options_are_accepted(files, tmp_path):
+    folder = files[0]
+    config = tmp_path / "c.yml"
+    config.write_text(filled(skeleton("ties.mergekit"), folder))
+    flags = ["--clone-tensors", "-j", "1", "-v", "--gpu-rich", "--lazy-unpickle", "--read-to-gpu", "--multi-gpu"]
+    result = CliRunner().invoke(app, ["merge", str(config), str(tmp_path / "out"), *flags])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "model.safetensors").is_file()

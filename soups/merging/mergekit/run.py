@@ -247,8 +247,8 @@ def open_reference(
     place = finished.get(reference.path, reference.path)
     adapter = _local(reference.lora, reference.lora_revision) if reference.lora else None
     if not isinstance(place, str):
-        return open_store(place, adapter=adapter, rename=rename)
-    return open_store(_local(place, reference.revision), adapter=adapter, rename=rename)
+        return open_store(place, state=reference.state, adapter=adapter, rename=rename)
+    return open_store(_local(place, reference.revision), state=reference.state, adapter=adapter, rename=rename)
 
 
 def _local(path: str, revision: str | None) -> str:

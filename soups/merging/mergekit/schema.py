@@ -39,6 +39,7 @@ class Reference(BaseModel):
     revision: str | None = None
     lora: str | None = None
     lora_revision: str | None = None
+    state: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -52,7 +53,7 @@ class Reference(BaseModel):
             if lora:
                 inner: dict[str, Any] = {"path": lora} if isinstance(lora, str) else dict(lora)
                 parts |= {"lora": inner.get("path"), "lora_revision": inner.get("revision")}
-            return parts
+            return parts | ({"state": mapping["state"]} if mapping.get("state") else {})
         return value
 
     def __str__(self) -> str:
@@ -92,6 +93,16 @@ class InputModel(Part):
     model: Reference
     parameters: Parameters | None = None
     statistics: str | None = None
+    state: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_state(cls, value: Any) -> Any:
+        """Let `state: average` beside `model:` say which weights of a training checkpoint are meant."""
+        if isinstance(value, Mapping) and "state" in value and isinstance(value.get("model"), str):
+            mapping = cast("Mapping[str, Any]", value)
+            return {**mapping, "model": {**_split_reference(mapping["model"]), "state": mapping["state"]}}
+        return value
 
 
 class SliceSource(Part):

@@ -298,7 +298,7 @@ def share_vocabulary(
 
     Raises:
         ConfigError: a tokenizer is absent, or a token or model that is named is unknown.
-        WeightsError: a model's embedding has fewer rows than its tokenizer has tokens.
+        WeightsError: a model's embedding has no row for most of its tokenizer's tokens.
     """
     spec = document.tokenizer
     source = str((spec.source if spec else document.tokenizer_source) or "")
@@ -312,7 +312,13 @@ def share_vocabulary(
         raise ConfigError(f"tokenizer: {absent[0]} is no folder on this machine, so its tokenizer is not known.")
     if not edited and source in ("base", "union") and _one_older_tokenizer(list(folders.values())):
         return None
-    own = {reference: read_vocabulary(folder) for reference, folder in folders.items()}
+    own: dict[Reference, Vocabulary] = {}
+    stripped: set[int] = set()
+    for reference, folder in folders.items():
+        whole = read_vocabulary(folder)
+        own[reference] = within_rows(whole, stores[reference])
+        if own[reference] is not whole:
+            stripped.add(id(own[reference]))
     first = own[document.base_model or donor]
     extra = list(spec.tokens or {}) if spec else []
     if source == "union":
@@ -331,17 +337,46 @@ def share_vocabulary(
     for reference, store in plain.items():
         table = _table(reference, target, size, own, plain, base, tokens)
         keys = [key for key in store if by_token(key, store.meta(key))]
-        for key in keys:
-            rows = store.meta(key).shape[0]
-            if rows < own[reference].size:
-                raise WeightsError(
-                    f"{store.location}: {key!r} has {rows} rows, but its tokenizer has ids up to {own[reference].size - 1}. "
-                    f"The tokenizer belongs to another model."
-                )
         keys = [key for key in keys if store.meta(key).shape[0] != size or not table.identical]
         if keys:
             stores[reference] = VocabularyStore(store, dict.fromkeys(keys, table))
-    return Shared(target, size, changed=target is not begun)
+    return Shared(target, size, changed=target is not begun or id(begun) in stripped)
+
+
+def within_rows(vocabulary: Vocabulary, store: Store) -> Vocabulary:
+    """Return a model's vocabulary without the tokens that its embedding has no row for, as mergekit does.
+
+    Fine-tunes of Llama 2 often have a `[PAD]` with the first id behind the embedding's rows, which is never looked up.
+
+    Raises:
+        WeightsError: most tokens have no row.
+    """
+    rows = min((store.meta(key).shape[0] for key in store if by_token(key, store.meta(key))), default=vocabulary.size)
+    beyond = {token for token, number in vocabulary.ids.items() if number >= rows}
+    if not beyond:
+        return vocabulary
+    if 2 * len(beyond) > len(vocabulary.ids):
+        raise WeightsError(
+            f"{store.location}: the embedding has {rows} rows, but its tokenizer has ids up to {vocabulary.size - 1}. The "
+            f"tokenizer belongs to another model."
+        )
+    model = dict(vocabulary.content["model"])
+    if isinstance(model.get("vocab"), dict):
+        model["vocab"] = {token: number for token, number in model["vocab"].items() if token not in beyond}
+    elif isinstance(model.get("vocab"), list):
+        model["vocab"] = model["vocab"][:rows]
+    if isinstance(model.get("merges"), list):
+        model["merges"] = [merge for merge in model["merges"] if not beyond.intersection(_pair(merge))]
+    added = {token: entry for token, entry in vocabulary.added.items() if token not in beyond}
+    content = {**vocabulary.content, "model": model, "added_tokens": list(added.values())}
+    ids = {token: number for token, number in vocabulary.ids.items() if token not in beyond}
+    return Vocabulary(ids, added, content, vocabulary.folder)
+
+
+def _pair(merge: Any) -> tuple[str, ...]:
+    """Return the two tokens of a BPE merge, and the token that they make."""
+    parts = merge.split(" ") if isinstance(merge, str) else [str(part) for part in merge]
+    return (*parts, "".join(parts))
 
 
 def _chosen(source: str, document: Document, own: Mapping[Reference, Vocabulary]) -> Vocabulary:
