@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 import yaml
 
 from soups.merging.mergekit import merge_configuration
+from soups.merging.mergekit.methods import SPECS
+from soups.merging.mergekit.parameters import REQUIRED
 from soups.stores import open_store
 
 mergekit_config = pytest.importorskip("mergekit.config")
@@ -230,3 +233,84 @@ def test_truncated_embeddings(tmp_path):
     merge_configuration(text, tmp_path / "ours", truncate_embeddings=True)
     with open_store(tmp_path / "ours") as ours, open_store(tmp_path / "theirs") as theirs:
         check(ours.load(), theirs.load())
+
+
+@pytest.mark.parametrize("source", ["union", "base"])
+def test_a_token_behind_the_embeddings_rows(tmp_path, source):
+    # Fine-tunes of Llama 2 have a [PAD] with the first id that the embedding has no row for.
+    root = tmp_path / "models"
+    llama.write_vocabularies(root / "f32")
+    for name in ("base", "m1"):
+        path = root / "f32" / name / "tokenizer.json"
+        content = json.loads(path.read_text())
+        content["model"] = {"type": "BPE", "vocab": content["model"]["vocab"], "merges": [], "unk_token": "<unk>"}
+        if name == "m1":
+            beyond = {**content["added_tokens"][0], "id": 7, "content": "[PAD]"}
+            content["added_tokens"].append(beyond)
+        path.write_text(json.dumps(content))
+    text = (
+        "models:\n  - {model: ROOT/base, parameters: {weight: 1}}\n  - {model: ROOT/m1, parameters: {weight: 3}}\n"
+        f"merge_method: linear\nbase_model: ROOT/base\ndtype: float32\ntokenizer: {{source: {source}}}\n"
+    )
+    ours, theirs = both(root, tmp_path, text)
+    check(ours, theirs)
+    assert "[PAD]" not in (tmp_path / "ours" / "tokenizer.json").read_text()
+
+
+PER_MODEL = {
+    "weight": lambda draw: round(draw.uniform(0.1, 1.5), 3),
+    "density": lambda draw: round(draw.uniform(0.2, 0.9), 3),
+    "gamma": lambda draw: round(draw.uniform(0.0, 0.2), 3),
+}
+SHARED = {
+    "lambda": lambda draw: round(draw.uniform(0.3, 1.5), 3),
+    "normalize": lambda draw: draw.random() < 0.5,
+    "rescale": lambda draw: draw.random() < 0.5,
+    "t": lambda draw: round(draw.uniform(0.0, 1.0), 3),
+    "select_topk": lambda draw: round(draw.uniform(0.2, 1.0), 3),
+    "filter_wise": lambda draw: draw.random() < 0.5,
+    "epsilon": lambda draw: round(draw.uniform(1e-3, 5e-2), 4),
+    "normalize_weights": lambda draw: draw.random() < 0.5,
+    "nuslerp_flatten": lambda draw: draw.random() < 0.5,
+}
+# What differs by design is left out: masks drawn at random.
+FUZZED = [
+    "linear", "slerp", "nuslerp", "multislerp", "task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties", "model_stock", "sce",
+    "nearswap", "arcee_fusion",
+]  # fmt: skip
+
+
+def random_configuration(draw):
+    """A configuration with settings of every shape: numbers, gradients over the layers, filters by name, all levels."""
+    method = draw.choice(FUZZED)
+    spec = SPECS[method]
+    count = 1 if method in ("slerp", "nearswap", "arcee_fusion") else 2 if method == "nuslerp" else draw.choice([2, 3])
+
+    def setting(make):
+        value = make(draw)
+        if isinstance(value, bool) or draw.random() < 0.4:
+            return value
+        if draw.random() < 0.5:
+            return [make(draw) for _ in range(draw.choice([2, 3]))]
+        return [{"filter": draw.choice(["mlp", "self_attn", "norm"]), "value": value}, {"value": make(draw)}]
+
+    shared, own = {}, [{} for _ in range(count)]
+    for parameter in spec.parameters:
+        if parameter.each and parameter.name in PER_MODEL:
+            if draw.random() < 0.6 or parameter.name == "weight":
+                for one in own:
+                    one[parameter.name] = setting(PER_MODEL[parameter.name])
+        elif parameter.name in SHARED and (parameter.default is REQUIRED or draw.random() < 0.6):
+            shared[parameter.name] = setting(SHARED[parameter.name])
+    listed = [{"model": f"ROOT/m{number}", "parameters": one} for number, one in enumerate(own, 1)]
+    document = {"merge_method": method, "models": listed, "dtype": "float32"}
+    if spec.base == "required" or (spec.base == "optional" and draw.random() < 0.5):
+        document["base_model"] = "ROOT/base"
+    return document | ({"parameters": shared} if shared else {})
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_random_configurations_give_mergekits_numbers(root, tmp_path, seed):
+    text = yaml.safe_dump(random_configuration(random.Random(seed)), sort_keys=False)
+    ours, theirs = both(root, tmp_path, text)
+    check(ours, theirs, 5e-6)
