@@ -53,7 +53,9 @@ class Tracking(Section):
     """Weights & Biases."""
 
     # YAML reads a bare `off` as false.
-    mode: Annotated[str, BeforeValidator(lambda mode: "off" if mode is False else mode)] = "off"
+    mode: Annotated[
+        Literal["online", "offline", "off"], BeforeValidator(lambda mode: "off" if mode is False else mode)
+    ] = "off"
     project: str | None = "soups"
     entity: str | None = None
     group: str | None = None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import import_module
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, Unpack, get_args, get_origin, get_type_hints
@@ -87,6 +89,10 @@ def _sentence(kind: type[Section], error: ErrorDetails, prefix: str) -> str:
     if error["type"] == "value_error":
         return str(error.get("ctx", {}).get("error", error["msg"]))
     allowed = _allowed(kind, place)
+    if error["type"] == "literal_error":
+        names = re.findall(r"'([^']*)'", str(error.get("ctx", {}).get("expected", "")))
+        if close := get_close_matches(str(error["input"]), names, n=1):
+            return f"{key}={_shown(error['input'])} must be {allowed}: did you mean {close[0]!r}?"
     return f"{key}={_shown(error['input'])} must be {allowed or _lower(error['msg'])}."
 
 

@@ -202,17 +202,18 @@ def no_traceback(done: subprocess.CompletedProcess, *expected: str, code: int = 
 
 
 def test_mistakes_are_told_without_a_traceback(train_py: Run, tmp_path: Path) -> None:
-    no_traceback(train_py("optimzer.lr=1e-4"), "optimzer")
+    no_traceback(train_py("optimzer.lr=1e-4"), "optimzer is no setting: did you mean 'optimizer'")
     no_traceback(train_py("+soup=greedy", "optimizer.lrr=1e-4"), "lrr")
     no_traceback(
-        train_py("+soup=greedy", "+sweep.space.optimizer.lrr='interval(0.1,0.2)'"), "optimizer.lrr", "misspelt"
+        train_py("+soup=greedy", "+sweep.space.optimizer.lrr='interval(0.1,0.2)'"),
+        "optimizer.lrr is no setting: did you mean 'lr'",
     )
     no_traceback(train_py("+soup=greedy", "sweep.space.seed='range(0'"), "override")
     no_traceback(train_py("+soup=greedy", "data.root=/nowhere"), "data.root=/nowhere is not a folder")
     no_traceback(train_py("optimizer.lr=-1"), "optimizer.lr=-1 must be a positive number")
     no_traceback(train_py("model.name=resnet81"), "timm has no model 'resnet81'")
     no_traceback(train_py("tracking.mode=onlin"), "tracking.mode=onlin", "did you mean 'online'")
-    no_traceback(train_py("+soup=greedy", "sweep.size=0"), "holds no ingredients to cook")
+    no_traceback(train_py("+soup=greedy", "sweep.size=0"), "holds no ingredients to average")
     assert Pool(tmp_path / "pool").ingredients() == []
 
 
@@ -225,7 +226,7 @@ def test_some_failed(train_py: Run, tmp_path: Path, digit_files: Path) -> None:
     failures = list((tmp_path / "pool" / "failures").iterdir())
     assert len(failures) == 2
     done = train_py("+soup=greedy", "optimizer.lr=1e30", "sweep.size=2", f"pool.path={tmp_path}/other")
-    no_traceback(done, "All 2 ingredients failed, so there is nothing to cook", "non-finite")
+    no_traceback(done, "All 2 ingredients failed, so there is no soup", "non-finite")
 
 
 def test_damaged_ingredients_and_foreign_ones(finished_sweep: Path, train_py: Run, tmp_path: Path) -> None:
