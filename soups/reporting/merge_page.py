@@ -15,8 +15,8 @@ import soups
 from soups.errors import WeightsError
 from soups.evaluation import distances
 from soups.merging.compare import Difference, compare, gather
-from soups.merging.mergekit.planning import references
 from soups.merging.mergekit.schema import Configuration, Document, Reference, read_configuration
+from soups.merging.mergekit.sections import references
 from soups.reporting.page import Cell, Curves, Page, Part, Table
 from soups.reporting.pairs import distance_heatmaps
 from soups.stores import open_store

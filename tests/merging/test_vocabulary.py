@@ -13,8 +13,8 @@ import torch
 from soups.errors import ConfigError, SoupError, WeightsError
 from soups.merging.mergekit import describe_plan, merge_configuration
 from soups.merging.mergekit.chat_templates import CHAT_TEMPLATES
-from soups.merging.mergekit.planning import split_modules
-from soups.merging.mergekit.vocabulary import read_vocabulary
+from soups.merging.mergekit.modules import split_modules
+from soups.merging.mergekit.tokens import read_vocabulary
 from soups.stores import open_store, write_safetensors
 
 spec = importlib.util.spec_from_file_location("merging_llama_vocabulary", Path(__file__).parent / "llama.py")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from soups.merging.mergekit.vocabulary import Table, VocabularyStore
+from soups.merging.mergekit.rows import Table, VocabularyStore
 from soups.protocols.cold_fusion.reduction import UpdateStore
 from soups.stores import DictStore, SafetensorsStore, write_safetensors
 from soups.stores.store import Store

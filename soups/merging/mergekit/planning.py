@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,8 +12,10 @@ from soups.errors import ConfigError, SoupError, WeightsError, did_you_mean
 from soups.merging.attaching import Attachments, check_weights
 from soups.merging.mergekit.layers import Layers, Position, depth
 from soups.merging.mergekit.methods import Spec, configuration_names, find_spec
+from soups.merging.mergekit.modules import split_modules
 from soups.merging.mergekit.parameters import names_of
-from soups.merging.mergekit.schema import Configuration, Document, Module, Parameters, Reference
+from soups.merging.mergekit.schema import Configuration, Reference
+from soups.merging.mergekit.sections import Input, Section, references, sections_of
 from soups.merging.mergekit.vocabulary import Shared, share_vocabulary
 from soups.merging.mergekit.vocabulary import truncate_embeddings as cut_embeddings
 from soups.merging.method import Method
@@ -29,48 +31,6 @@ from soups.stores.store import Store, TensorMeta, headers
 from soups.weights import describe_mismatch
 
 Opener = Callable[[Reference], Store]
-
-
-@dataclass(frozen=True)
-class Input:
-    """One model's share in a slice: its layers from `first` on.
-
-    Attributes:
-        model: which.
-        first: its first layer; `None` for the whole model.
-        parameters: its own.
-        statistics: the file of its statistics.
-        implied: whether it is there only because it is the base.
-    """
-
-    model: Reference
-    first: int | None = None
-    parameters: Parameters | None = None
-    statistics: str | None = None
-    implied: bool = False
-
-
-@dataclass(frozen=True)
-class Section:
-    """Some layers of the output, from the same inputs.
-
-    Attributes:
-        inputs: the models.
-        base: the base model.
-        begin: the first layer in the output.
-        length: how many layers; `None` for all of them.
-        levels: parameters of the slice, the module and the document, in order of precedence.
-        path: where in the file it is.
-        module: the part of the model that it makes; `None` for all of it.
-    """
-
-    inputs: tuple[Input, ...]
-    base: Reference | None
-    begin: int
-    length: int | None
-    levels: tuple[Parameters | None, ...]
-    path: tuple[str | int, ...]
-    module: str | None = None
 
 
 @dataclass
@@ -94,46 +54,6 @@ class Planned:
     untied: bool = False
     shared: Shared | None = None
     vocabulary: int | None = None
-
-
-def references(document: Document) -> list[Reference]:
-    """Return every model of a document, once, the base first."""
-    sections = _sections(document, ())
-    found = [document.base_model] if document.base_model else []
-    for section in sections:
-        found += [one.model for one in section.inputs] + ([section.base] if section.base else [])
-    return list(dict.fromkeys(found))
-
-
-def _sections(document: Document, path: tuple[str | int, ...]) -> list[Section]:
-    if document.modules:
-        return [
-            replace(section, module=name)
-            for name, module in document.modules.items()
-            for section in _of_part(module, document, (*path, "modules", name))
-        ]
-    return list(_of_part(document, document, path))
-
-
-def _of_part(part: Document | Module, document: Document, path: tuple[str | int, ...]) -> Iterator[Section]:
-    levels = (document.parameters,) if part is document else (part.parameters, document.parameters)
-    base = document.base_model
-    if part.models:
-        inputs = [Input(one.model, None, one.parameters, one.statistics) for one in part.models]
-        if base and base not in [one.model for one in inputs]:
-            inputs.append(Input(base, None, None, implied=True))
-        yield Section(tuple(inputs), base, 0, None, (None, *levels), (*path, "models"))
-        return
-    begin = 0
-    for number, piece in enumerate(part.slices or []):
-        inputs = [Input(one.model, one.layer_range[0], one.parameters) for one in piece.sources]
-        length = piece.sources[0].layer_range[1] - piece.sources[0].layer_range[0]
-        place = (*path, "slices", number)
-        yield Section(tuple(inputs), piece.base_model or base, begin, length, (piece.parameters, *levels), place)
-        begin += length
-        for one in piece.sources:
-            if [other.model for other in piece.sources].count(one.model) > 1:
-                raise ConfigError(f"slices {number}: {one.model} occurs twice among the sources of one slice.")
 
 
 def plan_document(
@@ -166,7 +86,7 @@ class _Planner:
                 f"{did_you_mean(self.document.merge_method, configuration_names())}"
             )
         self.spec: Spec = spec
-        self.sections = _sections(self.document, ())
+        self.sections = sections_of(self.document, ())
         if spec.base == "donor":  # it gives configuration and tokenizer, and is no input unless it is listed
             self.sections = [
                 replace(section, inputs=tuple(one for one in section.inputs if not one.implied), base=None)
@@ -443,33 +363,3 @@ def _check_fit(donor: Store, names: Sequence[str], others: Sequence[tuple[Store,
                 f"(regular expressions), vocabularies are brought together by `tokenizer: {{source: union}}`; else leave the "
                 f"model out, or bring it to the same shape first."
             )
-
-
-# mergekit's names for the parts of multimodal models, by what the tensors' names begin with; `None` is what is left.
-_MODULES: dict[str, tuple[str | None, ...]] = {
-    "text_decoder": ("language_model", None),
-    "vision_tower": ("vision_tower", "vision_model", "visual"),
-    "vision_model": ("vision_model", "vision_tower", "visual"),
-    "multi_modal_projector": ("multi_modal_projector", "projector", "visual.merger"),
-    "default": (None,),
-}
-
-
-def split_modules(names: Iterable[str], modules: Sequence[str]) -> dict[str, str | None]:
-    """Return the module that each tensor is in: the one whose prefix fits it best, with or without a leading `model.`.
-
-    >>> split_modules(["visual.merger.w", "visual.blocks.0.w", "lm_head.w"], ["text_decoder", "vision_tower", "multi_modal_projector"])
-    {'visual.merger.w': 'multi_modal_projector', 'visual.blocks.0.w': 'vision_tower', 'lm_head.w': 'text_decoder'}
-    """
-    prefixes = {
-        prefix: module
-        for module in reversed(modules)
-        for prefix in _MODULES.get(module, (module,))
-        if prefix is not None
-    }
-    rest = next((module for module in modules if None in _MODULES.get(module, ())), None)
-    owner: dict[str, str | None] = {}
-    for name in names:
-        fitting = [prefix for prefix in prefixes if name.startswith((f"{prefix}.", f"model.{prefix}."))]
-        owner[name] = prefixes[max(fitting, key=len)] if fitting else rest
-    return owner

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from soups.errors import ConfigError, StorageError
 from soups.merging.mergekit.files import folder_files
-from soups.merging.mergekit.planning import Planned, plan_document, references
+from soups.merging.mergekit.planning import Planned, plan_document
 from soups.merging.mergekit.schema import Configuration, Document, Reference, read_configuration
+from soups.merging.mergekit.sections import references
 from soups.merging.output import execute
 from soups.stores.files import fingerprint, write_text
 from soups.stores.folder import folder_of

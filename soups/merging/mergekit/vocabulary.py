@@ -7,264 +7,24 @@ beyond the tokens get the mean of the model's rows.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from soups.errors import ConfigError, WeightsError, did_you_mean
+from soups.errors import ConfigError, did_you_mean
+from soups.merging.mergekit.rows import Origin, Table, VocabularyStore, by_token
 from soups.merging.mergekit.schema import Document, ModelToken, Reference, TokenSpec, ZeroToken
-from soups.stores.store import Store, TensorMeta
-from soups.stores.tokenizer import TOKENIZER_FILES
-from soups.stores.views import StoreView
-
-# Tensors with a row for each token, in the architectures of the Hugging Face Hub.
-_BY_TOKEN = re.compile(
-    r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|embed_out|lm_head|shared|vocab_projector|"
-    r"predictions\.decoder)\.(weight|bias)$|(^|\.)predictions\.bias$|^output\.weight$"
+from soups.merging.mergekit.tokens import (
+    Vocabulary,
+    has_tokenizer,
+    one_older_tokenizer,
+    read_vocabulary,
+    union,
+    within_rows,
 )
-_PIECE = 1 << 18
-
-
-def by_token(name: str, meta: TensorMeta) -> bool:
-    """Tell whether a tensor has one row for each token.
-
-    >>> by_token("model.embed_tokens.weight", TensorMeta((9, 2), torch.float32)), by_token("h.0.w", TensorMeta((9, 2), torch.float32))
-    (True, False)
-    """
-    return bool(meta.shape) and _BY_TOKEN.search(name) is not None
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The tokens of one `tokenizer.json`.
-
-    Attributes:
-        ids: token to id, in the order of ids.
-        added: the file's entries for added tokens, by token.
-        content: the whole file.
-        folder: where it is.
-    """
-
-    ids: dict[str, int]
-    added: dict[str, dict[str, Any]]
-    content: dict[str, Any]
-    folder: Path
-
-    @property
-    def size(self) -> int:
-        """One more than the largest id."""
-        return max(self.ids.values(), default=-1) + 1
-
-
-# What a tokenizer is saved as where there is no tokenizer.json: sentencepiece's models, and the lists of older formats.
-_OLDER = TOKENIZER_FILES[1:]
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Tell whether a folder holds a tokenizer in any format."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
-
-
-def _one_older_tokenizer(folders: Sequence[Path]) -> bool:
-    """Tell whether all folders hold the same bytes in older formats, so that there is nothing to bring together."""
-    contents = {
-        tuple((name, (folder / name).read_bytes()) for name in _OLDER if (folder / name).is_file())
-        for folder in folders
-    }
-    return len(contents) == 1 and not any((folder / "tokenizer.json").is_file() for folder in folders)
-
-
-def _converted(folder: Path) -> str:
-    """Return as `tokenizer.json` what a folder has in an older format. Only here is a tokenizer built, by transformers.
-
-    Raises:
-        ConfigError: there is no tokenizer, transformers is not installed, or it cannot convert this one.
-    """
-    found = next((name for name in _OLDER if (folder / name).is_file()), None)
-    if found is None:
-        raise ConfigError(
-            f"{folder} has no tokenizer, which is needed to bring vocabularies together. Save it beside the weights."
-        )
-    advice = (
-        "Save the tokenizer once where it can be loaded (AutoTokenizer.from_pretrained(…).save_pretrained(…)), which writes "
-        "a tokenizer.json."
-    )
-    try:
-        from transformers import AutoTokenizer
-
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        return str(tokenizer.backend_tokenizer.to_str())
-    except ImportError as error:
-        raise ConfigError(
-            f"{folder / found} must be converted to tokenizer.json, and that needs a package that is not installed: {error}. "
-            f"pip install transformers sentencepiece protobuf, or: {advice}"
-        ) from error
-    except Exception as error:  # transformers raises what its many loaders happen to raise
-        raise ConfigError(f"{folder / found} cannot be converted to tokenizer.json ({error}). {advice}") from error
-
-
-def read_vocabulary(folder: Path) -> Vocabulary:
-    """Read a folder's `tokenizer.json`; make one of a tokenizer in an older format.
-
-    Raises:
-        ConfigError: there is no tokenizer, it is not in the format of Hugging Face's tokenizers, or it cannot be converted.
-    """
-    path = folder / "tokenizer.json"
-    try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else _converted(folder)
-        content = cast("dict[str, Any]", json.loads(text))
-        vocabulary = content["model"]["vocab"]
-        if isinstance(vocabulary, list):  # Unigram: pieces with their scores
-            ids = {str(piece[0]): number for number, piece in enumerate(cast("list[Any]", vocabulary))}
-        else:
-            ids = {str(token): int(number) for token, number in cast("dict[str, Any]", vocabulary).items()}
-        added = {str(entry["content"]): dict(entry) for entry in content.get("added_tokens") or []}
-        ids |= {token: int(entry["id"]) for token, entry in added.items()}
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise ConfigError(f"{path} is no tokenizer of the Hugging Face format ({error!r}). Copy it again.") from error
-    return Vocabulary(dict(sorted(ids.items(), key=lambda item: item[1])), added, content, folder)
-
-
-def union(first: Vocabulary, others: Sequence[Vocabulary], tokens: Sequence[str] = ()) -> Vocabulary:
-    """Return the first vocabulary with the tokens that only others have behind its own, as added tokens.
-
-    Args:
-        first: keeps its ids.
-        others: plain tokens first, model by model, then their added tokens.
-        tokens: further tokens to add at the end.
-    """
-    ids, added = dict(first.ids), dict(first.added)
-    new: dict[str, dict[str, Any]] = {}
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
-    for other in others:
-        for token in other.ids:
-            if token not in ids and token not in other.added:
-                new.setdefault(token, plain)
-    for other in others:
-        for token, entry in other.added.items():
-            if token not in ids:
-                new[token] = entry
-    for token in tokens:
-        if token not in ids:
-            new.setdefault(token, plain)
-    if not new:
-        return first
-    start = first.size
-    for number, (token, entry) in enumerate(new.items(), start):
-        ids[token] = number
-        added[token] = {**entry, "id": number, "content": token}
-    entries = sorted(added.values(), key=lambda entry: entry["id"])
-    return Vocabulary(ids, added, {**first.content, "added_tokens": entries}, first.folder)
-
-
-Origin = tuple[tuple[Store, int], ...]
-"""Rows whose mean is taken; none gives zeros."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Where each row of a model's embedding comes from.
-
-    Attributes:
-        own: the model's own row for each row of the output, or −1.
-        others: where a row that is not its own comes from; rows in neither get the mean of all that are in one.
-    """
-
-    own: np.ndarray[tuple[int], np.dtype[np.int64]]
-    others: Mapping[int, Origin] = field(default_factory=dict[int, Origin])
-
-    @property
-    def identical(self) -> bool:
-        """Whether every row stays where it is."""
-        return bool((self.own == np.arange(len(self.own))).all())
-
-
-class VocabularyStore(StoreView):
-    """A model seen with another vocabulary: tensors with a row for each token have their rows rearranged while reading.
-
-    Args:
-        store: the model; closed with this store.
-        tables: by name, how a tensor's rows are arranged.
-    """
-
-    def __init__(self, store: Store, tables: Mapping[str, Table]) -> None:
-        super().__init__(store)
-        self._tables = {self.source(key): table for key, table in tables.items()}
-        self._means: dict[str, Tensor] = {}
-        self._lock = threading.Lock()
-
-    def changes(self, name: str) -> bool:
-        """Tell whether a tensor has a row for each token."""
-        return name in self._tables
-
-    def changed_meta(self, name: str) -> TensorMeta:
-        """Return shape and dtype of a tensor, as rearranged."""
-        meta = self.store.meta(name)
-        return TensorMeta((len(self._tables[name].own), *meta.shape[1:]), meta.dtype)
-
-    def change(self, name: str) -> str | None:
-        """Return a hash of where each row comes from; None where the identity of another model is not known."""
-        table = self._tables[name]
-        digest = hashlib.sha256(table.own.tobytes())
-        for row, origin in sorted(table.others.items()):
-            places = [(store.identity(name), number) for store, number in origin]
-            if any(place is None for place, _ in places):
-                return None
-            digest.update(repr((row, places)).encode())
-        return digest.hexdigest()
-
-    def compute(self, name: str, start: int, stop: int) -> Tensor:
-        """Return elements `start:stop` of a rearranged tensor."""
-        table, meta = self._tables[name], self.changed_meta(name)
-        width = max(1, meta.numel // max(1, meta.shape[0]))
-        first, last = start // width, -(-stop // width)
-        rows = self._rows(name, table, first, last, width)
-        return rows.view(-1)[start - first * width : stop - first * width]
-
-    def _rows(self, key: str, table: Table, first: int, last: int, width: int, padding: bool = True) -> Tensor:
-        own = table.own[first:last]
-        result = torch.empty(last - first, width, dtype=self.store.meta(key).dtype)
-        breaks = np.flatnonzero((np.diff(own) != 1) | (own[:-1] < 0)) + 1
-        for begin, end in zip([0, *breaks.tolist()], [*breaks.tolist(), len(own)], strict=True):
-            if begin == end:
-                continue
-            row = int(own[begin])
-            if row >= 0:
-                result[begin:end] = self.store.read(key, slice(row, row + end - begin)).view(-1, width)
-            elif first + begin in table.others:
-                result[begin] = _mean_of(table.others[first + begin], key, width)
-            else:
-                result[begin] = self._mean(key, table, width) if padding else 0
-        return result
-
-    def _mean(self, key: str, table: Table, width: int) -> Tensor:
-        """Return the mean of the rows that stand for tokens, float32 (width,)."""
-        with self._lock:
-            if key not in self._means:
-                total = torch.zeros(width, dtype=torch.float64)
-                step = max(1, _PIECE // width)
-                for first in range(0, len(table.own), step):
-                    last = min(first + step, len(table.own))
-                    total += self._rows(key, table, first, last, width, padding=False).double().sum(0)
-                count = int((table.own >= 0).sum()) + len(table.others)
-                self._means[key] = (total / max(1, count)).float()
-            return self._means[key]
-
-
-def _mean_of(origin: Origin, key: str, width: int) -> Tensor:
-    total = torch.zeros(width)
-    for store, row in origin:
-        total += store.read(key, slice(row, row + 1)).float().view(-1)
-    return total / max(1, len(origin))
+from soups.stores.store import Store
 
 
 @dataclass(frozen=True)
@@ -310,7 +70,7 @@ def share_vocabulary(
     absent = [reference for reference in stores if reference not in folders]
     if absent:
         raise ConfigError(f"tokenizer: {absent[0]} is no folder on this machine, so its tokenizer is not known.")
-    if not edited and source in ("base", "union") and _one_older_tokenizer(list(folders.values())):
+    if not edited and source in ("base", "union") and one_older_tokenizer(list(folders.values())):
         return None
     own: dict[Reference, Vocabulary] = {}
     stripped: set[int] = set()
@@ -341,42 +101,6 @@ def share_vocabulary(
         if keys:
             stores[reference] = VocabularyStore(store, dict.fromkeys(keys, table))
     return Shared(target, size, changed=target is not begun or id(begun) in stripped)
-
-
-def within_rows(vocabulary: Vocabulary, store: Store) -> Vocabulary:
-    """Return a model's vocabulary without the tokens that its embedding has no row for, as mergekit does.
-
-    Fine-tunes of Llama 2 often have a `[PAD]` with the first id behind the embedding's rows, which is never looked up.
-
-    Raises:
-        WeightsError: most tokens have no row.
-    """
-    rows = min((store.meta(key).shape[0] for key in store if by_token(key, store.meta(key))), default=vocabulary.size)
-    beyond = {token for token, number in vocabulary.ids.items() if number >= rows}
-    if not beyond:
-        return vocabulary
-    if 2 * len(beyond) > len(vocabulary.ids):
-        raise WeightsError(
-            f"{store.location}: the embedding has {rows} rows, but its tokenizer has ids up to {vocabulary.size - 1}. The "
-            f"tokenizer belongs to another model."
-        )
-    model = dict(vocabulary.content["model"])
-    if isinstance(model.get("vocab"), dict):
-        model["vocab"] = {token: number for token, number in model["vocab"].items() if token not in beyond}
-    elif isinstance(model.get("vocab"), list):
-        model["vocab"] = model["vocab"][:rows]
-    if isinstance(model.get("merges"), list):
-        model["merges"] = [merge for merge in model["merges"] if not beyond.intersection(_pair(merge))]
-    added = {token: entry for token, entry in vocabulary.added.items() if token not in beyond}
-    content = {**vocabulary.content, "model": model, "added_tokens": list(added.values())}
-    ids = {token: number for token, number in vocabulary.ids.items() if token not in beyond}
-    return Vocabulary(ids, added, content, vocabulary.folder)
-
-
-def _pair(merge: Any) -> tuple[str, ...]:
-    """Return the two tokens of a BPE merge, and the token that they make."""
-    parts = merge.split(" ") if isinstance(merge, str) else [str(part) for part in merge]
-    return (*parts, "".join(parts))
 
 
 def _chosen(source: str, document: Document, own: Mapping[Reference, Vocabulary]) -> Vocabulary:
