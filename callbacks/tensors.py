@@ -56,7 +56,7 @@ class Tensors:
         self._objects: dict[str, Tensor] = {}
         self._shapes: dict[str, Any] = {}
         self._lazy: list[str] = []
-        self._layout: list[tuple[dict[str, Any], list[Any]]] = []
+        self._layout: list[tuple[dict[str, Any], list[str], list[Any]]] = []
         self._find()
 
     def _find(self) -> None:
@@ -64,8 +64,8 @@ class Tensors:
         self.cells, self.frozen, self.buffers, self._layout = {}, {}, set(), []
         seen: set[int] = set()
         for prefix, layer in self.module.named_modules():
-            self._layout.append((layer._modules, list(layer._modules.values())))
-            self._layout.append((layer._parameters, list(layer._parameters.values())))
+            for held in (layer._modules, layer._parameters):
+                self._layout.append((held, list(held), list(held.values())))
             for key, parameter in layer._parameters.items():
                 if parameter is None or id(parameter) in seen:
                     continue
@@ -112,8 +112,8 @@ class Tensors:
     # Changes --------------------------------------------------------------------------------------------------------
 
     def _same(self) -> bool:
-        for held, values in self._layout:
-            if len(held) != len(values) or not all(map(is_, held.values(), values)):
+        for held, keys, values in self._layout:
+            if len(held) != len(values) or not all(map(is_, held.values(), values)) or list(held) != keys:
                 return False
         # The parameters are the same objects. Statistics may be new ones, and lazy tensors get their shapes late.
         for name in (*self.buffers, *self._lazy):
