@@ -18,7 +18,8 @@ def greedy(
 ) -> Soup:
     """Return the greedy soup of Model soups (arXiv:2203.05482, Recipe 1).
 
-    Candidates are tried in falling order of their own score (equal ones in the order given). A running sum makes each
+    Candidates are tried in falling order of their own score; of equal ones the first given comes first, or the last given with
+    `ties="official"`, as in the authors' code. A running sum makes each
     trial one addition: every ingredient is read once, memory is one sum and one model, and N candidates need N
     evaluations, the first of them to confirm the best single model's score.
 
@@ -40,8 +41,8 @@ def greedy(
     >>> soup.members, soup.weights["w"].item()
     (['a', 'b'], 2.0)
     """
-    order = ranked(candidates)
     check_choice("ties", ties, TIES)
+    order = ranked(candidates if ties == "paper" else candidates[::-1])
     total = RunningSum()
     members: list[str] = []
     steps: list[Step] = []

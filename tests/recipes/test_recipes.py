@@ -28,7 +28,9 @@ def candidates(points: list[list[float]], target: torch.Tensor, reads: Counter |
 def reference(points: list[list[float]], target: torch.Tensor, strict: bool) -> list[int]:
     """Recipe 1 of the paper, averaging all members anew at each step."""
     table = torch.tensor(points, dtype=torch.float64)
-    order = sorted(range(len(points)), key=lambda i: float((table[i] - target).norm()))
+    # The authors sort by (score, place) downwards, so that of equal scores the later comes first.
+    places = range(len(points))[:: -1 if strict else 1]
+    order = sorted(places, key=lambda i: float((table[i] - target).norm()))
     soup: list[int] = []
     best = -float("inf")
     for number in order:
@@ -70,7 +72,14 @@ def test_greedy_equals_the_papers_algorithm(points: list[list[float]], ties: str
 def test_tie_rules_differ_where_the_score_is_equal() -> None:
     pool = [Candidate(name, 0.9, lambda x=x: {"w": torch.tensor([x])}) for name, x in (("a", 1.0), ("b", 3.0))]
     assert greedy(pool, lambda weights: 0.9, "paper").members == ["a", "b"]
-    assert greedy(pool, lambda weights: 0.9, "official").members == ["a"]
+    assert greedy(pool, lambda weights: 0.9, "official").members == ["b"]
+
+
+def test_among_equal_scores_the_authors_try_the_later_first() -> None:
+    own = {"a": 0.8, "b": 0.9, "c": 0.9, "d": 0.9, "e": 0.8}
+    pool = [Candidate(name, score, lambda: {"w": torch.zeros(1)}) for name, score in own.items()]
+    assert [step.name for step in greedy(pool, lambda weights: 0.0, "paper").steps] == list("bcdae")
+    assert [step.name for step in greedy(pool, lambda weights: 0.0, "official").steps] == list("dcbea")
 
 
 def test_steps_tell_what_happened() -> None:
