@@ -33,6 +33,11 @@ from soups.launch.terminal import show_report
 from soups.stores.pool import Ingredient, Pool
 from soups.weights import hash_weights
 
+_NOTHING_VARIES = (
+    "Nothing varies, so the command asks for one ingredient. Say what does, in the configuration's section sweep.space or on the "
+    "command line: -m +soup=greedy seed=0,1,2, or ++sweep.space.seed=\"'range(0, 100)'\"."
+)
+
 
 def run_own_program(
     config: DictConfig,
@@ -106,6 +111,8 @@ class _Sweep:
             monitor, mode, told = choose_metric(whole.monitor, whole.mode, metrics, fit, composed)
             program = whole.on(start, evaluation.data.digest, monitor, mode)
             wanted = self._wanted(program)
+            if wanted and not self.varied:
+                told = [*told, _NOTHING_VARIES]
 
             def describe(record: Ingredient) -> str:
                 return f"{monitor} {record.heldout(monitor):.4f}"
