@@ -29,6 +29,7 @@ from soups.fitting.environment import (
 )
 from soups.fitting.quiet import quiet
 from soups.launch.failures import leave
+from soups.launch.hydra_errors import check_hydra
 from soups.launch.progress import SweepProgress
 from soups.launch.search_space import split_arguments
 from soups.launch.settings import (
@@ -120,7 +121,9 @@ def run_protocol(
             raise ConfigError(
                 f"A protocol is one plan; {min(swept)} sweeps. Run the command once for each value; they share the pool."
             )
-        settings = resolve(context.config_loader.load_sweep_config(config, fixed))
+        composed = context.config_loader.load_sweep_config(config, fixed)
+        check_hydra(composed.hydra)
+        settings = resolve(composed)
         program = build_protocol(settings)
         plan = program.plan()
         missing, results = _run(settings, program, plan, launcher, fixed)

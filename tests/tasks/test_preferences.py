@@ -1,6 +1,7 @@
 """Preferences: the Bradley-Terry loss, the probe of a reward, honest pairs, and files whose mistakes are named by line."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,25 @@ def test_a_reward_model_is_fine_tuned_by_the_main_job(tmp_path: Path) -> None:
         tmp_path / "bert", num_labels=1, ignore_mismatched_sizes=True
     )
     assert model.load_state_dict(open_pool(settings).weights(record.fingerprint)).missing_keys == []
+
+
+def test_a_text_in_several_pairs_has_other_partners_and_raters() -> None:
+    rated = [RatedText(f"{n}_1", f"text {n}", (n % 5 - 2, n % 5 - 2, n % 5 - 1)) for n in range(40)]
+    once = pair_up(rated, 12, 0.5, True, 0.25, 3, "made")
+    again = pair_up(rated, 12, 0.5, True, 0.25, 3, "made", uses=3)
+    assert (once.first, once.second, once.labels.tolist()) == (again.first, again.second, again.labels.tolist())
+    many = pair_up(rated, 45, 0.5, False, 0.0, 3, "made", uses=3)
+    pairs = [frozenset(pair) for pair in zip(many.first, many.second, strict=True)]
+    assert len(set(pairs)) == 45, "no pair twice"
+    uses = Counter(text for pair in pairs for text in pair)
+    assert max(uses.values()) == 3
+    means = {one.text: one.mean for one in rated}
+    for first, second, label in zip(many.first, many.second, many.labels.tolist(), strict=True):
+        assert abs(means[first] - means[second]) >= 0.5 and label == int(means[second] > means[first])
+    with pytest.raises(DataError, match="give only"):
+        pair_up(rated, 45, 0.5, False, 0.0, 3, "made", uses=2)
+    with pytest.raises(DataError, match="pairs_per_text=0 must be at least 1"):
+        preferences(pairs_per_text=0)
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def cold_fusion_page(study: ColdFusionStudy, nodes: ColdFusionNodes, pool: Pool,
             f"{last:.1f} % of the test texts, pretrained {first:.1f} %."
         ),
         parts=parts,
-        lineage={"repository": repository.place.url, "bases": [base.hash for base in repository.bases()]},
+        lineage={"repository": repository.folder.url, "bases": [base.hash for base in repository.bases()]},
     )
 
 

@@ -41,14 +41,14 @@ def replay(repository: Repository, number: int | None = None) -> Iterator[Replay
     """
     rounds = repository.rounds()
     if number is not None and not 1 <= number <= len(rounds):
-        raise StorageError(f"{repository.place.url} has {len(rounds)} rounds, and no round {number}.")
+        raise StorageError(f"{repository.folder.url} has {len(rounds)} rounds, and no round {number}.")
     pushed = {record.id: record for record in repository.pushed()}
     seen: dict[str, int] = {}
     for record in rounds:
         for verdict in record.verdicts:
             if verdict.id in seen:
                 raise StorageError(
-                    f"The log of {repository.place.url} counts contribution {verdict.id} in rounds {seen[verdict.id]} and "
+                    f"The log of {repository.folder.url} counts contribution {verdict.id} in rounds {seen[verdict.id]} and "
                     f"{record.number}."
                 )
             seen[verdict.id] = record.number

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import os
 import platform
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from soups.errors import SoupError, StorageError, WeightsError
 from soups.merging import make_method
+from soups.protocols.cold_fusion.objects import Weighable, dump_record, put_weights, tokenizer_of
 from soups.protocols.cold_fusion.records import Contribution, Manifest, Policy, Round
 from soups.protocols.cold_fusion.reduction import AcceptedUpdate, fuse_updates
 from soups.protocols.cold_fusion.screening import PendingUpdate, accepted_norms, misfit, screen
@@ -39,13 +39,10 @@ from soups.stores.opening import open_store
 from soups.stores.safetensors import DTYPE_NAMES, SafetensorsStore
 from soups.stores.shared import SharedFolder
 from soups.stores.store import Store
-from soups.stores.tokenizer import tokenizer_hash
-from soups.stores.writer import write_safetensors
 from soups.weights import Weights, check_finite, hash_weights, is_averaged, tied_names
 
 MANIFEST = "repository.json"
 
-Weighable = str | os.PathLike[str] | Mapping[str, Tensor] | Store
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -68,12 +65,12 @@ class Repository:
     """
 
     def __init__(self, url: str | Path) -> None:
-        self.place = SharedFolder(url, "repository")
+        self.folder = SharedFolder(url, "repository")
         try:
             self.manifest = self._parse(Manifest, MANIFEST)
         except FileNotFoundError:
             raise StorageError(
-                f"There is no repository at {self.place.url}. Make one: soups cold init {self.place.url} BASE."
+                f"There is no repository at {self.folder.url}. Make one: soups cold init {self.folder.url} BASE."
             ) from None
 
     @staticmethod
@@ -116,13 +113,13 @@ class Repository:
         if not shared:
             raise WeightsError(f"{where}: no tensor is left to share; frozen={list(patterns)} takes them all.")
         manifest = Manifest(
-            base=_put_weights(place, shared)[0],
-            frozen=_put_weights(place, fixed)[0] if fixed else None,
+            base=put_weights(place, shared)[0],
+            frozen=put_weights(place, fixed)[0] if fixed else None,
             tensors={name: (DTYPE_NAMES[t.dtype], list(t.shape)) for name, t in sorted(shared.items())},
-            tokenizer=_tokenizer(tokenizer if tokenizer is not None else base),
+            tokenizer=tokenizer_of(tokenizer if tokenizer is not None else base),
             policy=policy,
         )
-        if not place.create(MANIFEST, _dump(manifest)):
+        if not place.create(MANIFEST, dump_record(manifest)):
             there = Repository(url)
             wanted, found = (m.model_dump(exclude={"created"}) for m in (manifest, there.manifest))
             if differs := [key for key, value in wanted.items() if found[key] != value]:
@@ -139,12 +136,12 @@ class Repository:
         Raises:
             StorageError: a record is damaged or one is missing.
         """
-        rounds = [self._parse(Round, f"rounds/{name}") for name in self.place.names("rounds")]
+        rounds = [self._parse(Round, f"rounds/{name}") for name in self.folder.names("rounds")]
         previous = self.manifest.base
         for number, record in enumerate(rounds, 1):
             if record.number != number or record.base != previous:
                 raise StorageError(
-                    f"The log of {self.place.url} is not whole at round {number}: rounds/{number:06d}.json was removed or "
+                    f"The log of {self.folder.url} is not whole at round {number}: rounds/{number:06d}.json was removed or "
                     f"changed. Restore it from a copy."
                 )
             previous = record.result
@@ -160,7 +157,7 @@ class Repository:
 
     def pushed(self) -> list[Contribution]:
         """Return all contributions, in the order of their ids."""
-        return [self._parse(Contribution, f"pushed/{name}") for name in self.place.names("pushed")]
+        return [self._parse(Contribution, f"pushed/{name}") for name in self.folder.names("pushed")]
 
     def pending(self) -> list[Contribution]:
         """Return the contributions that no round has used up, in the order of their ids."""
@@ -179,7 +176,7 @@ class Repository:
         """
         bases = self.bases()
         if number is not None and not 0 <= number < len(bases):
-            raise StorageError(f"{self.place.url} has bases 0 to {len(bases) - 1}, and no base {number}.")
+            raise StorageError(f"{self.folder.url} has bases 0 to {len(bases) - 1}, and no base {number}.")
         base = bases[-1 if number is None else number]
         weights = self._load(base.hash)
         if self.manifest.frozen:
@@ -217,23 +214,23 @@ class Repository:
             where = store.location
             if problem := misfit(self.manifest, store):
                 raise WeightsError(
-                    f"{where} does not fit the repository {self.place.url}: {problem}. Contributors share architecture, "
+                    f"{where} does not fit the repository {self.folder.url}: {problem}. Contributors share architecture, "
                     f"vocabulary and dtype; names under a prefix need prefix=…, such as 'model.' or 'bert.'."
                 )
             self._check_frozen(store)
             shared = self._as_tied({name: store.read(name) for name in self.manifest.tensors})
-        found = _tokenizer(weights)
+        found = tokenizer_of(weights)
         if found and self.manifest.tokenizer and found != self.manifest.tokenizer:
             raise WeightsError(
                 f"{where} comes with another tokenizer than the repository's: its token ids mean other tokens. Fine-tune the "
                 f"pulled base with the repository's tokenizer."
             )
         check_finite(shared, where=where)
-        name, nbytes = _put_weights(self.place, shared)
+        name, nbytes = put_weights(self.folder, shared)
         determined = {"contributor": contributor, "base": start.hash, "weights": name}
         record = Contribution(id=fingerprint(determined)[:32], nbytes=nbytes, note=dict(note or {}), **determined)
         path = f"pushed/{record.id}.json"
-        if not self.place.create(path, _dump(record)):
+        if not self.folder.create(path, dump_record(record)):
             return self._parse(Contribution, path)
         return record
 
@@ -278,12 +275,12 @@ class Repository:
         record = Round(
             number=current.number + 1,
             base=current.hash,
-            result=_put_weights(self.place, weights)[0],
+            result=put_weights(self.folder, weights)[0],
             policy=policy,
             verdicts=verdicts,
             fuser=fuser or f"{platform.node()}:{os.getpid()}",
         )
-        return record if self.place.create(f"rounds/{record.number:06d}.json", _dump(record)) else None
+        return record if self.folder.create(f"rounds/{record.number:06d}.json", dump_record(record)) else None
 
     def reduce(self, policy: Policy, current: str, accepted: Sequence[tuple[Contribution, float]]) -> dict[str, Tensor]:
         """Return the new base's shared part from accepted contributions, each with its factor, in the order of their ids."""
@@ -315,7 +312,7 @@ class Repository:
             if base == known or base == known.number or base == known.hash:
                 return known
         raise StorageError(
-            f"{self.place.url} never had the base {base!r}; it has 0 to {len(bases) - 1}. Pull one, fine-tune that one, and "
+            f"{self.folder.url} never had the base {base!r}; it has 0 to {len(bases) - 1}. Pull one, fine-tune that one, and "
             f"name it in the push."
         )
 
@@ -329,7 +326,7 @@ class Repository:
                     same = store.meta(name).shape == frozen.meta(name).shape
                     if not same or not torch.equal(store.read(name), frozen.read(name)):
                         raise WeightsError(
-                            f"{store.location}: {name!r} is frozen in {self.place.url}, but differs here"
+                            f"{store.location}: {name!r} is frozen in {self.folder.url}, but differs here"
                             f"{'' if same else ' in shape (another vocabulary?)'}. Freeze it in fine-tuning too."
                         )
 
@@ -359,51 +356,26 @@ class Repository:
 
     def _open(self, name: str, nbytes: int | None = None) -> Store:
         path = f"objects/{name}.safetensors"
-        if nbytes is not None and (size := self.place.size(path)) != nbytes:
-            raise StorageError(f"{self.place.path(path)} has {size} bytes; {nbytes} were pushed.")
-        return SafetensorsStore(self.place.path(path))
+        if nbytes is not None and (size := self.folder.size(path)) != nbytes:
+            raise StorageError(f"{self.folder.path(path)} has {size} bytes; {nbytes} were pushed.")
+        return SafetensorsStore(self.folder.path(path))
 
     def _load(self, name: str) -> dict[str, Tensor]:
         with self._open(name) as store:
             weights = store.load()
         if hash_weights(weights) != name:
             raise StorageError(
-                f"{self.place.path(f'objects/{name}.safetensors')} was altered after it was written. Restore it from a copy, "
+                f"{self.folder.path(f'objects/{name}.safetensors')} was altered after it was written. Restore it from a copy, "
                 f"or remove it and replay the round that made it."
             )
         return weights
 
     def _parse(self, model: type[Model], name: str) -> Model:
-        content = self.place.read(name)
+        content = self.folder.read(name)
         try:
             return model.model_validate_json(content)
         except ValidationError as error:
             raise StorageError(
-                f"{self.place.path(name)} is not a whole record ({error.error_count()} faults, the first: "
+                f"{self.folder.path(name)} is not a whole record ({error.error_count()} faults, the first: "
                 f"{error.errors()[0]['msg']}). Records are written once; this one was changed by another program."
             ) from error
-
-
-def _dump(record: BaseModel) -> bytes:
-    return (record.model_dump_json(indent=1) + "\n").encode()
-
-
-def _put_weights(place: SharedFolder, weights: Weights) -> tuple[str, int]:
-    """Store weights under their hash; return it and the file's size. What is there whole is not written again."""
-    # In one order, so that weights of one hash are one file: a round of one contribution is that contribution.
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(weights.items())}
-    name = hash_weights(weights)
-    target = f"objects/{name}.safetensors"
-    with tempfile.TemporaryDirectory(prefix="soups-push-") as scratch:
-        file = Path(scratch) / "weights.safetensors"
-        write_safetensors(file, weights)
-        nbytes = file.stat().st_size
-        # A file of this name has this content or was cut off.
-        if place.size(target) != nbytes:
-            place.put(target, file)
-    return name, nbytes
-
-
-def _tokenizer(place: Weighable) -> str | None:
-    """Return the hash of the tokenizer in a model folder; None when there is none."""
-    return None if isinstance(place, Mapping | Store) else tokenizer_hash(place)

@@ -172,7 +172,7 @@ class ColdFusion(ProtocolRunner[ColdFusionConfiguration]):
         repository = self.repository(notes.repository)
         if not any(base.hash == notes.base and base.number == notes.number for base in repository.bases()):
             raise StorageError(
-                f"The pool knows base {notes.number} ({notes.base[:12]}), but the repository {repository.place.url} has "
+                f"The pool knows base {notes.number} ({notes.base[:12]}), but the repository {repository.folder.url} has "
                 f"another or none. Use the repository that goes with the pool, or another pool (pool.path=…) for a new one."
             )
         return repository, notes
@@ -212,7 +212,7 @@ class ColdFusion(ProtocolRunner[ColdFusionConfiguration]):
         model = self._model(spec, weights)
         model.probe()
         about = {"round": number + 1, "contributor": contributor, "task": task, "seed": spec.seed}
-        identity = fingerprint({**about, "repository": repository.place.url, "base": base.hash})
+        identity = fingerprint({**about, "repository": repository.folder.url, "base": base.hash})
         title = " ".join(dict.fromkeys([f"round {number + 1}:", contributor, task]))
         with fit_run(self.configuration, identity, title, about) as logger:
             model.fit(callbacks, logger)
@@ -234,8 +234,8 @@ class ColdFusion(ProtocolRunner[ColdFusionConfiguration]):
             found = rounds[base.number] if len(rounds) > base.number else None
             if found is None or {verdict.id for verdict in found.verdicts} != set(wanted):
                 raise StorageError(
-                    f"Round {base.number + 1} of {repository.place.url} cannot be made: no contribution passed the screening, "
-                    f"or the repository has another round. `soups cold log {repository.place.url}` shows its log."
+                    f"Round {base.number + 1} of {repository.folder.url} cannot be made: no contribution passed the screening, "
+                    f"or the repository has another round. `soups cold log {repository.folder.url}` shows its log."
                 )
             record = found
         return Output(notes=_round_notes(base.repository, record))

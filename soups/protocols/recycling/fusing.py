@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from soups.fitting import FitSpec
-from soups.protocols.recycling.plan import Comparison, TargetTask, at_least_two, compare, mean
+from soups.protocols.recycling.plan import ModelComparison, TargetTask, at_least_two, compare, mean
 
 
-def fusing(target: TargetTask, auxiliary: Mapping[str, FitSpec]) -> Comparison:
+def fusing(target: TargetTask, auxiliary: Mapping[str, FitSpec]) -> ModelComparison:
     """Return the plan: average the auxiliary backbones, fine-tune the result on the target, and compare.
 
     The comparison is with starting from the pretrained backbone and from each auxiliary backbone alone (intertraining).

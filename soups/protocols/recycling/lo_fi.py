@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from soups.errors import ConfigError
-from soups.protocols.recycling.plan import Comparison, TargetTask, compare, mean
+from soups.protocols.recycling.plan import ModelComparison, TargetTask, compare, mean
 
 
-def lo_fi(target: TargetTask, nodes: int) -> Comparison:
+def lo_fi(target: TargetTask, nodes: int) -> ModelComparison:
     """Return the plan: n nodes, each with a part of the data and of the batch, against one synchronous run.
 
     The budget is the same: the synchronous run makes S steps with a batch of B over all devices (it is what DDP on n devices

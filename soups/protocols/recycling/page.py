@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 from soups.evaluation import ood_mean
-from soups.protocols.recycling.plan import Comparison
+from soups.protocols.recycling.plan import ModelComparison
 from soups.reporting.page import Page, Point, Scatter, Table
 from soups.stores.pool import Pool
 
 
-def accuracies(found: Comparison, pool: Pool) -> dict[str, dict[str, float]]:
+def accuracies(found: ModelComparison, pool: Pool) -> dict[str, dict[str, float]]:
     """Return accuracies in [0, 1] by model and split; a group has the mean of its models."""
     rows = {
         name: {split: values["accuracy"] for split, values in pool.ingredient(node.fingerprint).metrics.items()}
@@ -21,7 +21,7 @@ def accuracies(found: Comparison, pool: Pool) -> dict[str, dict[str, float]]:
     return rows
 
 
-def comparison_page(found: Comparison, pool: Pool, title: str, question: tuple[str, str]) -> Page:
+def comparison_page(found: ModelComparison, pool: Pool, title: str, question: tuple[str, str]) -> Page:
     """Return the report.
 
     Args:

@@ -117,7 +117,7 @@ class TargetTask:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ModelComparison:
     """The models of a study by name, in the order of the table, and the nodes that score them.
 
     Attributes:
@@ -137,10 +137,10 @@ class Comparison:
 
 def compare(
     target: TargetTask, models: Mapping[str, Node], groups: Mapping[str, Sequence[str]] | None = None
-) -> Comparison:
+) -> ModelComparison:
     """Return the models with a score node for each."""
     kept = {name: list(members) for name, members in (groups or {}).items()}
-    return Comparison(dict(models), {name: target.score(node, name) for name, node in models.items()}, kept)
+    return ModelComparison(dict(models), {name: target.score(node, name) for name, node in models.items()}, kept)
 
 
 def mean(nodes: Sequence[Node], operation: str, name: str) -> Node:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from soups.fitting import FitSpec
-from soups.protocols.recycling.plan import Comparison, TargetTask, at_least_two, compare, mean
+from soups.protocols.recycling.plan import ModelComparison, TargetTask, at_least_two, compare, mean
 
 
-def ratatouille(target: TargetTask, auxiliary: Mapping[str, FitSpec]) -> Comparison:
+def ratatouille(target: TargetTask, auxiliary: Mapping[str, FitSpec]) -> ModelComparison:
     """Return the plan: every fit has the same probed head and the backbone of another auxiliary task.
 
     It is compared with as many fits from the pretrained backbone (the uniform soup of DiWA, arXiv:2205.09739), which differ

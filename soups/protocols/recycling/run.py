@@ -19,7 +19,7 @@ from soups.protocols.plan import Plan
 from soups.protocols.recycling.fusing import fusing
 from soups.protocols.recycling.lo_fi import lo_fi
 from soups.protocols.recycling.page import comparison_page
-from soups.protocols.recycling.plan import BackboneFit, Comparison, HeadProbe, Scoring, TargetFit, TargetTask
+from soups.protocols.recycling.plan import BackboneFit, HeadProbe, ModelComparison, Scoring, TargetFit, TargetTask
 from soups.protocols.recycling.ratatouille import ratatouille
 from soups.protocols.runner import FittingConfiguration, ProtocolRunner
 from soups.reporting.page import Page
@@ -95,7 +95,7 @@ class Recycling(ProtocolRunner[T]):
         self.comparison = self.compared()
 
     @abstractmethod
-    def compared(self) -> Comparison:
+    def compared(self) -> ModelComparison:
         """Return the models of the study."""
 
     def plan(self) -> Plan:
@@ -165,7 +165,7 @@ class Fusing(Recycling[AuxiliaryConfiguration]):
     Configuration = AuxiliaryConfiguration
     title, question = "Fusing", ("from the fused backbone", "from pretrained")
 
-    def compared(self) -> Comparison:
+    def compared(self) -> ModelComparison:
         """Return the models of the study."""
         return fusing(self.target, self.configuration.auxiliary_fits())
 
@@ -177,7 +177,7 @@ class Ratatouille(Recycling[AuxiliaryConfiguration]):
     Configuration = AuxiliaryConfiguration
     title, question = "Model Ratatouille", ("ratatouille", "uniform soup")
 
-    def compared(self) -> Comparison:
+    def compared(self) -> ModelComparison:
         """Return the models of the study."""
         return ratatouille(self.target, self.configuration.auxiliary_fits())
 
@@ -189,7 +189,7 @@ class LoFi(Recycling[LoFiConfiguration]):
     Configuration = LoFiConfiguration
     title, question = "lo-fi", ("lo-fi", "synchronous (DDP)")
 
-    def compared(self) -> Comparison:
+    def compared(self) -> ModelComparison:
         """Return the models of the study."""
         return lo_fi(self.target, self.configuration.protocol.nodes)
 

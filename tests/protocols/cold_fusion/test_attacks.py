@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from soups.protocols.cold_fusion import Policy, Repository, Round, replay
+from soups.protocols.cold_fusion.objects import dump_record, put_weights
 from soups.protocols.cold_fusion.records import Contribution
-from soups.protocols.cold_fusion.repository import _dump, _put_weights
 from soups.seeding import generator
 from soups.stores.shared import SharedFolder
 
@@ -35,11 +35,11 @@ def run(place: Path, name: str, **policy) -> tuple[torch.Tensor, Round]:
     for number in range(HONEST):
         repository.push({"w": honest(number)}, 0, f"honest {number}")
     # An attacker does not go through our push, which checks.
-    weights, nbytes = _put_weights(SharedFolder(str(place)), {"w": attack(name)})
+    weights, nbytes = put_weights(SharedFolder(str(place)), {"w": attack(name)})
     record = Contribution(
         id=f"{name}-attacker", contributor="attacker", base=repository.current().hash, weights=weights, nbytes=nbytes
     )
-    repository.place.create(f"pushed/{record.id}.json", _dump(record))
+    repository.folder.create(f"pushed/{record.id}.json", dump_record(record))
     fused = repository.fuse()
     assert fused is not None and all(result.same for result in replay(repository))
     return repository.pull()[1]["w"], fused

@@ -109,7 +109,7 @@ def test_a_round_of_one_contribution_is_that_contribution(url: str) -> None:
     pushed = repository.push({name: tensor + 1 for name, tensor in start.items()}, 0, "a")
     record = repository.fuse()
     assert record is not None and record.result == pushed.weights
-    assert repository.place.size(f"objects/{record.result}.safetensors") == pushed.nbytes
+    assert repository.folder.size(f"objects/{record.result}.safetensors") == pushed.nbytes
     assert [result.same for result in replay(repository)] == [True]
 
 

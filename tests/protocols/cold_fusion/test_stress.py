@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from soups.protocols.cold_fusion import Policy, Repository, replay
+from soups.protocols.cold_fusion.objects import dump_record, put_weights
 from soups.protocols.cold_fusion.records import Contribution
-from soups.protocols.cold_fusion.repository import _dump, _put_weights
 from soups.stores.shared import SharedFolder
 
 WORKERS, EACH = 8, 25
@@ -48,14 +48,14 @@ def poison(place: Path, number: int) -> None:
     """Push NaN, or a file that is cut off under its final name, without our checks."""
     files, base = SharedFolder(str(place)), Repository(place).current()
     values = torch.full((TOTAL,), float("nan")) if number % 2 else torch.full((TOTAL,), float(number + 2))
-    weights, nbytes = _put_weights(files, {"w": values})
+    weights, nbytes = put_weights(files, {"w": values})
     if number % 2 == 0:
         path = Path(files.path(f"objects/{weights}.safetensors"))
         path.write_bytes(path.read_bytes()[: 50 + number])
     record = Contribution(
         id=f"{number:032x}", contributor="attacker", base=base.hash, weights=weights, nbytes=nbytes, note={"index": -1}
     )
-    assert files.create(f"pushed/{record.id}.json", _dump(record))
+    assert files.create(f"pushed/{record.id}.json", dump_record(record))
 
 
 def start(context, place: Path, worker: int) -> BaseProcess:
