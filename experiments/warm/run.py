@@ -1,6 +1,6 @@
 """WARM against its best member and its ensemble, over seeds.
 
-    python -m experiments.warm.run                 three seeds (about 9 CPU-minutes each), then tables and figures
+    python -m experiments.warm.run                 three seeds, then tables and figures
     python -m experiments.warm.run --seeds 0 1 2 3 4
 
 A seed is another split of the texts, other pairs, raters, swaps, orders and rates. Writes table.md and the figures beside

@@ -137,9 +137,9 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Warm:
     monkeypatch.setenv("SOUPS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("soups.tasks.preferences.rated_texts", rated)
     settings = compose_settings([
-        "+protocol=warm", f"model.name={write_bert(tmp_path / 'bert')}", "model.freeze_embeddings=false", "model.freeze_layers=0",
+        "+protocol=warm", f"model.name={write_bert(tmp_path / 'bert')}", "model.freeze_embeddings=false", "model.freeze_layers=0", "model.cache_frozen=false",
         "tracking=off",
-        "data.train=40", "data.heldout=24", "data.test=20", "loader.size=12", "loader.batch_size=8",
+        "data.train=40", "data.pairs_per_text=1", "data.heldout=24", "data.test=20", "loader.size=12", "loader.batch_size=8",
         "protocol.study.members=3", "protocol.study.keep=2", "protocol.study.points=2", "protocol.candidates=40",
         "protocol.ood_texts=20", "protocol.sizes=[1,4]", "protocol.trajectory.pairs=24", "protocol.control.pairs=24",
         "protocol.study.rates=[1e-20,2e-3]", "protocol.study.layers=[2]", f"trainer.accelerator={ACCELERATOR}", "trainer.threads=1",
@@ -208,8 +208,8 @@ def test_what_decides_a_node(program: Warm) -> None:
 def test_a_member_on_two_processes_is_the_member_on_one(tmp_path: Path) -> None:
     """Real ratings; the fit runs as a program of its own under DDP, in the same pool layout and with the same name."""
     base = [
-        "+protocol=warm", f"model.name={write_bert(tmp_path / 'bert', labels=1)}", "model.freeze_layers=0", "tracking=off",
-        "data.train=32", "data.heldout=16", "data.test=10", "loader.size=12", "loader.batch_size=8",
+        "+protocol=warm", f"model.name={write_bert(tmp_path / 'bert', labels=1)}", "model.freeze_layers=0", "model.cache_frozen=false", "tracking=off",
+        "data.train=32", "data.pairs_per_text=1", "data.heldout=16", "data.test=10", "loader.size=12", "loader.batch_size=8",
         "protocol.study={members: 1, keep: 1, swapped: [0.25], rates: [1e-3], dropouts: [0.0], points: 0, layers: []}",
         "protocol.candidates=20", "protocol.ood_texts=10", "protocol.sizes=[1]", f"trainer.accelerator={ACCELERATOR}",
         "trainer.threads=1", f"paths.output={tmp_path}/out",

@@ -224,7 +224,7 @@ def test_two_fusers_at_once_make_one_round(url: str) -> None:
     repository, rival = make(url), Repository(url)
     for number in range(3):
         repository.push(model(float(number)), 0, str(number))
-    create, raced = rival.place.create, []
+    create, raced = rival.folder.create, []
 
     def slow(name: str, content: bytes) -> bool:
         if name.startswith("rounds/") and not raced:
@@ -233,7 +233,7 @@ def test_two_fusers_at_once_make_one_round(url: str) -> None:
             assert repository.fuse(fuser="first") is not None
         return create(name, content)
 
-    rival.place.create = slow  # type: ignore[method-assign]
+    rival.folder.create = slow  # type: ignore[method-assign]
     assert rival.fuse(fuser="second") is None
     (record,) = repository.rounds()
     assert record.fuser == "first" and len(record.accepted) == 4 and repository.pending() == []
