@@ -33,7 +33,9 @@ def extract_lora(
             if ranks
             else ""
         )
-        console.print(f"{made.path}: {len(ranks)} modules{kept}; {len(made.saved)} saved in full", soft_wrap=True)
+        console.print(
+            f"{made.path}: {len(ranks)} modules{kept}; {len(made.saved)} saved in full", soft_wrap=True, markup=False
+        )
 
 
 def merge_lora(
@@ -55,4 +57,4 @@ def merge_lora(
             adapters, out=out, method=method, weights=weight or None, rank=rank, density=density, seed=seed,
             overwrite=overwrite,
         )  # fmt: skip
-        console.print(f"{path}: {len(adapters)} adapters merged by {method}", soft_wrap=True)
+        console.print(f"{path}: {len(adapters)} adapters merged by {method}", soft_wrap=True, markup=False)

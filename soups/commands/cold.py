@@ -61,7 +61,12 @@ def init(
         with open_store(base, prefix=prefix, state=state) as store:
             repository = Repository.create(repo, store, policy, frozen=frozen or (), tokenizer=tokenizer or base)
         numbers = repository.manifest.tensors
-        console.print(f"{repo}: base 0 with {len(numbers)} shared tensors; {policy!r}", soft_wrap=True, highlight=False)
+        console.print(
+            f"{repo}: base 0 with {len(numbers)} shared tensors; {policy!r}",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
 
 
 def _parameters(texts: list[str]) -> dict[str, Any]:
@@ -91,7 +96,7 @@ def pull(
         found, weights = Repository(repo).pull(base)
         write_safetensors(out, weights, {"cold.base": found.hash, "cold.number": str(found.number)})
         console.print(f"{out}: base {found.number}. Fine-tune it, then: soups cold push {repo} CHECKPOINT "
-                      f"--base {found.number} --contributor NAME", soft_wrap=True, highlight=False)  # fmt: skip
+                      f"--base {found.number} --contributor NAME", soft_wrap=True, highlight=False, markup=False)  # fmt: skip
 
 
 @app.command()
@@ -149,20 +154,24 @@ def log(repo: Where) -> None:
         for record in repository.rounds():
             _print_round(record)
         for record in repository.pending():
-            console.print(f"waiting {record.id[:8]}  {record.contributor}  {record.note or ''}", highlight=False)
+            console.print(
+                f"waiting {record.id[:8]}  {record.contributor}  {record.note or ''}", highlight=False, markup=False
+            )
 
 
 def _print_round(record: Any) -> None:
     console.print(
         f"base {record.number}  {record.result[:12]}  {record.created}  {len(record.accepted)} of {len(record.verdicts)} by "
         f"{record.policy.method}, fused by {record.fuser}",
-        soft_wrap=True, highlight=False,
+        soft_wrap=True, highlight=False, markup=False,
     )  # fmt: skip
     for verdict in record.verdicts:
         norm = "" if verdict.norm is None else f"norm {verdict.norm:.4g}"
         scale = "" if verdict.scale == 1 else f" × {verdict.scale:.3g}"
         how = f"from base {verdict.started} {norm}{scale}" if verdict.accepted else f"refused: {verdict.reason}"
-        console.print(f"   {verdict.id[:8]}  {verdict.contributor}  {how}", soft_wrap=True, highlight=False)
+        console.print(
+            f"   {verdict.id[:8]}  {verdict.contributor}  {how}", soft_wrap=True, highlight=False, markup=False
+        )
 
 
 @app.command("replay")

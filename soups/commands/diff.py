@@ -36,12 +36,13 @@ def diff(
             typer.echo(json.dumps({"mismatch": mismatch, "rows": content}, indent=2))
             return
         from rich.table import Table
+        from rich.text import Text
 
         table = Table("tensor" if by_tensor else "layer", "|a − b| / |a|", "cosine", "largest", box=None)
         ordered = sorted(rows.items(), key=lambda item: -item[1].relative)
         changed = [(name, row) for name, row in ordered if row.distance > 0 or math.isnan(row.distance)]
         for name, row in changed[: top or None]:
-            table.add_row(name, f"{row.relative:.3e}", f"{row.cosine:.6f}", f"{row.largest:.3e}")
+            table.add_row(Text(name), f"{row.relative:.3e}", f"{row.cosine:.6f}", f"{row.largest:.3e}")
         if changed:
             console.print(table)
         if mismatch:

@@ -21,13 +21,13 @@ def inspect(
     with reported():
         from soups.stores import TorchStore, open_store
 
-        with open_store(path, state=state) as store:
+        with open_store(path, state=state, as_stored=True) as store:
             tied = store.tied()
             rows: dict[str, dict[str, Any]] = {}
             total = {"tensors": 0, "parameters": 0, "bytes": 0}
             dtypes: dict[str, int] = {}
             for key in store:
-                if key in tied:
+                if key in tied or key in store.unreadable:
                     continue
                 meta = store.meta(key)
                 name = str(meta.dtype).removeprefix("torch.")
@@ -40,7 +40,11 @@ def inspect(
                     counted["parameters"] += meta.numel
                     counted["bytes"] += meta.nbytes
             states = store.states if isinstance(store, TorchStore) else []
-            report = {**total, "dtypes": dtypes, "tied": tied, "states": states, "metadata": dict(store.metadata)}
+            skipped = store.skipped if isinstance(store, TorchStore) else {}
+            report = {
+                **total, "dtypes": dtypes, "tied": tied, "states": states, "metadata": dict(store.metadata),
+                "unreadable": dict(store.unreadable), "skipped": skipped,
+            }  # fmt: skip
         if as_json:
             typer.echo(json.dumps({"path": path, **report, "rows": rows}, indent=2))
             return
@@ -49,21 +53,30 @@ def inspect(
 
 def _print(path: str, rows: dict[str, dict[str, Any]], report: dict[str, Any], *, tensors: bool) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("tensor" if tensors else "layer", "shape" if tensors else "tensors", "parameters", "size", box=None)
     for name, row in rows.items():
         shape = f"{row['dtype']} {row['shape']}" if tensors else str(row["tensors"])
-        table.add_row(name, shape, f"{row['parameters']:,}", readable(row["bytes"]))
+        table.add_row(Text(name), Text(shape), f"{row['parameters']:,}", readable(row["bytes"]))
     console.print(table)
     kinds = ", ".join(f"{count} {name}" for name, count in report["dtypes"].items())
     console.print(
         f"{Path(path).name}: {report['parameters']:,} parameters in {report['tensors']} tensors ({kinds}), "
-        f"{readable(report['bytes'])}"
+        f"{readable(report['bytes'])}",
+        markup=False,
     )
     for name, first in report["tied"].items():
-        console.print(f"tied: {name} = {first}", soft_wrap=True)
+        console.print(f"tied: {name} = {first}", soft_wrap=True, markup=False)
     if report["states"]:
-        console.print(f"sets of weights: {', '.join(name or '(the whole file)' for name in report['states'])}")
+        names = ", ".join(name or "(the whole file)" for name in report["states"])
+        console.print(f"sets of weights: {names}", soft_wrap=True, markup=False)
+    for name, kind in report["unreadable"].items():
+        console.print(f"cannot be read: {name}, {kind}", soft_wrap=True, markup=False)
+    for name, kind in list(report["skipped"].items())[:10]:
+        console.print(f"not loaded: {name or 'the whole file'} ({kind})", soft_wrap=True, markup=False)
+    if len(report["skipped"]) > 10:
+        console.print(f"not loaded: {len(report['skipped']) - 10} more objects")
     for name, text in report["metadata"].items():
         console.print(f"{name}: {text[:200]}", markup=False, soft_wrap=True)
 

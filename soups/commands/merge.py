@@ -83,7 +83,7 @@ def merge(
             for number, planned in enumerate(plans):
                 if len(plans) > 1:
                     name = configuration.documents[document_order(configuration)[number]].name
-                    console.print(f"[bold]{name or 'result'}[/]")
+                    console.print(name or "result", style="bold", markup=False)
                 _print_plan(planned, parse_size(memory), threads)
             return
         if out is None:
@@ -131,7 +131,11 @@ def merge(
             )
         seconds = time.perf_counter() - start
         if not quiet:
-            console.print(f"{path}: {readable(done)} read in {seconds:.1f} s, {readable(done / seconds)}/s")
+            console.print(
+                f"{path}: {readable(done)} read in {seconds:.1f} s, {readable(done / seconds)}/s",
+                soft_wrap=True,
+                markup=False,
+            )
             if compiled is None and device == "cpu" and not cuda and (reason := unavailable()):
                 console.print(f"[dim]The compiled C kernels would be faster; {reason}.[/]")
         if report is not None:
@@ -158,7 +162,7 @@ def _print_plan(planned: Planned, budget: int, threads: int | None) -> None:
         table.add_row(str(tensors), name, str(count), dtype)
     console.print(table)
     largest = max((job.working_bytes() for job in plan.jobs), default=0)
-    console.print(f"configuration and tokenizer from {planned.donor}", soft_wrap=True)
+    console.print(f"configuration and tokenizer from {planned.donor}", soft_wrap=True, markup=False)
     if planned.shared:
         vocabulary = planned.shared.vocabulary
         console.print(

@@ -23,6 +23,16 @@ def reported() -> Generator[None]:
     except SoupError as error:
         errors.print(f"[bold red]Error:[/] {_escaped(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from error
+    except BrokenPipeError:  # whoever reads our output has seen enough
+        raise
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        errors.print(
+            f"[bold red]Error:[/] {_escaped(where)}{_escaped(error.strerror or str(error))}. Check the path, its permissions "
+            f"and the disk.",
+            soft_wrap=True,
+        )
+        raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         errors.print(
             "Interrupted; there is no output. The same command goes on from finished shards, if there were several."

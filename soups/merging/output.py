@@ -14,6 +14,7 @@ from soups.merging.plan import MergePlan, sources_of
 from soups.merging.stream import MemorySink, run
 from soups.stores.checkpoint import TorchStore
 from soups.stores.folder_writer import FolderWriter
+from soups.stores.opening import split_adapter
 from soups.stores.remote import RemoteFolderWriter, uploaded
 from soups.stores.sources import is_remote
 from soups.stores.store import Store
@@ -103,7 +104,7 @@ def check_output(target: str, stores: Sequence[Store]) -> None:
         return PurePosixPath(place.rstrip("/")) if is_remote(place) else Path(place).resolve()
 
     for location in {store.location for store in stores}:
-        for part in location.split("+"):
+        for part in filter(None, split_adapter(location)):
             if real(target) == real(part) or real(part) in real(target).parents or real(target) in real(part).parents:
                 raise StorageError(
                     f"The output {target} and the input {part} are in one place. Inputs are never written to; choose another."

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from soups.evaluation.cautions import averaged_statistics, running_statistics, statistics_gaps
 from soups.recipes.recipe import Candidate, Score
-from soups.stores.collection import Place, find_checkpoints, open_fitted
+from soups.stores.collection import CheckpointPath, find_checkpoints, open_fitted
 from soups.weights import Weights, hash_weights
 
 _REMEDY = (
@@ -19,7 +19,7 @@ _REMEDY = (
 
 
 def candidates(
-    places: Place | Sequence[Place],
+    places: CheckpointPath | Sequence[CheckpointPath],
     like: Weights,
     score: Score,
     state: str | None = None,

@@ -16,6 +16,10 @@ from soups.stores.store import Extent, ExtentStore, TensorMeta
 from soups.stores.torch_zip import TorchArchive
 
 
+class NoWeightsError(StorageError):
+    """A torch file that is whole and holds no weights: training arguments, results, a pickled module."""
+
+
 class TorchStore(ExtentStore):
     """The weights in one torch file: a plain state dict, or one of the sets of weights in a training checkpoint.
 
@@ -79,7 +83,7 @@ class TorchStore(ExtentStore):
         if state is None or state == RAW:
             path, what = next((name for name in USUAL if name in self._maps), None), "the model's weights"
             if path is None:
-                raise StorageError(
+                raise NoWeightsError(
                     f"{self.location} has no weights under a usual name: it has {self._listing()}.{self._not_loaded()}"
                 )
         else:

@@ -17,6 +17,7 @@ from torch import Tensor
 from soups.errors import StorageError, WeightsError
 from soups.stores.checkpoint import TorchStore
 from soups.stores.companions import is_left_by_training
+from soups.stores.distributed import is_distributed
 from soups.stores.folder import folder_of, is_model_folder
 from soups.stores.lora import LoRAStore, is_adapter
 from soups.stores.memory import HeaderStore
@@ -27,12 +28,12 @@ from soups.stores.store import Store, TensorMeta, headers
 from soups.stores.views import AliasedStore, RenamedStore
 from soups.weights import Weights, describe_mismatch, tied_names
 
-Place = str | os.PathLike[str]
+CheckpointPath = str | os.PathLike[str]
 
 _ENDINGS = (".safetensors", ".ckpt", ".pth", ".pt", ".bin", ".pth.tar")
 
 
-def find_checkpoints(places: Place | Sequence[Place]) -> dict[str, str]:
+def find_checkpoints(places: CheckpointPath | Sequence[CheckpointPath]) -> dict[str, str]:
     """Return the checkpoints at some places, by a short name: their path below the folder, without its ending.
 
     Args:
@@ -80,8 +81,8 @@ def _below(folder: Path) -> list[Path]:
 
 
 def _is_one(folder: Path) -> bool:
-    """Tell whether a folder is one checkpoint: a model, or an adapter of one."""
-    return is_model_folder(folder) or is_adapter(folder)
+    """Tell whether a folder is one checkpoint: a model, a distributed checkpoint, or an adapter of a model."""
+    return is_model_folder(folder) or is_distributed(folder) or is_adapter(folder)
 
 
 def _named(found: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -157,7 +158,7 @@ def _empty(weights: Weights) -> dict[str, Tensor]:
     return {name: tensor.to("meta") for name, tensor in weights.items()}
 
 
-def open_fitted(place: Place, like: Weights, state: str | None = None, prefix: str | None = None) -> Store:
+def open_fitted(place: CheckpointPath, like: Weights, state: str | None = None, prefix: str | None = None) -> Store:
     """Open a checkpoint of any kind under a network's names; see `soups.stores.open_store` and `fitted`."""
     store = open_store(place, state=state)
     try:
@@ -167,7 +168,7 @@ def open_fitted(place: Place, like: Weights, state: str | None = None, prefix: s
         raise
 
 
-def recorded_classes(place: Place) -> list[str] | None:
+def recorded_classes(place: CheckpointPath) -> list[str] | None:
     """Return the class names that a checkpoint records, in the order of its logits, or None.
 
     They are looked for in a Hugging Face folder's `config.json` (`id2label`), among the hyper-parameters of a Lightning

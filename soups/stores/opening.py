@@ -80,17 +80,17 @@ def _open(place: str | os.PathLike[str] | Mapping[str, Tensor] | Store, state: s
         return DistributedStore(text, state)
     if not is_remote(text) and is_adapter(Path(text)) and not is_model_folder(Path(text)):
         return _adapted(str(base_of(Path(text))), text, state)
-    if not is_remote(text) and not Path(text).exists():
-        for at in (place for place, sign in enumerate(text) if sign == "+"):  # a path may hold the sign as well
-            if Path(text[:at]).exists() and is_adapter(Path(text[at + 1 :])):
-                return _adapted(text[:at], text[at + 1 :], state)
+    if "+" in text and not is_remote(text) and not Path(text).exists():
+        base, adapter = split_adapter(text)
+        if Path(base).exists() and is_adapter(Path(adapter)):
+            return _adapted(base, adapter, state)
     if _is_folder(text):
         return _no_state(FolderStore(text), state)
     if suffix not in (".safetensors", *_TORCH) and (is_remote(text) or Path(text).is_file()):
         with_source = open_bytes(text)
         start = with_source.read(0, min(2, with_source.size))
         with_source.close()
-        suffix = ".pt" if start == b"PK" else ".safetensors"
+        suffix = ".pt" if start in (b"PK", b"\x80\x02") else ".safetensors"
     if suffix in _TORCH:
         return TorchStore(text, state)
     if suffix == ".safetensors":
@@ -99,6 +99,22 @@ def _open(place: str | os.PathLike[str] | Mapping[str, Tensor] | Store, state: s
         f"There is no checkpoint at {text}. Name a .safetensors, .pt, .pth, .bin or .ckpt file, a model folder on this "
         f"machine, or a URL such as s3://bucket/file.safetensors."
     )
+
+
+def split_adapter(text: str) -> tuple[str, str]:
+    """Split `BASE+ADAPTER`; the adapter is empty where none is named.
+
+    A "+" can also be a part of a path: the longest beginning that is there is the base. Where none is, the first "+" counts.
+
+    >>> split_adapter("org/base+org/adapter"), split_adapter("org/base")
+    (('org/base', 'org/adapter'), ('org/base', ''))
+    """
+    cuts = [len(text), *(place for place in range(len(text) - 1, -1, -1) if text[place] == "+")]
+    for cut in cuts:
+        if cut and Path(text[:cut]).exists():
+            return text[:cut], text[cut + 1 :]
+    base, _, adapter = text.partition("+")
+    return base, adapter
 
 
 def _numbers(store: Store) -> Store:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from soups.errors import StorageError, WeightsError, did_you_mean
-from soups.stores.collection import Place, find_checkpoints, open_fitted, recorded_classes
+from soups.stores.checkpoint import NoWeightsError
+from soups.stores.collection import CheckpointPath, find_checkpoints, open_fitted, recorded_classes
 from soups.stores.pool import Ingredient, Pool
 from soups.stores.store import Store
 from soups.weights import Weights, check_finite, hash_architecture, hash_weights
@@ -37,7 +38,7 @@ class CheckpointPool:
 
     def __init__(
         self,
-        places: Place | Sequence[Place],
+        places: CheckpointPath | Sequence[CheckpointPath],
         like: Weights,
         cache: Pool,
         state: str | None = None,
@@ -53,7 +54,7 @@ class CheckpointPool:
         for name, place in found.items():
             try:
                 weights = self._read(place)
-            except WeightsError as error:
+            except (WeightsError, NoWeightsError) as error:
                 self.misfits[name] = str(error)
                 continue
             identity = hash_weights(weights)

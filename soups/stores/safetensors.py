@@ -74,7 +74,7 @@ def read_header(source: ByteSource) -> tuple[dict[str, Extent], dict[str, str], 
     if source.size < 8:
         raise _damaged(source, f"it has {source.size} bytes", start)
     length = int.from_bytes(start[:8], "little")
-    if length > min(source.size - 8, _MAX_HEADER) and (kind := recognise(start, source.location)):
+    if (length == 0 or length > min(source.size - 8, _MAX_HEADER)) and (kind := recognise(start, source.location)):
         raise StorageError(kind)
     if length > min(source.size - 8, _MAX_HEADER):
         raise _damaged(source, f"its header would have {length} bytes, the file has {source.size}")

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from soups.errors import ConfigError, did_you_mean
+from soups.stores.opening import split_adapter
 
 Scalar = bool | int | float | str
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int64")
@@ -62,14 +63,21 @@ class Reference(BaseModel):
 
 
 def _split_reference(text: str) -> dict[str, str | None]:
-    if text.count("+") > 1 or any(part.count("@") > 1 for part in text.split("+")):
-        raise ValueError(f"{text!r} is no model reference; write path[@revision][+adapter[@revision]]")
-    model, _, lora = text.partition("+")
-    path, _, revision = model.partition("@")
-    adapter, _, lora_revision = lora.partition("@")
+    model, lora = split_adapter(text)
+    path, revision = _split_revision(model)
+    adapter, lora_revision = _split_revision(lora)
     if not path:
         raise ValueError("a model reference without a path")
     return {"path": path, "revision": revision or None, "lora": adapter or None, "lora_revision": lora_revision or None}
+
+
+def _split_revision(place: str) -> tuple[str, str | None]:
+    if "://" in place or Path(place).exists():  # here "@" is a part of the path
+        return place, None
+    if place.count("@") > 1 or "+" in place:
+        raise ValueError(f"{place!r} is no model reference; write path[@revision][+adapter[@revision]]")
+    path, _, revision = place.partition("@")
+    return path, revision or None
 
 
 class Conditional(Part):
