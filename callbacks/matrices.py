@@ -26,7 +26,7 @@ _INPUTS = {
 }
 
 
-class Matrix(NamedTuple):
+class MixoutMatrix(NamedTuple):
     """One matrix.
 
     Attributes:
@@ -45,7 +45,7 @@ class Matrix(NamedTuple):
 Choice = Callable[[str, nn.Module], bool]
 
 
-def find_matrices(module: nn.Module, choice: Choice | None = None) -> tuple[list[Matrix], list[str]]:
+def find_matrices(module: nn.Module, choice: Choice | None = None) -> tuple[list[MixoutMatrix], list[str]]:
     """Return the trainable matrices of linear maps, tied ones under one name, and the names of those out of reach.
 
     Args:
@@ -54,7 +54,7 @@ def find_matrices(module: nn.Module, choice: Choice | None = None) -> tuple[list
             layers, attention with matrices of its own, and parameters of modules of one's own with two or more dimensions
             whose names do not say that they are tables.
     """
-    found: list[Matrix] = []
+    found: list[MixoutMatrix] = []
     missed: list[str] = []
     names: dict[int, str] = {}
     for prefix, owner in module.named_modules():
@@ -72,5 +72,5 @@ def find_matrices(module: nn.Module, choice: Choice | None = None) -> tuple[list
             if isinstance(owner, _OUT_OF_REACH):
                 missed.append(name)
                 continue
-            found.append(Matrix(name, owner, key, _INPUTS.get(type(owner).__name__, {}).get(key)))
+            found.append(MixoutMatrix(name, owner, key, _INPUTS.get(type(owner).__name__, {}).get(key)))
     return found, missed

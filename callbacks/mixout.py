@@ -16,7 +16,7 @@ from soups.averaging.mixout import mixout
 from soups.errors import ConfigError, WeightsError
 from soups.seeding import generator
 
-from .matrices import Choice, Matrix, find_matrices
+from .matrices import Choice, MixoutMatrix, find_matrices
 
 KEY = "mixout_anchor"
 
@@ -86,7 +86,7 @@ class Mixout(Callback):
         self._names = list(now)
         self._hook(pl_module, matrices)
 
-    def _hook(self, module: nn.Module, matrices: list[Matrix]) -> None:
+    def _hook(self, module: nn.Module, matrices: list[MixoutMatrix]) -> None:
         # Torch's attention reads the matrix of its output layer without calling that layer.
         readers = {
             part: layer
@@ -94,7 +94,7 @@ class Mixout(Callback):
             if isinstance(layer, nn.MultiheadAttention)
             for part in layer.modules()
         }
-        calls: dict[nn.Module, list[Matrix]] = {}
+        calls: dict[nn.Module, list[MixoutMatrix]] = {}
         for matrix in matrices:
             calls.setdefault(readers.get(matrix.owner, matrix.owner), []).append(matrix)
         for layer, used in calls.items():
@@ -103,7 +103,7 @@ class Mixout(Callback):
             # always_call: the parameter comes back even if the forward pass fails
             self._handles.append(layer.register_forward_hook(mixer.leave, always_call=True))
 
-    def mix(self, matrix: Matrix) -> bool:
+    def mix(self, matrix: MixoutMatrix) -> bool:
         """Put the mixed matrix in place of the parameter; tell whether that was done."""
         owner, key = matrix.owner, matrix.key
         weight = owner._parameters.get(key)
@@ -160,13 +160,13 @@ class Mixout(Callback):
 class _Mixer:
     """The pair of hooks of one module: what its call has mixed, its return brings back."""
 
-    def __init__(self, callback: Mixout, matrices: list[Matrix]) -> None:
+    def __init__(self, callback: Mixout, matrices: list[MixoutMatrix]) -> None:
         self._callback, self._matrices = callback, matrices
-        self._calls: list[list[Matrix]] = []
+        self._calls: list[list[MixoutMatrix]] = []
 
     def enter(self, layer: nn.Module, _: Any) -> None:
         """Mix the matrices that this module reads."""
-        done: list[Matrix] = []
+        done: list[MixoutMatrix] = []
         self._calls.append(done)
         for matrix in self._matrices:
             if self._callback.mix(matrix):

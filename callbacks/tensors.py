@@ -18,7 +18,7 @@ from .sharding import any_sharded, local
 Cell = tuple[dict[str, Any], str]
 
 
-class Change(NamedTuple):
+class TensorChange(NamedTuple):
     """How the tensors of a module have changed.
 
     Attributes:
@@ -123,7 +123,7 @@ class Tensors:
                 return False
         return True
 
-    def follow(self) -> Change | None:
+    def follow(self) -> TensorChange | None:
         """Look at the module again if its layers, parameters or shapes have changed; return how, or None if nothing did."""
         # Sharded modules exchange their parameters themselves, for whole ones and back, in every forward pass.
         if any_sharded(self._objects) or self._same():
@@ -143,7 +143,7 @@ class Tensors:
                 renamed[old] = name
         kept = self._objects.keys() - set(joined) - set(renamed.values())
         gone = [name for name in before if name not in kept and name not in renamed and name not in joined]
-        change = Change(renamed, joined, gone)
+        change = TensorChange(renamed, joined, gone)
         return change if any(change) else None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from soups.reporting import draw_page
-from soups.reporting.page import Cell, Curves, Page, Point, Scatter, Table
+from soups.reporting.page import Cell, ChartPoint, Curves, Page, Scatter, Table
 from soups.stores.files import write_text
 
 ROOT = Path(__file__).parents[1]
@@ -122,11 +122,11 @@ def scatter(pages: Sequence[Page]) -> list[Scatter]:
         if not isinstance(part, Scatter):
             continue
         same = [page.parts[number] for page in pages]
-        groups: dict[str, list[Point]] = {}
+        groups: dict[str, list[ChartPoint]] = {}
         for name in part.groups:
             points = [one.groups[name][0] for one in same]  # type: ignore[union-attr]
             x, y = (statistics.mean(getattr(point, axis) for point in points) for axis in ("x", "y"))
-            groups[name] = [Point(name=name, x=x, y=y)]
+            groups[name] = [ChartPoint(name=name, x=x, y=y)]
         found.append(part.model_copy(update={"groups": groups}))
     return found
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from experiments.pages import ROOT, repeat, tables
 from soups.reporting import draw_page
-from soups.reporting.page import Page, Point, Scatter, Table
+from soups.reporting.page import ChartPoint, Page, Scatter, Table
 from soups.stores.files import write_text
 
 HERE = Path(__file__).parent
@@ -46,7 +46,7 @@ def margins(pages: list[Page]) -> str:
 
 def front(pages: list[Page]) -> Scatter:
     """Return the fronts of all seeds in one figure."""
-    groups: dict[str, list[Point]] = {}
+    groups: dict[str, list[ChartPoint]] = {}
     for seed, page in enumerate(pages):
         part = next(part for part in page.parts if isinstance(part, Scatter))
         for name, points in part.groups.items():

@@ -43,7 +43,7 @@ class Loader(LoaderSpec, LoaderLayout):
     """The section `loader`."""
 
 
-class Ingredient(Section):
+class IngredientSettings(Section):
     """What a fit leaves in the pool: "raw", or the name of one of its averages."""
 
     weights: str = RAW
@@ -136,7 +136,7 @@ class Configuration(Section):
     sweep: Sweep | None = None
     seed: Seed
     task: Task
-    ingredient: Ingredient = Field(default_factory=Ingredient)
+    ingredient: IngredientSettings = Field(default_factory=IngredientSettings)
     start: Start
     loader: Loader
     augment: Augment | None = None

@@ -16,7 +16,7 @@ from soups.stores.store import headers
 from soups.weights import describe_mismatch
 
 
-class Difference(NamedTuple):
+class TensorDifference(NamedTuple):
     """How two tensors (or groups of them) differ.
 
     Attributes:
@@ -45,7 +45,7 @@ class Difference(NamedTuple):
         return self.inner / product if product else float(self.distance == 0)
 
 
-def compare(first: Checkpoint, second: Checkpoint) -> tuple[dict[str, Difference], str]:
+def compare(first: Checkpoint, second: Checkpoint) -> tuple[dict[str, TensorDifference], str]:
     """Compare two checkpoints tensor by tensor, in little memory.
 
     Returns:
@@ -55,7 +55,7 @@ def compare(first: Checkpoint, second: Checkpoint) -> tuple[dict[str, Difference
         ours, theirs = headers(left), headers(right)
         mismatch = describe_mismatch(ours, theirs)
         tied = left.tied()
-        result: dict[str, Difference] = {}
+        result: dict[str, TensorDifference] = {}
         for key, tensor in ours.items():
             if key in theirs and key not in tied and theirs[key].shape == tensor.shape and not tensor.is_complex():
                 result[key] = _difference(
@@ -64,7 +64,7 @@ def compare(first: Checkpoint, second: Checkpoint) -> tuple[dict[str, Difference
         return result, mismatch
 
 
-def _difference(operands: Operands) -> Difference:
+def _difference(operands: Operands) -> TensorDifference:
     sums = [BlockSum() for _ in range(4)]
     largest = 0.0
     for chunk in operands:
@@ -75,19 +75,19 @@ def _difference(operands: Operands) -> Difference:
         peak = float(delta.abs_().max())
         largest = peak if math.isnan(peak) else max(largest, peak)
     distance, one, two, inner = (total.value() for total in sums)
-    return Difference(math.sqrt(distance), math.sqrt(one), math.sqrt(two), inner, largest)
+    return TensorDifference(math.sqrt(distance), math.sqrt(one), math.sqrt(two), inner, largest)
 
 
-def gather(differences: Mapping[str, Difference], group: Callable[[str], str]) -> dict[str, Difference]:
+def gather(differences: Mapping[str, TensorDifference], group: Callable[[str], str]) -> dict[str, TensorDifference]:
     """Combine tensors into groups, layers for example.
 
     >>> gather({"a.w": Difference(3, 1, 1, 1, 3), "a.b": Difference(4, 0, 0, 0, 4)}, lambda name: name[0])["a"].distance
     5.0
     """
-    result: dict[str, Difference] = {}
+    result: dict[str, TensorDifference] = {}
     for name, row in differences.items():
-        old = result.get(group(name), Difference(0, 0, 0, 0, 0))
-        result[group(name)] = Difference(
+        old = result.get(group(name), TensorDifference(0, 0, 0, 0, 0))
+        result[group(name)] = TensorDifference(
             math.hypot(old.distance, row.distance),
             math.hypot(old.first, row.first),
             math.hypot(old.second, row.second),
@@ -97,7 +97,7 @@ def gather(differences: Mapping[str, Difference], group: Callable[[str], str]) -
     return result
 
 
-def heatmap(differences: Mapping[str, Difference], path: str | os.PathLike[str]) -> Path:
+def heatmap(differences: Mapping[str, TensorDifference], path: str | os.PathLike[str]) -> Path:
     """Save a figure of relative differences: a row for each kind of tensor, a column for each layer.
 
     Raises:

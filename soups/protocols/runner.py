@@ -17,7 +17,7 @@ from pydantic import Field
 from soups.errors import ConfigError, did_you_mean
 from soups.fitting.configuration import (
     Devices,
-    Ingredient,
+    IngredientSettings,
     Layout,
     Loader,
     LoaderLayout,
@@ -73,7 +73,7 @@ class FittingConfiguration(ProtocolConfiguration):
     optimizer: Optimizer
     trainer: Trainer
     callbacks: dict[str, Target | None] | None = None
-    ingredient: Ingredient = Field(default_factory=Ingredient)
+    ingredient: IngredientSettings = Field(default_factory=IngredientSettings)
     loader: Loader
 
     @property

@@ -14,7 +14,7 @@ import torch
 import soups
 from soups.errors import WeightsError
 from soups.evaluation import distances
-from soups.merging.compare import Difference, compare, gather
+from soups.merging.compare import TensorDifference, compare, gather
 from soups.merging.mergekit.schema import Configuration, Document, Reference, read_configuration
 from soups.merging.mergekit.sections import references
 from soups.reporting.page import Cell, Curves, Page, Part, Table
@@ -49,7 +49,7 @@ def merge_page(
     inputs = references(document)
     made = {one.name for one in configuration.documents if one.name}
     plain = [one for one in inputs if not (one.lora or one.revision or one.path in made)]
-    found: dict[Reference, dict[str, Difference]] = {}
+    found: dict[Reference, dict[str, TensorDifference]] = {}
     notes = list(warnings)
     for one in plain:
         found[one], mismatch = compare(one.path, os.fspath(out))
@@ -118,7 +118,7 @@ def _short(paths: Sequence[str]) -> list[str]:
 def _inputs(
     document: Document,
     inputs: Sequence[Reference],
-    found: dict[Reference, dict[str, Difference]],
+    found: dict[Reference, dict[str, TensorDifference]],
     layer_of: Callable[[str], str],
 ) -> Table:
     own = {one.model: one.parameters for one in document.models or []}
@@ -151,7 +151,7 @@ def _parameters(value: Any) -> str:
     return ", ".join(f"{key}={item}" for key, item in content.items())
 
 
-def _layers(by_input: dict[str, dict[str, Difference]]) -> list[Part]:
+def _layers(by_input: dict[str, dict[str, TensorDifference]]) -> list[Part]:
     layers = list(dict.fromkeys(layer for rows in by_input.values() for layer in rows))
     columns = ["layer", *(f"distance from {name}" for name in by_input), *(f"cosine with {name}" for name in by_input)]
     rows: list[list[Cell | float | int | str | None]] = []

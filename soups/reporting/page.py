@@ -87,7 +87,7 @@ class Matrix(_Part):
     value_label: str = ""
 
 
-class Point(BaseModel):
+class ChartPoint(BaseModel):
     """One point of a scatter plot and what is shown when the pointer is on it."""
 
     model_config = ConfigDict(extra="forbid")
@@ -104,7 +104,7 @@ class Scatter(_Part):
     kind: Literal["scatter"] = "scatter"
     x_label: str
     y_label: str
-    groups: dict[str, list[Point]]
+    groups: dict[str, list[ChartPoint]]
     connect: list[str] = Field(default_factory=list[str])
 
 

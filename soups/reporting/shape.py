@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from soups.evaluation.barrier import Barrier, Path
 from soups.evaluation.landscape import Landscape
-from soups.reporting.page import Curves, Matrix, Point, Scatter
+from soups.reporting.page import ChartPoint, Curves, Matrix, Scatter
 
 _UNITS = {"error": ("error, %", 100.0), "loss": ("cross-entropy, nats", 1.0)}
 
@@ -90,7 +90,7 @@ def landscape_parts(found: Landscape, names: Sequence[str], number: str) -> list
         value_label=label,
     )
     points = {
-        name: Point(name=name, x=x, y=y, details={"distance from the plane": f"{height:.3g}"})
+        name: ChartPoint(name=name, x=x, y=y, details={"distance from the plane": f"{height:.3g}"})
         for name, (x, y), height in zip(names, found.plane.coordinates, found.plane.heights, strict=True)
     }
     through = set(corners)

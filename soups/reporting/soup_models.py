@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from soups.evaluation.statistics import wilson
 from soups.reporting.columns import Column, columns_of, metric_on_test, split_name
-from soups.reporting.page import Cell, Point, Scatter, Table
+from soups.reporting.page import Cell, ChartPoint, Scatter, Table
 from soups.reporting.report import Report, Row
 
 
@@ -67,7 +67,7 @@ def scatter(report: Report) -> Scatter | None:
     else:
         return None
 
-    def point(row: Row) -> Point | None:
+    def point(row: Row) -> ChartPoint | None:
         across, up = x.value(row), y.value(row)
         if across is None or up is None:
             return None
@@ -76,7 +76,7 @@ def scatter(report: Report) -> Scatter | None:
             for column in columns
             if column not in (x, y) and (value := column.value(row)) is not None
         }
-        return Point(name=row.name, x=across, y=up, details=details | ({"": row.note} if row.note else {}))
+        return ChartPoint(name=row.name, x=across, y=up, details=details | ({"": row.note} if row.note else {}))
 
     groups: dict[str, list[Row]] = {"in the soup": [], "left out": []}
     for row in report.rows:

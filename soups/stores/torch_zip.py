@@ -29,7 +29,7 @@ _LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 _START = 512
 
 
-class Entry(NamedTuple):
+class ZipEntry(NamedTuple):
     """Where a storage's bytes lie in a file, and how many they are."""
 
     offset: int
@@ -73,7 +73,7 @@ class TorchArchive:
                 f"again, or convert it to safetensors."[:1000]
             ) from error
 
-    def _open(self) -> tuple[dict[str, Entry], bytes]:
+    def _open(self) -> tuple[dict[str, ZipEntry], bytes]:
         where = self.source.location
         try:
             with self.source.open() as file, zipfile.ZipFile(file) as archive:
@@ -112,7 +112,7 @@ class TorchArchive:
             ) from error
         return offsets, data
 
-    def _data_offset(self, info: zipfile.ZipInfo) -> Entry:
+    def _data_offset(self, info: zipfile.ZipInfo) -> ZipEntry:
         # The central directory does not say how long the local header is: torch pads it to align the data.
         local = self.source.read(info.header_offset, 30)
         if local[:4] != b"PK\x03\x04":
@@ -121,9 +121,9 @@ class TorchArchive:
         begin = info.header_offset + 30 + name + extra
         if begin + info.file_size > self.source.size:
             raise zipfile.BadZipFile(f"entry {info.filename!r} ends past the end of the file")
-        return Entry(begin, info.file_size)
+        return ZipEntry(begin, info.file_size)
 
-    def _read_legacy(self) -> tuple[dict[str, Entry], Any]:
+    def _read_legacy(self) -> tuple[dict[str, ZipEntry], Any]:
         """Read the four pickles of torch before 1.6 and find the storages behind them."""
         with self.source.open() as file:
             magic, protocol, system = (InertUnpickler(file).load() for _ in range(3))
@@ -137,7 +137,7 @@ class TorchArchive:
             root = unpickler.load()
             keys = InertUnpickler(file).load()
             position = file.tell()
-        entries: dict[str, Entry] = {}
+        entries: dict[str, ZipEntry] = {}
         for key in cast("list[Any]", keys):
             storage = unpickler.storages.get(str(key))
             if storage is None:
@@ -151,7 +151,7 @@ class TorchArchive:
                     f"{self.source.location} ends before its storages do. It was cut off while it was copied; copy or make it "
                     f"again."
                 )
-            entries[str(key)] = Entry(position + 8, nbytes)
+            entries[str(key)] = ZipEntry(position + 8, nbytes)
             position += 8 + nbytes
         return entries, root
 

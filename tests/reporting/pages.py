@@ -2,7 +2,7 @@
 
 import math
 
-from soups.reporting.page import Cell, Curves, Matrix, Page, Point, Scatter, Steps, Table
+from soups.reporting.page import Cell, ChartPoint, Curves, Matrix, Page, Scatter, Steps, Table
 
 EVIL = """</script><script>window.broken = 1</script><img src=x onerror="window.broken = 1">"'&<!--"""
 
@@ -28,9 +28,9 @@ def page() -> Page:
             Scatter(
                 title="ID against OOD", x_label="test accuracy, %", y_label="OOD accuracy, %",
                 groups={
-                    "left out": [Point(name=name, x=97 + number / 10, y=88 + number / 5) for number, name in enumerate(names)],
-                    EVIL: [Point(name="soup", x=97.9, y=90.1, details={"held-out": "98.00 %", "why": EVIL})],
-                    "probe": [Point(name="probe", x=60.0, y=42.0)],
+                    "left out": [ChartPoint(name=name, x=97 + number / 10, y=88 + number / 5) for number, name in enumerate(names)],
+                    EVIL: [ChartPoint(name="soup", x=97.9, y=90.1, details={"held-out": "98.00 %", "why": EVIL})],
+                    "probe": [ChartPoint(name="probe", x=60.0, y=42.0)],
                 },
             ),
             Steps(

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from soups.reporting import draw_page, page_tables
-from soups.reporting.page import Cell, Curves, Page, Point, Scatter, Table
+from soups.reporting.page import Cell, ChartPoint, Curves, Page, Scatter, Table
 from soups.tracking import log_page
 
 PAGE = Page(
@@ -21,7 +21,7 @@ PAGE = Page(
         Curves(title="By round", x_label="round", y_label="accuracy, %", x=[0, 1, 2],
                series={"seen": [70.0, 75.0, 80.0], "some": [60.0, None, 65.0]},
                low={"seen": [69.0, 74.0, 79.0]}, high={"seen": [71.0, 76.0, 81.0]}),
-        Scatter(title="Front", x_label="x", y_label="y", groups={"a": [Point(name="a", x=1, y=2)]}, connect=["a"]),
+        Scatter(title="Front", x_label="x", y_label="y", groups={"a": [ChartPoint(name="a", x=1, y=2)]}, connect=["a"]),
     ],
 )  # fmt: skip
 

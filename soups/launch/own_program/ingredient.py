@@ -21,7 +21,7 @@ from soups.launch.own_program.evaluation import Evaluation
 from soups.launch.own_program.interception import Fit, fits_go_to
 from soups.launch.own_program.module_weights import finished_weights, load_weights, weights_of
 from soups.launch.own_program.resolvers import registering_again
-from soups.launch.own_program.watching import History, ReportProgress
+from soups.launch.own_program.watching import ProgramProgress, WatchedMetrics
 from soups.seeding import derive_seed
 from soups.stores.pool import Ingredient, Pool
 from soups.weights import Weights
@@ -153,8 +153,8 @@ class _Run:
             ) from error
 
     def _train(self, fit: Fit) -> None:
-        history = History(str(self._program.monitor))
-        progress = ReportProgress(self._pool, self._program.fingerprint)
+        history = WatchedMetrics(str(self._program.monitor))
+        progress = ProgramProgress(self._pool, self._program.fingerprint)
         fit.trainer.callbacks.extend([history, progress])
         began = time.perf_counter()
         try:
@@ -192,7 +192,9 @@ def _same_random_numbers() -> Generator[None]:
     np.random.set_state(arrays)
 
 
-def _measured(fit: Fit, weights: Weights, history: History, program: Program, seconds: float, fits: int) -> Ingredient:
+def _measured(
+    fit: Fit, weights: Weights, history: WatchedMetrics, program: Program, seconds: float, fits: int
+) -> Ingredient:
     """Validate the weights that a fit left; return their record.
 
     Raises:

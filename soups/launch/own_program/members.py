@@ -14,7 +14,7 @@ from soups.weights import hash_architecture
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ProgramIngredients:
     """The ingredients of a soup, and what to tell the user of the others."""
 
     members: list[Ingredient]
@@ -29,7 +29,7 @@ def choose_members(
     foreign: str = "refuse",
     exclude: Sequence[str] = (),
     older: bool = False,
-) -> Chosen:
+) -> ProgramIngredients:
     """Return the ingredients that belong together: those that the command asked for, and by choice older ones.
 
     Args:
@@ -71,7 +71,7 @@ def choose_members(
             f"The pool holds {_count(len(fitting))} of earlier commands with the same start and data, which this soup leaves "
             f"out: ++soup.older=true takes them in."
         )
-    return Chosen(members, told)
+    return ProgramIngredients(members, told)
 
 
 def _count(number: int) -> str:

@@ -14,7 +14,7 @@ from soups.fitting.environment import versions
 from soups.launch.own_program.configuration import Program
 from soups.launch.own_program.evaluation import Evaluation
 from soups.launch.own_program.ingredient import AFTERWARDS
-from soups.launch.own_program.members import Chosen
+from soups.launch.own_program.members import ProgramIngredients
 from soups.launch.own_program.module_weights import extra_state
 from soups.launch.own_program.options import recipe_options
 from soups.recipes import RECIPES, Candidate, Soup, Step, greedy, needs_of, uniform
@@ -32,7 +32,7 @@ _SHOWN = 4
 
 
 @dataclass
-class Selection:
+class ProgramSelection:
     """Choose a soup among ingredients by a program's validation loop, then report on it.
 
     Attributes:
@@ -44,7 +44,7 @@ class Selection:
 
     program: Program
     pool: Pool
-    chosen: Chosen
+    chosen: ProgramIngredients
     evaluation: Evaluation
 
     def __post_init__(self) -> None:

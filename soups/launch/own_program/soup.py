@@ -11,7 +11,7 @@ from soups.launch.own_program.configuration import Program
 from soups.launch.own_program.evaluation import Evaluation
 from soups.launch.own_program.members import choose_members
 from soups.launch.own_program.options import recipe_options
-from soups.launch.own_program.selection import Selection
+from soups.launch.own_program.selection import ProgramSelection
 from soups.reporting import Report, draw_all, page_of, save_page, write_csv
 from soups.stores import write_safetensors
 from soups.stores.files import fingerprint, replacing_folder
@@ -64,7 +64,7 @@ def make_soup(
     folder = output / "soups" / f"{recipe}-{name[:8]}"
     if (folder / "report.json").is_file() and (folder / "soup.safetensors").is_file():
         return Report.load(folder), folder
-    report, weights = Selection(program, pool, chosen, evaluation).report(name, options, told)
+    report, weights = ProgramSelection(program, pool, chosen, evaluation).report(name, options, told)
     with replacing_folder(folder) as scratch:
         write_safetensors(scratch / "soup.safetensors", weights, {"lineage": json.dumps(report.lineage)})
         write_csv(report, scratch / "results.csv")

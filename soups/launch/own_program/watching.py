@@ -33,7 +33,7 @@ def _nothing(*arguments: Any, **named: Any) -> None:
     return None
 
 
-class ReportProgress(_Observer):
+class ProgramProgress(_Observer):
     """Write the share of a fit that is done, from rank 0; see `soups.fitting.progress.StepFile`."""
 
     def __init__(self, pool: Pool, name: str) -> None:
@@ -51,7 +51,7 @@ class ReportProgress(_Observer):
             self._file.remove()
 
 
-class History(_Observer):
+class WatchedMetrics(_Observer):
     """Keep the metric that selects at the end of each epoch.
 
     Args:

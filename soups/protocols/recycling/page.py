@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from soups.evaluation import ood_mean
 from soups.protocols.recycling.plan import ModelComparison
-from soups.reporting.page import Page, Point, Scatter, Table
+from soups.reporting.page import ChartPoint, Page, Scatter, Table
 from soups.stores.pool import Pool
 
 
@@ -40,7 +40,7 @@ def comparison_page(found: ModelComparison, pool: Pool, title: str, question: tu
     ]
     second = "OOD mean" if has_ood else "test"
     points = {
-        name: [Point(name=name, x=100 * row["heldout"], y=100 * (ood_mean(row) if has_ood else row["test"]))]
+        name: [ChartPoint(name=name, x=100 * row["heldout"], y=100 * (ood_mean(row) if has_ood else row["test"]))]
         for name, row in rows.items()
     }
     one, two = (rows[name] for name in question)

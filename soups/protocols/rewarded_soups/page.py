@@ -9,7 +9,7 @@ from typing import Any
 
 from soups.protocols.rewarded_soups.interpolation import Shares, corner, label
 from soups.protocols.rewarded_soups.plan import RewardedNodes
-from soups.reporting.page import Page, Part, Point, Scatter, Table
+from soups.reporting.page import ChartPoint, Page, Part, Scatter, Table
 from soups.stores.pool import Pool
 
 # Expected rewards of one policy, in the order of the rewards.
@@ -123,8 +123,8 @@ class ParetoFront:
         figures: list[Part] = []
         for first, second in combinations(range(len(self.rewards)), 2):
 
-            def points(values: Mapping[Shares, Values], x: int = first, y: int = second) -> list[Point]:
-                return [Point(name=label(shares), x=own[x], y=own[y]) for shares, own in values.items()]
+            def points(values: Mapping[Shares, Values], x: int = first, y: int = second) -> list[ChartPoint]:
+                return [ChartPoint(name=label(shares), x=own[x], y=own[y]) for shares, own in values.items()]
 
             names = self.rewards[first], self.rewards[second]
             figures.append(
@@ -136,7 +136,7 @@ class ParetoFront:
                         "interpolated weights": points(interpolated),
                         "straight line": points({shares: self.line(shares) for shares in interpolated}),
                         "multi-objective": points(self.references),
-                        "start": [Point(name="start", x=self.start[first], y=self.start[second])],
+                        "start": [ChartPoint(name="start", x=self.start[first], y=self.start[second])],
                     },
                     # Of more rewards than two the models lie on a surface.
                     connect=["interpolated weights", "straight line"] if two else [],
