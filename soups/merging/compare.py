@@ -81,7 +81,7 @@ def _difference(operands: Operands) -> TensorDifference:
 def gather(differences: Mapping[str, TensorDifference], group: Callable[[str], str]) -> dict[str, TensorDifference]:
     """Combine tensors into groups, layers for example.
 
-    >>> gather({"a.w": Difference(3, 1, 1, 1, 3), "a.b": Difference(4, 0, 0, 0, 4)}, lambda name: name[0])["a"].distance
+    >>> gather({"a.w": TensorDifference(3, 1, 1, 1, 3), "a.b": TensorDifference(4, 0, 0, 0, 4)}, lambda name: name[0])["a"].distance
     5.0
     """
     result: dict[str, TensorDifference] = {}

@@ -15,7 +15,7 @@ import soups
 from soups.errors import WeightsError
 from soups.evaluation import distances
 from soups.merging.compare import TensorDifference, compare, gather
-from soups.merging.mergekit.schema import Configuration, Document, Reference, read_configuration
+from soups.merging.mergekit.schema import Document, MergeConfiguration, ModelReference, read_configuration
 from soups.merging.mergekit.sections import references
 from soups.reporting.page import Cell, Curves, Page, Part, Table
 from soups.reporting.pairs import distance_heatmaps
@@ -49,7 +49,7 @@ def merge_page(
     inputs = references(document)
     made = {one.name for one in configuration.documents if one.name}
     plain = [one for one in inputs if not (one.lora or one.revision or one.path in made)]
-    found: dict[Reference, dict[str, TensorDifference]] = {}
+    found: dict[ModelReference, dict[str, TensorDifference]] = {}
     notes = list(warnings)
     for one in plain:
         found[one], mismatch = compare(one.path, os.fspath(out))
@@ -117,8 +117,8 @@ def _short(paths: Sequence[str]) -> list[str]:
 
 def _inputs(
     document: Document,
-    inputs: Sequence[Reference],
-    found: dict[Reference, dict[str, TensorDifference]],
+    inputs: Sequence[ModelReference],
+    found: dict[ModelReference, dict[str, TensorDifference]],
     layer_of: Callable[[str], str],
 ) -> Table:
     own = {one.model: one.parameters for one in document.models or []}
@@ -173,7 +173,7 @@ def _layers(by_input: dict[str, dict[str, TensorDifference]]) -> list[Part]:
 
 
 def _lineage(
-    configuration: Configuration, inputs: Sequence[Reference], out: str | os.PathLike[str], seed: int
+    configuration: MergeConfiguration, inputs: Sequence[ModelReference], out: str | os.PathLike[str], seed: int
 ) -> dict[str, Any]:
     return {
         "inputs": [str(one) for one in inputs],

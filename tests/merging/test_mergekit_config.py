@@ -16,7 +16,7 @@ from soups.errors import ConfigError, SoupError, StorageError, WeightsError
 from soups.merging.mergekit import describe_plan, merge_configuration, read_configuration
 from soups.merging.mergekit.layers import Layers
 from soups.merging.mergekit.parameters import gradient, value_of
-from soups.merging.mergekit.schema import Conditional, Reference
+from soups.merging.mergekit.schema import Conditional, ModelReference
 from soups.stores import open_store, write_safetensors
 
 spec = importlib.util.spec_from_file_location("merging_llama_config", Path(__file__).parent / "llama.py")
@@ -258,10 +258,10 @@ def test_adapters_are_merged_while_reading(root, tmp_path):
 
 
 def test_references():
-    parsed = Reference.model_validate("a/b@main+c/d@v1")
+    parsed = ModelReference.model_validate("a/b@main+c/d@v1")
     assert (parsed.path, parsed.revision, parsed.lora, parsed.lora_revision) == ("a/b", "main", "c/d", "v1")
     assert str(parsed) == "a/b@main+c/d@v1"
-    assert Reference.model_validate({"model": {"path": "a", "revision": "r"}, "lora": "c"}) == Reference(
+    assert ModelReference.model_validate({"model": {"path": "a", "revision": "r"}, "lora": "c"}) == ModelReference(
         path="a", revision="r", lora="c"
     )
 

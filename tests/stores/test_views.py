@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from soups.merging.mergekit.rows import Table, VocabularyStore
+from soups.merging.mergekit.rows import RowTable, VocabularyStore
 from soups.protocols.cold_fusion.reduction import UpdateStore
 from soups.stores import DictStore, SafetensorsStore, write_safetensors
 from soups.stores.store import Store
@@ -100,7 +100,7 @@ VIEWS: dict[str, tuple[Callable[[Store], Store], dict[str, Tensor], dict[str, st
         True,
     ),
     "another vocabulary": (
-        lambda store: VocabularyStore(store, {"head.weight": Table(np.array([1, -1, 3]), {1: ()})}),
+        lambda store: VocabularyStore(store, {"head.weight": RowTable(np.array([1, -1, 3]), {1: ()})}),
         {
             **WEIGHTS,
             **dict.fromkeys(("embed.weight", "head.weight"), torch.stack([EMBEDDING[1], torch.zeros(3), EMBEDDING[3]])),
@@ -212,9 +212,13 @@ def test_another_change_is_another_identity(tmp_path: Path) -> None:
             Permuted(store, {"layer.weight": order}).identity("layer.weight") for order in ([0, 1], [1, 0], [1, 1])
         }
         assert len(found) == 3
-        tables = [Table(np.array([0, 1])), Table(np.array([1, 0])), Table(np.array([1, -1]), {1: ((store, 2),)})]
+        tables = [
+            RowTable(np.array([0, 1])),
+            RowTable(np.array([1, 0])),
+            RowTable(np.array([1, -1]), {1: ((store, 2),)}),
+        ]
         assert len({VocabularyStore(store, {"embed.weight": table}).identity("embed.weight") for table in tables}) == 3
-        unknown = Table(np.array([1, -1]), {1: ((DictStore(WEIGHTS), 2),)})
+        unknown = RowTable(np.array([1, -1]), {1: ((DictStore(WEIGHTS), 2),)})
         assert VocabularyStore(store, {"embed.weight": unknown}).identity("embed.weight") is None
 
 

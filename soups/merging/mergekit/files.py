@@ -13,7 +13,7 @@ import yaml
 from soups.errors import ConfigError
 from soups.merging.mergekit.chat_templates import CHAT_TEMPLATES
 from soups.merging.mergekit.layer_settings import Layer, follow_layers
-from soups.merging.mergekit.schema import Configuration, Document, Reference
+from soups.merging.mergekit.schema import Document, MergeConfiguration, ModelReference
 from soups.merging.mergekit.vocabulary import Shared
 from soups.stores.companions import carried_files
 from soups.stores.quantised import plain_config
@@ -26,12 +26,12 @@ _TOKENIZER = (
 
 
 def folder_files(
-    configuration: Configuration,
+    configuration: MergeConfiguration,
     document: Document,
-    donor: Reference,
-    folders: dict[Reference, Path],
+    donor: ModelReference,
+    folders: dict[ModelReference, Path],
     *,
-    stack: Sequence[Sequence[tuple[Reference, int]]] | None,
+    stack: Sequence[Sequence[tuple[ModelReference, int]]] | None,
     untied: bool,
     shared: Shared | None = None,
     vocabulary: int | None = None,
@@ -76,7 +76,7 @@ def folder_files(
 
 
 def _with_configs(
-    stack: Sequence[Sequence[tuple[Reference, int]]] | None, folders: Mapping[Reference, Path]
+    stack: Sequence[Sequence[tuple[ModelReference, int]]] | None, folders: Mapping[ModelReference, Path]
 ) -> list[list[Layer]] | None:
     """Return the source layers with their models' config.json; an empty one where there is none."""
     if stack is None:
@@ -112,7 +112,7 @@ def updated_config(
 
 
 def _tokenizer_files(
-    document: Document, donor: Reference, folders: dict[Reference, Path], shared: Shared | None
+    document: Document, donor: ModelReference, folders: dict[ModelReference, Path], shared: Shared | None
 ) -> dict[str, bytes | Path]:
     if shared is None:
         source = str((document.tokenizer.source if document.tokenizer else document.tokenizer_source) or "")
@@ -170,7 +170,7 @@ def _template_of(folder: Path) -> str | None:
         return None
 
 
-def model_card(configuration: Configuration, document: Document, models: Sequence[Reference]) -> str:
+def model_card(configuration: MergeConfiguration, document: Document, models: Sequence[ModelReference]) -> str:
     """Return a README.md: front matter, what was merged, and the configuration."""
     names = [str(model) for model in models]
     front = yaml.safe_dump(

@@ -14,8 +14,8 @@ from soups.merging.mergekit.layers import Layers, Position, depth
 from soups.merging.mergekit.methods import Spec, configuration_names, find_spec
 from soups.merging.mergekit.modules import split_modules
 from soups.merging.mergekit.parameters import names_of
-from soups.merging.mergekit.schema import Configuration, Reference
-from soups.merging.mergekit.sections import Input, Section, references, sections_of
+from soups.merging.mergekit.schema import MergeConfiguration, ModelReference
+from soups.merging.mergekit.sections import MergeSection, SectionInput, references, sections_of
 from soups.merging.mergekit.vocabulary import Shared, share_vocabulary
 from soups.merging.mergekit.vocabulary import truncate_embeddings as cut_embeddings
 from soups.merging.method import Method
@@ -30,7 +30,7 @@ from soups.stores.names import reconcile
 from soups.stores.store import Store, TensorMeta, headers
 from soups.weights import describe_mismatch
 
-Opener = Callable[[Reference], Store]
+Opener = Callable[[ModelReference], Store]
 
 
 @dataclass
@@ -48,8 +48,8 @@ class Planned:
     """
 
     plan: MergePlan
-    donor: Reference
-    stack: list[list[tuple[Reference, int]]] | None
+    donor: ModelReference
+    stack: list[list[tuple[ModelReference, int]]] | None
     warnings: list[str] = field(default_factory=list[str])
     untied: bool = False
     shared: Shared | None = None
@@ -57,7 +57,7 @@ class Planned:
 
 
 def plan_document(
-    configuration: Configuration, number: int, opener: Opener, *, seed: int = 0, truncate_embeddings: bool = False
+    configuration: MergeConfiguration, number: int, opener: Opener, *, seed: int = 0, truncate_embeddings: bool = False
 ) -> Planned:
     """Plan one document of a configuration, reading headers only.
 
@@ -76,7 +76,9 @@ def plan_document(
 
 
 class _Planner:
-    def __init__(self, configuration: Configuration, number: int, opener: Opener, seed: int, truncate: bool) -> None:
+    def __init__(
+        self, configuration: MergeConfiguration, number: int, opener: Opener, seed: int, truncate: bool
+    ) -> None:
         self.configuration, self.number, self.seed = configuration, number, seed
         self.document = configuration.documents[number]
         spec = find_spec(self.document.merge_method)
@@ -106,7 +108,7 @@ class _Planner:
         self.layers = {(module, reference): Layers(names) for (module, reference), names in self.modules.items()}
         self.methods: dict[tuple[Any, ...], Method] = {}
 
-    def _attach(self, opener: Opener) -> tuple[dict[Reference, int], Attachments]:
+    def _attach(self, opener: Opener) -> tuple[dict[ModelReference, int], Attachments]:
         """Open the models' statistics; return which number of them each model has."""
         rule = make_method(self.spec.preset)
         inputs = {one.model: one for section in self.sections for one in section.inputs if one.model != section.base}
@@ -118,7 +120,7 @@ class _Planner:
                 f"model; give {lacking[0]} its file: `statistics: PATH` beside `model:`."
             )
         stores = [self.stores[model] for model in given]
-        opened = [Statistics.open(opener(Reference(path=path))) for path in given.values()]
+        opened = [Statistics.open(opener(ModelReference(path=path))) for path in given.values()]
         try:
             attachments = Attachments([rule], stores, opened or None)
             check_weights(stores, opened)
@@ -126,7 +128,7 @@ class _Planner:
             raise type(error)(f"{self.at('models')}: {error}") from error
         return {model: number for number, model in enumerate(given)}, attachments
 
-    def _split_modules(self) -> dict[tuple[str | None, Reference], list[str]]:
+    def _split_modules(self) -> dict[tuple[str | None, ModelReference], list[str]]:
         """Return each model's tensor names by module; `None` is the whole model."""
         if not self.document.modules:
             return {(None, reference): list(store) for reference, store in self.stores.items()}
@@ -159,7 +161,7 @@ class _Planner:
         for section in self.sections:
             self._check_section(section)
         jobs: list[Job] = []
-        stack: list[list[tuple[Reference, int]]] | None = None
+        stack: list[list[tuple[ModelReference, int]]] | None = None
         for module in dict.fromkeys(section.module for section in self.sections):
             sections = [section for section in self.sections if section.module == module]
             if sections[0].length is None:
@@ -210,7 +212,7 @@ class _Planner:
                         f"{self.at(*section.path)}: {name!r} holds for all models at once; under {one.model} it was ignored."
                     )
 
-    def _check_section(self, section: Section) -> None:
+    def _check_section(self, section: MergeSection) -> None:
         where, method = self.at(*section.path), self.document.merge_method
         models = [one.model for one in section.inputs]
         twice = [model for model in models if models.count(model) > 1]
@@ -238,7 +240,7 @@ class _Planner:
         sample = make_method(self.spec.preset)
         sample.check(count, has_base=section.base is not None, name=f"{where}: {method}")
 
-    def _check_range(self, one: Input, section: Section, where: str) -> None:
+    def _check_range(self, one: SectionInput, section: MergeSection, where: str) -> None:
         layers = self.layers[section.module, one.model]
         stacks = layers.stacks
         if len(stacks) != 1:
@@ -252,7 +254,7 @@ class _Planner:
                 f"{where}: layer_range [{one.first}, {end}] of {one.model} ends after its {count} layers."
             )
 
-    def _whole(self, section: Section) -> list[Job]:
+    def _whole(self, section: MergeSection) -> list[Job]:
         donor = self.donor if self.donor in [one.model for one in section.inputs] else section.inputs[0].model
         names = self.modules[section.module, donor]
         _check_fit(
@@ -268,7 +270,7 @@ class _Planner:
             jobs.append(self._job(section, name, [name] * len(section.inputs), t))
         return jobs
 
-    def _sliced(self, sections: Sequence[Section]) -> list[Job]:
+    def _sliced(self, sections: Sequence[MergeSection]) -> list[Job]:
         jobs: list[Job] = []
         for number, section in enumerate(sections):
             first = section.inputs[0]
@@ -285,7 +287,7 @@ class _Planner:
                     jobs.append(self._layer_job(section, place, index))
         return sorted(jobs, key=lambda job: _natural(job.key))
 
-    def _stack(self, sections: Sequence[Section]) -> list[list[tuple[Reference, int]]]:
+    def _stack(self, sections: Sequence[MergeSection]) -> list[list[tuple[ModelReference, int]]]:
         """Return the source layers of each output layer, the donor's first."""
         return [
             sorted(
@@ -296,11 +298,11 @@ class _Planner:
             for index in range(section.length or 0)
         ]
 
-    def _layer_job(self, section: Section, place: Position, index: int) -> Job:
+    def _layer_job(self, section: MergeSection, place: Position, index: int) -> Job:
         sources = [place.name((one.first or 0) + index) for one in section.inputs]
         return self._job(section, place.name(section.begin + index), sources, depth(index, section.length or 1))
 
-    def _job(self, section: Section, name: str, keys: Sequence[str], t: float) -> Job:
+    def _job(self, section: MergeSection, name: str, keys: Sequence[str], t: float) -> Job:
         sources = {one.model: self._source(one.model, key) for one, key in zip(section.inputs, keys, strict=True)}
         base = sources.get(section.base) if section.base and self.spec.base != "input" else None
         donor = base or next(iter(sources.values()))
@@ -324,10 +326,10 @@ class _Planner:
         read = self.attachments.of(method, [(self.numbers.get(one.model, -1), [key]) for one, key in each], meta)
         return Job(name, out, method, tuple(sources[one.model] for one in others), base, read)
 
-    def _source(self, model: Reference, key: str) -> Source:
+    def _source(self, model: ModelReference, key: str) -> Source:
         return Source(self.stores[model], key)
 
-    def _method(self, section: Section, name: str, each: Sequence[tuple[Input, str]], t: float) -> Method:
+    def _method(self, section: MergeSection, name: str, each: Sequence[tuple[SectionInput, str]], t: float) -> Method:
         where = self.at(*section.path)
         values: dict[str, Any] = {}
         for parameter in self.spec.parameters:

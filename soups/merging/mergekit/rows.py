@@ -39,7 +39,7 @@ Origin = tuple[tuple[Store, int], ...]
 
 
 @dataclass(frozen=True)
-class Table:
+class RowTable:
     """Where each row of a model's embedding comes from.
 
     Attributes:
@@ -64,7 +64,7 @@ class VocabularyStore(StoreView):
         tables: by name, how a tensor's rows are arranged.
     """
 
-    def __init__(self, store: Store, tables: Mapping[str, Table]) -> None:
+    def __init__(self, store: Store, tables: Mapping[str, RowTable]) -> None:
         super().__init__(store)
         self._tables = {self.source(key): table for key, table in tables.items()}
         self._means: dict[str, Tensor] = {}
@@ -98,7 +98,7 @@ class VocabularyStore(StoreView):
         rows = self._rows(name, table, first, last, width)
         return rows.view(-1)[start - first * width : stop - first * width]
 
-    def _rows(self, key: str, table: Table, first: int, last: int, width: int, padding: bool = True) -> Tensor:
+    def _rows(self, key: str, table: RowTable, first: int, last: int, width: int, padding: bool = True) -> Tensor:
         own = table.own[first:last]
         result = torch.empty(last - first, width, dtype=self.store.meta(key).dtype)
         breaks = np.flatnonzero((np.diff(own) != 1) | (own[:-1] < 0)) + 1
@@ -114,7 +114,7 @@ class VocabularyStore(StoreView):
                 result[begin] = self._mean(key, table, width) if padding else 0
         return result
 
-    def _mean(self, key: str, table: Table, width: int) -> Tensor:
+    def _mean(self, key: str, table: RowTable, width: int) -> Tensor:
         """Return the mean of the rows that stand for tokens, float32 (width,)."""
         with self._lock:
             if key not in self._means:

@@ -16,7 +16,7 @@ from torch import Tensor
 from soups.errors import ConfigError, StorageError
 from soups.merging.mergekit.files import folder_files
 from soups.merging.mergekit.planning import Planned, plan_document
-from soups.merging.mergekit.schema import Configuration, Document, Reference, read_configuration
+from soups.merging.mergekit.schema import Document, MergeConfiguration, ModelReference, read_configuration
 from soups.merging.mergekit.sections import references
 from soups.merging.output import execute
 from soups.stores.files import fingerprint, write_text
@@ -128,7 +128,7 @@ def merge_configuration(
     raise AssertionError("a configuration without documents")
 
 
-def _intermediates(configuration: Configuration, seed: int, out: str) -> Path:
+def _intermediates(configuration: MergeConfiguration, seed: int, out: str) -> Path:
     """Return where the results of named documents are kept until the last one is made; the same place for the same configuration."""
     mark = fingerprint({"configuration": configuration.text, "seed": seed})[:16]
     if is_remote(out):
@@ -143,7 +143,7 @@ def describe_plan(
     strict: bool = False,
     truncate_embeddings: bool = False,
     warn: Callable[[str], None] = lambda _: None,
-) -> tuple[Configuration, list[Planned]]:
+) -> tuple[MergeConfiguration, list[Planned]]:
     """Plan a configuration without reading or writing a tensor.
 
     Returns:
@@ -172,10 +172,10 @@ def describe_plan(
 
 def _opener(
     stack: ExitStack, finished: Mapping[str, Path | Weights | Store], rename: Mapping[str, str] | None = None
-) -> Callable[[Reference], Store]:
-    opened: dict[Reference, Store] = {}
+) -> Callable[[ModelReference], Store]:
+    opened: dict[ModelReference, Store] = {}
 
-    def opener(reference: Reference) -> Store:
+    def opener(reference: ModelReference) -> Store:
         if reference not in opened:
             opened[reference] = stack.enter_context(open_reference(reference, finished, rename))
         return opened[reference]
@@ -192,7 +192,7 @@ def _reporter(strict: bool, warn: Callable[[str], None]) -> Callable[[str], None
     return report
 
 
-def document_order(configuration: Configuration) -> list[int]:
+def document_order(configuration: MergeConfiguration) -> list[int]:
     """Return the documents' numbers so that each comes after those it names; the result is the last.
 
     Raises:
@@ -231,7 +231,7 @@ def document_order(configuration: Configuration) -> list[int]:
 
 
 def open_reference(
-    reference: Reference,
+    reference: ModelReference,
     finished: Mapping[str, Path | Weights | Store],
     rename: Mapping[str, str] | None = None,
 ) -> Store:

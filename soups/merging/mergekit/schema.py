@@ -31,7 +31,7 @@ class Part(BaseModel):
         return list(self.__pydantic_extra__ or {})
 
 
-class Reference(BaseModel):
+class ModelReference(BaseModel):
     """A model by its place, with an optional revision and LoRA adapter: `path[@revision][+adapter[@revision]]`."""
 
     model_config = ConfigDict(frozen=True)
@@ -98,7 +98,7 @@ Parameters = dict[str, Setting]
 class InputModel(Part):
     """One of the models."""
 
-    model: Reference
+    model: ModelReference
     parameters: Parameters | None = None
     statistics: str | None = None
     state: str | None = None
@@ -116,7 +116,7 @@ class InputModel(Part):
 class SliceSource(Part):
     """A range of one model's layers: from the first up to, and without, the last."""
 
-    model: Reference
+    model: ModelReference
     layer_range: tuple[int, int]
     parameters: Parameters | None = None
 
@@ -132,7 +132,7 @@ class Slice(Part):
     """Some layers of the output."""
 
     sources: list[SliceSource]
-    base_model: Reference | None = None
+    base_model: ModelReference | None = None
     parameters: Parameters | None = None
     residual_weight: float | None = None
 
@@ -163,7 +163,7 @@ class ModelToken(Part):
     """The row of some token of one of the models."""
 
     kind: Literal["model_token"]
-    model: Reference
+    model: ModelReference
     token: str | None = None
     token_id: int | None = None
 
@@ -186,7 +186,7 @@ class TokenSpec(Part):
     source: Annotated[
         Annotated[ZeroToken, Tag("zero")]
         | Annotated[ModelToken, Tag("model_token")]
-        | Annotated[Reference, Tag("model")],
+        | Annotated[ModelReference, Tag("model")],
         Discriminator(_token_kind),
     ]
     force: bool = False
@@ -195,7 +195,7 @@ class TokenSpec(Part):
 class TokenizerSpec(Part):
     """Where the tokenizer is from."""
 
-    source: str | Reference = "union"
+    source: str | ModelReference = "union"
     tokens: dict[str, TokenSpec] | None = None
     pad_to_multiple_of: int | None = Field(None, ge=1)
 
@@ -204,7 +204,7 @@ class Document(Part):
     """One merge."""
 
     merge_method: str
-    base_model: Reference | None = None
+    base_model: ModelReference | None = None
     models: list[InputModel] | None = None
     slices: list[Slice] | None = None
     modules: dict[str, Module] | None = None
@@ -212,7 +212,7 @@ class Document(Part):
     parameters: Parameters | None = None
     dtype: str | None = None
     out_dtype: str | None = None
-    tokenizer_source: str | Reference | None = None
+    tokenizer_source: str | ModelReference | None = None
     tokenizer: TokenizerSpec | None = None
     chat_template: str | None = None
     name: str | None = None
@@ -237,7 +237,7 @@ class Document(Part):
 
 
 @dataclass
-class Configuration:
+class MergeConfiguration:
     """A configuration file: its documents in order, its text, and what is odd about it.
 
     Attributes:
@@ -262,7 +262,7 @@ class Configuration:
         return f"{self.where}, line {known[route]}" if route in known else self.where
 
 
-def read_configuration(config: str | Path | Mapping[str, Any]) -> Configuration:
+def read_configuration(config: str | Path | Mapping[str, Any]) -> MergeConfiguration:
     """Read a configuration: a file, YAML text with more than one line, or a mapping.
 
     Raises:
@@ -278,7 +278,7 @@ def read_configuration(config: str | Path | Mapping[str, Any]) -> Configuration:
             text = Path(config).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"Cannot read the configuration {config}: {error}.") from error
-    configuration = Configuration([], text, where)
+    configuration = MergeConfiguration([], text, where)
     try:
         loader = yaml.SafeLoader(text)
         try:
@@ -310,7 +310,7 @@ def _lines(node: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[
             yield from _lines(value, (*path, number))
 
 
-def _validate(configuration: Configuration, number: int, content: Any) -> Document:
+def _validate(configuration: MergeConfiguration, number: int, content: Any) -> Document:
     if not isinstance(content, dict):
         raise ConfigError(f"{configuration.at(number, ())}: a mapping with merge_method and models was expected.")
     if "search" in content:
@@ -332,12 +332,12 @@ def _validate(configuration: Configuration, number: int, content: Any) -> Docume
         raise ConfigError(f"{configuration.at(number, route)}: {place + ': ' if place else ''}{what}.") from error
 
 
-def _deepest(configuration: Configuration, number: int, error: ValidationError) -> Any:
+def _deepest(configuration: MergeConfiguration, number: int, error: ValidationError) -> Any:
     # Of the branches of a union, the one that got furthest into the file is what the user meant.
     return max(error.errors(), key=lambda item: len(_real_path(configuration, number, item["loc"])))
 
 
-def _real_path(configuration: Configuration, number: int, loc: Sequence[str | int]) -> tuple[str | int, ...]:
+def _real_path(configuration: MergeConfiguration, number: int, loc: Sequence[str | int]) -> tuple[str | int, ...]:
     """Leave out of a pydantic location what is no place in the file (the names of a union's branches)."""
     route: tuple[str | int, ...] = ()
     for part in loc:
@@ -346,7 +346,9 @@ def _real_path(configuration: Configuration, number: int, loc: Sequence[str | in
     return route
 
 
-def _unknown_keys(configuration: Configuration, number: int, part: Any, path: tuple[str | int, ...]) -> Iterator[str]:
+def _unknown_keys(
+    configuration: MergeConfiguration, number: int, part: Any, path: tuple[str | int, ...]
+) -> Iterator[str]:
     if isinstance(part, Part):
         allowed = list(type(part).model_fields)
         for key in part.unknown():

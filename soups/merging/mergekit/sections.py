@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from soups.errors import ConfigError
-from soups.merging.mergekit.schema import Document, Module, Parameters, Reference
+from soups.merging.mergekit.schema import Document, ModelReference, Module, Parameters
 
 
 @dataclass(frozen=True)
-class Input:
+class SectionInput:
     """One model's share in a slice: its layers from `first` on.
 
     Attributes:
@@ -21,7 +21,7 @@ class Input:
         implied: whether it is there only because it is the base.
     """
 
-    model: Reference
+    model: ModelReference
     first: int | None = None
     parameters: Parameters | None = None
     statistics: str | None = None
@@ -29,7 +29,7 @@ class Input:
 
 
 @dataclass(frozen=True)
-class Section:
+class MergeSection:
     """Some layers of the output, from the same inputs.
 
     Attributes:
@@ -42,8 +42,8 @@ class Section:
         module: the part of the model that it makes; `None` for all of it.
     """
 
-    inputs: tuple[Input, ...]
-    base: Reference | None
+    inputs: tuple[SectionInput, ...]
+    base: ModelReference | None
     begin: int
     length: int | None
     levels: tuple[Parameters | None, ...]
@@ -51,7 +51,7 @@ class Section:
     module: str | None = None
 
 
-def references(document: Document) -> list[Reference]:
+def references(document: Document) -> list[ModelReference]:
     """Return every model of a document, once, the base first."""
     sections = sections_of(document, ())
     found = [document.base_model] if document.base_model else []
@@ -60,7 +60,7 @@ def references(document: Document) -> list[Reference]:
     return list(dict.fromkeys(found))
 
 
-def sections_of(document: Document, path: tuple[str | int, ...]) -> list[Section]:
+def sections_of(document: Document, path: tuple[str | int, ...]) -> list[MergeSection]:
     """Return a document's sections, module by module; `path` is where the document is in its file."""
     if document.modules:
         return [
@@ -71,21 +71,21 @@ def sections_of(document: Document, path: tuple[str | int, ...]) -> list[Section
     return list(_of_part(document, document, path))
 
 
-def _of_part(part: Document | Module, document: Document, path: tuple[str | int, ...]) -> Iterator[Section]:
+def _of_part(part: Document | Module, document: Document, path: tuple[str | int, ...]) -> Iterator[MergeSection]:
     levels = (document.parameters,) if part is document else (part.parameters, document.parameters)
     base = document.base_model
     if part.models:
-        inputs = [Input(one.model, None, one.parameters, one.statistics) for one in part.models]
+        inputs = [SectionInput(one.model, None, one.parameters, one.statistics) for one in part.models]
         if base and base not in [one.model for one in inputs]:
-            inputs.append(Input(base, None, None, implied=True))
-        yield Section(tuple(inputs), base, 0, None, (None, *levels), (*path, "models"))
+            inputs.append(SectionInput(base, None, None, implied=True))
+        yield MergeSection(tuple(inputs), base, 0, None, (None, *levels), (*path, "models"))
         return
     begin = 0
     for number, piece in enumerate(part.slices or []):
-        inputs = [Input(one.model, one.layer_range[0], one.parameters) for one in piece.sources]
+        inputs = [SectionInput(one.model, one.layer_range[0], one.parameters) for one in piece.sources]
         length = piece.sources[0].layer_range[1] - piece.sources[0].layer_range[0]
         place = (*path, "slices", number)
-        yield Section(tuple(inputs), piece.base_model or base, begin, length, (piece.parameters, *levels), place)
+        yield MergeSection(tuple(inputs), piece.base_model or base, begin, length, (piece.parameters, *levels), place)
         begin += length
         for one in piece.sources:
             if [other.model for other in piece.sources].count(one.model) > 1:

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from soups.errors import ConfigError, did_you_mean
-from soups.merging.mergekit.rows import Origin, Table, VocabularyStore, by_token
-from soups.merging.mergekit.schema import Document, ModelToken, Reference, TokenSpec, ZeroToken
+from soups.merging.mergekit.rows import Origin, RowTable, VocabularyStore, by_token
+from soups.merging.mergekit.schema import Document, ModelReference, ModelToken, TokenSpec, ZeroToken
 from soups.merging.mergekit.tokens import (
     Vocabulary,
     has_tokenizer,
@@ -43,7 +43,10 @@ class Shared:
 
 
 def share_vocabulary(
-    document: Document, stores: dict[Reference, Store], folders: Mapping[Reference, Path], donor: Reference
+    document: Document,
+    stores: dict[ModelReference, Store],
+    folders: Mapping[ModelReference, Path],
+    donor: ModelReference,
 ) -> Shared | None:
     """Bring every model to one vocabulary, as `tokenizer` or `tokenizer_source` asks for.
 
@@ -72,7 +75,7 @@ def share_vocabulary(
         raise ConfigError(f"tokenizer: {absent[0]} is no folder on this machine, so its tokenizer is not known.")
     if not edited and source in ("base", "union") and one_older_tokenizer(list(folders.values())):
         return None
-    own: dict[Reference, Vocabulary] = {}
+    own: dict[ModelReference, Vocabulary] = {}
     stripped: set[int] = set()
     for reference, folder in folders.items():
         whole = read_vocabulary(folder)
@@ -103,7 +106,7 @@ def share_vocabulary(
     return Shared(target, size, changed=target is not begun or id(begun) in stripped)
 
 
-def _chosen(source: str, document: Document, own: Mapping[Reference, Vocabulary]) -> Vocabulary:
+def _chosen(source: str, document: Document, own: Mapping[ModelReference, Vocabulary]) -> Vocabulary:
     if source == "base":
         if document.base_model is None:
             raise ConfigError("The tokenizer's source is 'base', but there is no base_model.")
@@ -117,14 +120,14 @@ def _chosen(source: str, document: Document, own: Mapping[Reference, Vocabulary]
 
 
 def _table(
-    reference: Reference,
+    reference: ModelReference,
     target: Vocabulary,
     size: int,
-    own: Mapping[Reference, Vocabulary],
-    stores: Mapping[Reference, Store],
-    base: Reference | None,
+    own: Mapping[ModelReference, Vocabulary],
+    stores: Mapping[ModelReference, Store],
+    base: ModelReference | None,
     tokens: Mapping[str, TokenSpec],
-) -> Table:
+) -> RowTable:
     rows = np.full(size, -1, dtype=np.int64)
     others: dict[int, Origin] = {}
     mine = own[reference].ids
@@ -137,11 +140,11 @@ def _table(
         else:
             owners = [base] if base and token in own[base].ids else [one for one in own if token in own[one].ids]
             others[number] = tuple((stores[one], own[one].ids[token]) for one in owners)
-    return Table(rows, others)
+    return RowTable(rows, others)
 
 
 def _origin(
-    token: str, spec: TokenSpec, own: Mapping[Reference, Vocabulary], stores: Mapping[Reference, Store]
+    token: str, spec: TokenSpec, own: Mapping[ModelReference, Vocabulary], stores: Mapping[ModelReference, Store]
 ) -> Origin:
     source = spec.source
     if isinstance(source, ZeroToken):
@@ -162,7 +165,7 @@ def _origin(
     return ((stores[model], ids[wanted]),)
 
 
-def truncate_embeddings(stores: dict[Reference, Store]) -> None:
+def truncate_embeddings(stores: dict[ModelReference, Store]) -> None:
     """Cut embeddings of different lengths to their common first rows (mergekit's --unsafe-truncate-embeddings)."""
     lengths: dict[str, set[int]] = {}
     for store in stores.values():
@@ -171,7 +174,7 @@ def truncate_embeddings(stores: dict[Reference, Store]) -> None:
                 lengths.setdefault(key, set()).add(store.meta(key).shape[0])
     shortest = {key: min(found) for key, found in lengths.items() if len(found) > 1}
     for reference, store in stores.items():
-        tables = {key: Table(np.arange(rows)) for key, rows in shortest.items() if key in set(store)}
+        tables = {key: RowTable(np.arange(rows)) for key, rows in shortest.items() if key in set(store)}
         tables = {key: table for key, table in tables.items() if len(table.own) < store.meta(key).shape[0]}
         if tables:
             stores[reference] = VocabularyStore(store, tables)
