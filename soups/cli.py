@@ -22,7 +22,7 @@ from soups.commands.stats import app as stats
 
 app = typer.Typer(
     name="soups",
-    help="Weight averaging: merge checkpoints, look into them, compare them.",
+    help="Weight averaging: merge, inspect and compare checkpoints, pools and averages.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -48,7 +48,7 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Weight averaging: merge checkpoints, look into them, compare them."""
+    """Weight averaging: merge, inspect and compare checkpoints, pools and averages."""
 
 
 def _forward(command: str, summary: str) -> None:
@@ -63,8 +63,8 @@ def _forward(command: str, summary: str) -> None:
 
 
 if importlib.util.find_spec("soups.commands.averages"):
-    _forward("averages", "List the averages that a checkpoint holds.")
-    _forward("export", "Write one average of a checkpoint to a file of its own.")
+    _forward("averages", "List the averages in a training checkpoint.")
+    _forward("export", "Write one average of a training checkpoint to a file.")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`soups extract-lora MODEL BASE OUT` and `soups merge-lora ADAPTERS… --out OUT`: LoRA adapters out of models and of adapters."""
+"""`soups extract-lora` makes a LoRA adapter from a fine-tuned model; `soups merge-lora` merges several adapters into one."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from soups.commands.running import console, quick_imports, reported
 
 def extract_lora(
     model: Annotated[str, typer.Argument(help="The fine-tuned model.")],
-    base: Annotated[str, typer.Argument(help="The model that it started from.")],
-    out: Annotated[Path, typer.Argument(help="The folder to make.")],
-    rank: Annotated[int | None, typer.Option(help="The most columns of a module's factors.")] = None,
+    base: Annotated[str, typer.Argument(help="The base model of the fine-tune.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    rank: Annotated[int | None, typer.Option(help="The largest rank of a module's factors.")] = None,
     energy: Annotated[
-        float | None, typer.Option(help="The share of each change's squared singular values to keep: 0.99.")
+        float | None, typer.Option(help="The share of squared singular values to keep in each module: 0.99.")
     ] = None,
     save_heads: Annotated[bool, typer.Option(help="Save embeddings and output heads in full.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the adapter at OUT.")] = False,
 ) -> None:
-    """Write what a full fine-tune changed as a LoRA adapter that PEFT loads."""
+    """Approximate the changes of a full fine-tune by a LoRA adapter that PEFT loads."""
     with reported():
         with quick_imports():
             from soups.artifacts.adapters import extract_adapter
@@ -40,15 +40,19 @@ def extract_lora(
 
 def merge_lora(
     adapters: Annotated[list[Path], typer.Argument(help="The adapters' folders.")],
-    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
     method: Annotated[str, typer.Option(help="cat, svd, linear, ties, dare_linear, …; see the README.")] = "svd",
-    weight: Annotated[list[float] | None, typer.Option(help="One for each adapter; 1/N by default.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the result, for svd, knots and *_svd.")] = None,
-    density: Annotated[float | None, typer.Option(help="The share of elements to keep, for ties, dare, prune.")] = None,
-    seed: Annotated[int, typer.Option(help="Of DARE's masks.")] = 0,
+    weight: Annotated[
+        list[float] | None, typer.Option(help="The weight of an adapter; repeat it for each one. Default: 1/N.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="The result's rank, for svd, knots and *_svd.")] = None,
+    density: Annotated[
+        float | None, typer.Option(help="The share of elements to keep, for ties, dare and prune.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The seed of DARE's masks.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the adapter at OUT.")] = False,
 ) -> None:
-    """Merge LoRA adapters of one base into an adapter that PEFT loads."""
+    """Merge LoRA adapters of one base model into one adapter that PEFT loads."""
     with reported():
         with quick_imports():
             from soups.artifacts.adapters import merge_adapters

@@ -1,4 +1,4 @@
-"""`soups averages` and `soups export`: what averages a checkpoint holds, and one of them as a file of its own."""
+"""`soups averages` lists the averages in a checkpoint; `soups export` writes one of them to a file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from soups.commands.running import console, reported
 from soups.errors import StorageError
 
 app = typer.Typer(help="Averages inside checkpoints.", no_args_is_help=True)
-_CHECKPOINT = "A checkpoint of Lightning or another program, or the folder of a distributed one."
+_CHECKPOINT = "A checkpoint file of Lightning or another program, or the folder of a distributed checkpoint."
 
 
 @app.command()
 def averages(path: Annotated[Path, typer.Argument(help=_CHECKPOINT)]) -> None:
-    """List the averages that a checkpoint holds."""
+    """List the averages in a training checkpoint."""
     with reported():
         table = Table("name", "kind", "points", "tensors")
         for row in checkpoint.averages(path):
@@ -31,10 +31,10 @@ def averages(path: Annotated[Path, typer.Argument(help=_CHECKPOINT)]) -> None:
 def export(
     path: Annotated[Path, typer.Argument(help=_CHECKPOINT)],
     to: Annotated[Path, typer.Option(help="The file to write: .safetensors, .pt or .ckpt.")],
-    which: Annotated[str, typer.Option(help="Name of the average, or 'raw'.")] = "ema",
+    which: Annotated[str, typer.Option(help="The average's name, or 'raw' for the training weights.")] = "ema",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
-    """Write one average of a checkpoint to a file of its own."""
+    """Write one average of a training checkpoint to a file."""
     with reported():
         if to.exists() and not overwrite:
             raise StorageError(

@@ -1,4 +1,4 @@
-"""`soups cold …`: a ColD Fusion repository from the command line, for contributors with any training code."""
+"""`soups cold …`: work with a ColD Fusion repository from the command line, with any training code."""
 
 from __future__ import annotations
 
@@ -19,28 +19,36 @@ Where = Annotated[str, typer.Argument(metavar="REPO", help="A folder, or an fssp
 @app.command()
 def init(
     repo: Where,
-    base: Annotated[str, typer.Argument(help="The model everybody starts from: a checkpoint or model folder.")],
-    prefix: Annotated[str | None, typer.Option(help="Keep only tensors with this prefix, without it: 'bert.'.")] = None,
-    state: Annotated[str | None, typer.Option(help="Which weights of a training checkpoint.")] = None,
-    frozen: Annotated[
-        list[str] | None, typer.Option(help="Tensors nobody trains, by pattern; may be repeated.")
+    base: Annotated[str, typer.Argument(help="The base model of the first round: a checkpoint or model folder.")],
+    prefix: Annotated[
+        str | None, typer.Option(help="Share only tensors with this prefix, and drop the prefix: 'bert.'.")
     ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer; BASE's own by default.")] = None,
-    quorum: Annotated[int, typer.Option(min=1, help="Contributions that make a round.")] = 2,
+    state: Annotated[
+        str | None, typer.Option(help="The weights to read from a training checkpoint: raw, average, average:NAME.")
+    ] = None,
+    frozen: Annotated[
+        list[str] | None, typer.Option(help="A pattern of tensors that no contributor trains; may be repeated.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="The tokenizer's folder. Default: BASE's own tokenizer.")
+    ] = None,
+    quorum: Annotated[int, typer.Option(min=1, help="The number of contributions that a round needs.")] = 2,
     method: Annotated[
         str, typer.Option(help="Reduction: linear (mean), median, trimmed_mean, or any merge method.")
     ] = "linear",
-    parameter: Annotated[list[str] | None, typer.Option(help="Of the method, as name=number; may be repeated.")] = None,
+    parameter: Annotated[
+        list[str] | None, typer.Option(help="A parameter of the method, as name=number; may be repeated.")
+    ] = None,
     clip: Annotated[float | None, typer.Option(help="Shorten updates to this multiple of the median norm.")] = None,
     max_norm: Annotated[
-        float, typer.Option(help="Refuse updates above this multiple of the median norm; 0: none.")
+        float, typer.Option(help="Refuse updates above this multiple of the median norm; 0: no limit.")
     ] = 4.0,
-    stale: Annotated[
-        str, typer.Option(help="Contributions that started from an earlier base: rebase or refuse.")
-    ] = "rebase",
-    max_age: Annotated[int | None, typer.Option(min=0, help="Refuse those that started more rounds ago.")] = None,
+    stale: Annotated[str, typer.Option(help="Rule for contributions to an earlier base: rebase or refuse.")] = "rebase",
+    max_age: Annotated[
+        int | None, typer.Option(min=0, help="Refuse contributions whose base is more rounds old than this.")
+    ] = None,
 ) -> None:
-    """Make a repository."""
+    """Create a repository from a base model."""
     with reported():
         from pydantic import ValidationError
 
@@ -86,9 +94,9 @@ def _parameters(texts: list[str]) -> dict[str, Any]:
 def pull(
     repo: Where,
     out: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
-    base: Annotated[int | None, typer.Option(min=0, help="Its number; the current one by default.")] = None,
+    base: Annotated[int | None, typer.Option(min=0, help="The number of the base. Default: the current base.")] = None,
 ) -> None:
-    """Fetch the current base."""
+    """Download the current base, or an earlier one."""
     with reported():
         from soups.protocols.cold_fusion import Repository
         from soups.stores import write_safetensors
@@ -102,16 +110,20 @@ def pull(
 @app.command()
 def push(
     repo: Where,
-    checkpoint: Annotated[str, typer.Argument(help="Weights of any kind: .ckpt, .pt, .safetensors, a model folder.")],
-    base: Annotated[str, typer.Option(help="The base it started from: its number or hash.")],
-    contributor: Annotated[str, typer.Option(help="Your name in the log.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="The fine-tuned weights: .ckpt, .pt, .safetensors or a model folder.")
+    ],
+    base: Annotated[str, typer.Option(help="The number or hash of the base that was fine-tuned.")],
+    contributor: Annotated[str, typer.Option(help="Your name for the log.")],
     prefix: Annotated[
-        str | None, typer.Option(help="Of the shared tensors' names in the checkpoint: 'model.'.")
+        str | None, typer.Option(help="The prefix of the shared tensors' names in the checkpoint: 'model.'.")
     ] = None,
-    state: Annotated[str | None, typer.Option(help="Which weights of a training checkpoint.")] = None,
-    task: Annotated[str | None, typer.Option(help="What it was trained on, for the log.")] = None,
+    state: Annotated[
+        str | None, typer.Option(help="The weights to read from a training checkpoint: raw, average, average:NAME.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="The name of the fine-tuning task, for the log.")] = None,
 ) -> None:
-    """Contribute fine-tuned weights; heads and whatever the repository does not share stay at home."""
+    """Contribute fine-tuned weights. Only the repository's shared tensors are uploaded; heads are not."""
     with reported():
         from soups.protocols.cold_fusion import Repository
 
@@ -128,7 +140,7 @@ def push(
 
 @app.command()
 def fuse(repo: Where) -> None:
-    """Make the next round, if enough contributions pass."""
+    """Run the next round, if enough contributions are accepted."""
     with reported():
         from soups.protocols.cold_fusion import Repository
 
@@ -145,7 +157,7 @@ def fuse(repo: Where) -> None:
 
 @app.command()
 def log(repo: Where) -> None:
-    """Print rounds, what went into them and what did not, and what waits."""
+    """Print the rounds with their accepted and refused contributions, and the waiting contributions."""
     with reported():
         from soups.protocols.cold_fusion import Repository
 
@@ -178,7 +190,7 @@ def _print_round(record: Any) -> None:
 def replay_(
     repo: Where, number: Annotated[int | None, typer.Option("--round", min=1, help="Only this round.")] = None
 ) -> None:
-    """Make rounds again from the log and compare every bit; ends with 1 when one differs."""
+    """Recompute the rounds from the log and compare every bit; exit with 1 if a round differs."""
     with reported():
         from soups.errors import StorageError
         from soups.protocols.cold_fusion import Repository, replay

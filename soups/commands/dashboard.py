@@ -1,4 +1,4 @@
-"""`soups dashboard PROJECT`: W&B panels for sweeps and soups, from code."""
+"""`soups dashboard PROJECT`: create W&B panels for sweeps and soups."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from soups.commands.running import console, reported
 
 def dashboard(
     project: Annotated[str, typer.Argument(help="The W&B project.")],
-    entity: Annotated[str | None, typer.Option(help="The team or user; by default yours.")] = None,
-    name: Annotated[str, typer.Option(help="What to call it.")] = "Soups",
-    with_report: Annotated[bool, typer.Option("--report", help="Also make a draft of a W&B report.")] = False,
+    entity: Annotated[str | None, typer.Option(help="The W&B team or user. Default: your own.")] = None,
+    name: Annotated[str, typer.Option(help="The workspace's name.")] = "Soups",
+    with_report: Annotated[bool, typer.Option("--report", help="Also create a draft of a W&B report.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the workspace as JSON; send nothing.")] = False,
     out: Annotated[Path | None, typer.Option(help="With --dry-run: write the JSON here.")] = None,
 ) -> None:
-    """Save a W&B workspace with panels for soups, ingredients and cost, the same for everyone."""
+    """Save a shared W&B workspace with panels for soups, ingredients and cost."""
     with reported():
         from soups.errors import ConfigError
         from soups.stores.files import write_json

@@ -15,10 +15,12 @@ from soups.commands.running import console, reported
 
 def diff(
     first: Annotated[str, typer.Argument(help="A checkpoint.")],
-    second: Annotated[str, typer.Argument(help="Another one.")],
-    by_tensor: Annotated[bool, typer.Option("--tensors", help="List tensors, not layers.")] = False,
-    top: Annotated[int, typer.Option(help="How many rows, those that differ most first; 0 for all.")] = 20,
-    figure: Annotated[Path | None, typer.Option(help="Save a heatmap of relative differences here.")] = None,
+    second: Annotated[str, typer.Argument(help="Another checkpoint.")],
+    by_tensor: Annotated[
+        bool, typer.Option("--tensors", help="Compare tensor by tensor instead of layer by layer.")
+    ] = False,
+    top: Annotated[int, typer.Option(help="Show only the rows with the largest differences; 0 shows all.")] = 20,
+    figure: Annotated[Path | None, typer.Option(help="Save a heatmap of relative differences to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show where and how much two checkpoints differ: relative norm, cosine, largest element."""

@@ -1,4 +1,4 @@
-"""`soups inspect PATH`: what a checkpoint holds, from its headers."""
+"""`soups inspect PATH`: the contents of a checkpoint, read from its headers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from soups.commands.running import console, readable, reported
 
 def inspect(
     path: Annotated[str, typer.Argument(help="A checkpoint: file, folder or URL.")],
-    state: Annotated[str | None, typer.Option(help="Which weights: average, average:NAME, live, a path.")] = None,
+    state: Annotated[
+        str | None, typer.Option(help="The weights to show: average, average:NAME, raw, or a path inside the file.")
+    ] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what a checkpoint holds: weights by layer, dtypes, ties, averages, metadata."""
+    """Show a checkpoint's contents: weights by layer, dtypes, ties, averages, metadata."""
     with reported():
         from soups.stores import TorchStore, open_store
 

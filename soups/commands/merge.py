@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 def merge(
     config: Annotated[Path, typer.Argument(help="The YAML configuration: a method, its models and parameters.")],
-    out: Annotated[str | None, typer.Argument(help="The folder or file to write, or its URL.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be merged, and write nothing.")] = False,
+    out: Annotated[str | None, typer.Argument(help="The output: a folder, a file or a URL.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan of the merge; write nothing.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     random_seed: Annotated[int, typer.Option(help="The seed of methods that draw random numbers (DARE, DELLA).")] = 0,
     out_shard_size: Annotated[str, typer.Option(help="The largest size of one output file: 500M, 5G.")] = "5G",
-    memory: Annotated[str, typer.Option(help="The memory to work in: 512M, 2G.")] = "512M",
+    memory: Annotated[str, typer.Option(help="Working memory: 512M, 2G.")] = "512M",
     threads: Annotated[
         int | None,
-        typer.Option("--threads", "-j", "--num-threads", min=1, help="The number of threads; one a core by default."),
+        typer.Option("--threads", "-j", "--num-threads", min=1, help="The number of threads. Default: one per core."),
     ] = None,
     device: Annotated[str, typer.Option(help="The device to compute on: cpu, cuda, cuda:1.")] = "cpu",
     cuda: Annotated[bool, typer.Option("--cuda", help="Short for --device cuda.")] = False,
@@ -63,8 +63,9 @@ def merge(
     mergekit's configurations run unchanged. `soups methods` lists the merge methods; `soups methods NAME` prints a
     configuration to start from.
 
-    mergekit's options that only change how it works (--lazy-unpickle, --low-cpu-memory, --gpu-rich and others) are accepted
-    and do nothing: soups reads every checkpoint in parts, runs no pickles, and applies LoRA adapters while it reads.
+    mergekit's options about memory, reading and hardware (--lazy-unpickle, --low-cpu-memory, --gpu-rich and others) are
+    accepted and have no effect: soups always reads checkpoints in parts, without running pickles, and applies LoRA adapters
+    while it reads.
     """
     del lora_merge_cache, lora_merge_dtype, transformers_cache, lazy_unpickle, allow_crimes, low_cpu_memory
     del trust_remote_code, clone_tensors, read_to_gpu, multi_gpu, gpu_rich, async_write, write_threads, verbose
@@ -72,7 +73,7 @@ def merge(
         from soups.errors import ConfigError
 
         if not safe_serialization:
-            raise ConfigError("Outputs are always safetensors; leave --no-safe-serialization out.")
+            raise ConfigError("soups merge writes only safetensors; remove --no-safe-serialization.")
         if dry_run:
             from soups.merging.mergekit import describe_plan
             from soups.merging.mergekit.run import document_order
@@ -87,7 +88,7 @@ def merge(
                 _print_plan(planned, parse_size(memory), threads)
             return
         if out is None:
-            raise ConfigError("Name the folder or file to make: soups merge CONFIG OUT.")
+            raise ConfigError("Give the output's folder, file or URL: soups merge CONFIG OUT.")
         with quick_imports():
             from soups.merging.kernels import unavailable
             from soups.merging.mergekit import merge_configuration

@@ -1,4 +1,4 @@
-"""`soups methods`: every merge method; with a name, the method's card."""
+"""`soups methods` lists the merge methods; `soups methods NAME` shows the card of one."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def methods(
 ) -> None:
     """List the merge methods, or describe one.
 
-    A description has the idea, when the method fails, its parameters with their defaults, and a configuration for
-    `soups merge` that runs once its paths are filled in.
+    A description gives the method's idea, its failure cases, its parameters with their defaults, and a configuration for
+    `soups merge`. Fill in the paths to run it.
     """
     with reported():
         from soups.errors import ConfigError, did_you_mean

@@ -1,4 +1,4 @@
-"""`soups pool ls|show|diff|rm|gc`: what a pool holds, and keeping it tidy."""
+"""`soups pool ls|show|diff|rm|gc`: list, compare and remove the ingredients of a pool."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ if TYPE_CHECKING:
     from soups.stores.records import Ingredient
 
 app = typer.Typer(
-    help="Look into a pool of ingredients and keep it tidy.",
+    help="List, compare and remove the ingredients of a pool.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Where = Annotated[str, typer.Argument(metavar="POOL", help="The pool: a folder, or an fsspec URL (s3://…).")]
-Output = Annotated[Path, typer.Option(help="Where soups are kept (paths.output), to see what they came from.")]
+Output = Annotated[
+    Path, typer.Option(help="The folder of finished soups (paths.output); their ingredients are in use.")
+]
 
 
 @app.command("ls")
 def list_(place: Where, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the ingredients, best first: held-out accuracy, the settings that differ, age, size; and what failed."""
+    """List the ingredients, best first, with held-out accuracy, differing settings, age and size; list failed runs."""
     with reported():
         from soups.errors import StorageError
         from soups.reporting import differences
@@ -100,10 +102,10 @@ def show(
 def diff(
     place: Where,
     first: Annotated[str, typer.Argument(help="An ingredient.")],
-    second: Annotated[str, typer.Argument(help="Another one.")],
+    second: Annotated[str, typer.Argument(help="Another ingredient.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show where two ingredients differ: settings and metrics. (`soups diff` compares weights.)"""
+    """Compare the settings and metrics of two ingredients. (`soups diff` compares weights.)"""
     with reported():
         from soups.reporting import differences, flatten
 
@@ -139,10 +141,10 @@ def rm(
     place: Where,
     names: Annotated[list[str], typer.Argument(help="Ingredients: fingerprints, or their first characters.")],
     output: Output = Path("outputs"),
-    force: Annotated[bool, typer.Option("--force", help="Also remove what a finished soup came from.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also remove ingredients of finished soups.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Remove ingredients: all that are named, or none if one is missing or a finished soup under --output came from it."""
+    """Remove the named ingredients. Remove none if one is missing or belongs to a finished soup under --output."""
     with reported():
         from soups.errors import StorageError
         from soups.stores.garbage import lineages, needed_by
@@ -175,11 +177,12 @@ def gc(
     place: Where,
     output: Output = Path("outputs"),
     older_than: Annotated[
-        float, typer.Option(help="Hours since it was last written; runs may still need younger ones.")
+        float,
+        typer.Option(help="Remove only files last written this many hours ago; running fits may need newer ones."),
     ] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files; remove nothing.")] = False,
 ) -> None:
-    """Remove what nothing needs: leftovers of killed runs, free locks, outdated failures, predictions of absent weights."""
+    """Remove unused files: remains of killed runs, free locks, outdated failures, predictions of absent weights."""
     with reported():
         from soups.errors import ConfigError
         from soups.stores.garbage import leftovers, remove

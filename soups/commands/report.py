@@ -1,4 +1,4 @@
-"""`soups report FOLDER`: the HTML page of a finished soup or protocol, made again from its records."""
+"""`soups report FOLDER`: write the HTML page of a finished soup or protocol again, from its records."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from soups.commands.running import console, reported
 
 def report(
     folder: Annotated[Path, typer.Argument(help="The folder of a soup or a protocol.")],
-    out: Annotated[Path | None, typer.Option(help="Write here instead of FOLDER/report.html.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The HTML file to write. Default: FOLDER/report.html.")] = None,
 ) -> None:
-    """Write the HTML report of a finished soup or protocol again, from its records alone."""
+    """Write the HTML report of a finished soup or protocol again, from its records."""
     with reported():
         from soups.reporting import read_page, remake, write_html
 

@@ -1,4 +1,4 @@
-"""`soups stats`: collect statistics of a model, add parts up, look into a file."""
+"""`soups stats`: collect a model's statistics, add up the files of several data parts, show a file."""
 
 from __future__ import annotations
 
@@ -29,20 +29,22 @@ def collect(
     ],
     kinds: Annotated[str, typer.Option(help="Kinds, separated by commas: gram, fisher, kfac_out, ….")] = "gram",
     fisher: Annotated[str, typer.Option(help="Estimator: true, sampled or empirical.")] = "sampled",
-    examples: Annotated[int, typer.Option(min=1, help="At most so many, the first ones.")] = 256,
+    examples: Annotated[
+        int, typer.Option(min=1, help="Use at most this many examples, from the beginning of the data.")
+    ] = 256,
     batch: Annotated[int, typer.Option(min=1, help="Examples in a forward pass.")] = 8,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Texts are cut to so many tokens.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Cut each text to this many tokens.")] = 128,
     all_rows: Annotated[bool, typer.Option("--all-rows", help="Count the rows of padding too.")] = False,
-    seed: Annotated[int, typer.Option(help="Of drawn labels.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="The seed of the drawn labels (--fisher sampled).")] = 0,
+    device: Annotated[str, typer.Option(help="The device of the model: cpu, cuda, cuda:1.")] = "cpu",
     half: Annotated[bool, typer.Option("--half", help="Run the model in bfloat16; sums stay in float64.")] = False,
-    memory: Annotated[str, typer.Option(help="Most memory for the sums: 2G.")] = "8G",
+    memory: Annotated[str, typer.Option(help="The most memory for the sums: 2G.")] = "8G",
     float32: Annotated[bool, typer.Option("--float32", help="Write float32: half the size.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")] = False,
 ) -> None:
     """Run a model over data and write its statistics.
 
-    A run that was interrupted goes on where it was when the same command is given again.
+    If a run is interrupted, run the same command again to resume it.
     """
     with reported():
         import torch
@@ -80,10 +82,10 @@ def collect(
 
 @app.command()
 def merge(
-    parts: Annotated[list[Path], typer.Argument(help="Files of one model's statistics, over different data.")],
+    parts: Annotated[list[Path], typer.Argument(help="Statistics files of one model, collected over different data.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
 ) -> None:
-    """Add the statistics of several parts of the data up."""
+    """Add up one model's statistics of several parts of the data."""
     with reported():
         from contextlib import ExitStack
 
@@ -102,8 +104,8 @@ def merge(
 
 
 @app.command()
-def show(path: Annotated[Path, typer.Argument(help="A file of statistics.")]) -> None:
-    """Print what a file of statistics holds, and what it does not cover."""
+def show(path: Annotated[Path, typer.Argument(help="A statistics file.")]) -> None:
+    """Print the contents of a statistics file, and the weights that it does not cover."""
     with reported():
         _show(path)
 
