@@ -23,6 +23,12 @@ from soups.errors import ConfigError, WeightsError
 from soups.merging import kernels
 from soups.merging.attached import Statistic
 from soups.merging.chunk import Chunk
+from soups.merging.infinities import (
+    Infinities,
+    check_sources,
+    without_shared_infinities,
+    without_shared_infinities_between,
+)
 from soups.merging.method import Method, WholeModelMethod
 from soups.merging.operands import Operands, Source
 from soups.merging.sums import BLOCK
@@ -40,8 +46,6 @@ _MOST_DEVICE_WORKERS = 4
 _HELD_BYTES = 12
 # Chunks that a worker takes at once where a tensor can be split between workers.
 _STRIDE = 8
-# Elements of a tensor that are looked at for infinities.
-_SAMPLE = 4096
 
 
 class Sink(Protocol):
@@ -78,6 +82,7 @@ class Job:
         models: the same tensor of each model.
         base: the base model's, or `None`.
         statistics: the models' statistics for this tensor, by kind.
+        infinities: what all models share and the sources do not show; it is put back into the result.
     """
 
     key: str
@@ -86,6 +91,7 @@ class Job:
     models: tuple[Source, ...]
     base: Source | None = None
     statistics: Mapping[str, tuple[Statistic, ...]] = field(default_factory=dict[str, tuple[Statistic, ...]])
+    infinities: Infinities | None = None
 
     def compute_dtype(self) -> torch.dtype:
         """Return float64 if any source or the output has it, else float32."""
@@ -145,7 +151,6 @@ def run(
     if compiled is None:
         compiled = not kernels.unavailable()
     gate = _Gate(budget)
-    jobs = [_constant(job) for job in jobs]
 
     def operands(job: Job, method: Method) -> Operands:
         count = len(job.models) + (job.base is not None)
@@ -172,6 +177,11 @@ def run(
         )
 
     with _one_thread_each(), kernels.compiling(compiled), _pool(threads) as (pool, stopped):
+        visit = _stoppable(pool, stopped)
+        # A look at a tensor would be spoilt by infinities; methods without one meet them in their result.
+        looked_at = [job for job in jobs if job.method is not None and job.method.scope != "element"]
+        finite = dict(zip(map(id, looked_at), visit(without_shared_infinities, looked_at), strict=True))
+        jobs = [finite.get(id(job), job) for job in jobs]
         seen_all: dict[int, Any] = {}
         wide: dict[int, tuple[WholeModelMethod, list[Operands]]] = {}
         for job in jobs:
@@ -181,7 +191,7 @@ def run(
         for method, everything in wide.values():
             if id(method) not in needed:
                 continue
-            seen_all[id(method)] = method.observe_all(everything, _stoppable(pool, stopped))
+            seen_all[id(method)] = method.observe_all(everything, visit)
 
         def work(job: Job, spans: Sequence[tuple[int, int]] | None) -> None:
             if job.method is None:
@@ -199,10 +209,16 @@ def run(
                     seen = job.method.observe(source)
                 for start, stop in source.spans() if spans is None else spans:
                     _check_stopped(stopped)
-                    piece = source.at(start, stop)
-                    result = job.method.combine(piece, seen)
-                    check_finite(result, job, start, stop)
-                    sink.write_flat(job.key, start, result)
+                    result = job.method.combine(source.at(start, stop), seen)
+                    if job.method.scope == "element" and not fits(result, job.meta.dtype):
+                        mended = without_shared_infinities_between(job, start, stop)
+                        result = job.method.combine(operands(mended, job.method).at(start, stop), seen)
+                    else:
+                        mended = job
+                    check_finite(result, mended, start, stop)
+                    sink.write_flat(
+                        job.key, start, mended.infinities.put(result, start) if mended.infinities else result
+                    )
                     progress(round(share * (stop - start)))
 
         def careful(job: Job, spans: Sequence[tuple[int, int]] | None) -> None:
@@ -225,27 +241,6 @@ def run(
         # Tensors that one worker must do alone go first, the largest before others, so that none is left for the end.
         units.sort(key=lambda unit: unit[:2])
         _finish([pool.submit(careful, job, spans) for _, _, job, spans in units])
-
-
-def _constant(job: Job) -> Job:
-    """Return a job that copies, if a tensor holds infinities (a mask of attention) and is the same in every model.
-
-    Infinities are looked for among the first elements; a mask has some there. A tensor like this has no task vector, and would
-    spoil what methods find out about the rest of the model.
-    """
-    if job.method is None or not job.models:
-        return job
-    sources = [*job.models, *([job.base] if job.base else [])]
-    donor = sources[-1] if job.base else sources[0]
-    numel = donor.store.meta(donor.key).numel
-    sample = donor.store.read_flat(donor.key, 0, min(numel, _SAMPLE))
-    if not bool(torch.isinf(sample if sample.is_complex() else sample.float()).any()):
-        return job
-    for start, stop in _spans(numel, _BEST_CHUNK):
-        own = donor.store.read_flat(donor.key, start, stop)
-        if any(not torch.equal(own, one.store.read_flat(one.key, start, stop)) for one in sources if one is not donor):
-            return job
-    return Job(job.key, job.meta, None, (donor,))
 
 
 def _spans(numel: int, step: int) -> list[tuple[int, int]]:
@@ -271,23 +266,21 @@ def check_device(device: torch.device | str) -> None:
         ) from error
 
 
+def fits(result: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether a merged chunk is finite in a dtype."""
+    narrow = dtype.itemsize < 4 and dtype != torch.bfloat16
+    return kernels.all_finite(result.to(dtype).float() if narrow else result)
+
+
 def check_finite(result: Tensor, job: Job, start: int, stop: int) -> None:
     """Check that a merged chunk is finite in the output's dtype.
 
     Raises:
         WeightsError: naming the tensor, and the model that holds NaN or infinity, or the dtype that is too narrow.
     """
-    narrow = job.meta.dtype.itemsize < 4 and job.meta.dtype != torch.bfloat16
-    if kernels.all_finite(result.to(job.meta.dtype).float() if narrow else result):
+    if fits(result, job.meta.dtype):
         return
-    for source in [*job.models, *([job.base] if job.base else [])]:
-        values = source.store.read_flat(source.key, start, stop)
-        bad = int((~torch.isfinite(values if values.is_complex() else values.float())).sum())
-        if bad:
-            raise WeightsError(
-                f"{source.store.location}: tensor {source.key!r} holds non-finite values (NaN or infinity; {bad} between "
-                f"elements {start} and {stop}). One such model would spoil the whole merge; leave it out or train it again."
-            )
+    check_sources(job, start, stop)
     if bool(torch.isfinite(result).all()):
         raise WeightsError(
             f"Tensor {job.key!r} of the result does not fit into {job.meta.dtype}: its largest element is "
