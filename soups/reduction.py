@@ -1,18 +1,18 @@
-"""The one reduction Σ wᵢxᵢ, and the one rule for how it is rounded.
+"""The weighted sum Σ wᵢxᵢ behind every average in the package, and its rounding rule.
 
-The rule, for every average in the package (`recipes.uniform` and the other recipes, `merge("linear")` with and without its
-compiled loops, `SWA.value()`, WARM's and the other protocols' averages):
+Users of it: `recipes.uniform` and the other recipes, `merge("linear")` with and without the compiled loops, `SWA.value()`, WARM
+and the other protocols. The rule:
 
-1. Terms are added from the left, in the order in which the models come.
-2. The sum is kept in `accumulation_dtype`: float32 for 16- and 8-bit floats, float64 for wider ones. It becomes float64 when
-   the first wider model comes.
-3. Weights are float64 numbers. A term is x, converted to the sum's dtype, times its weight, converted likewise; the product
-   and the sum are rounded one after the other (no fused multiply-add, which would depend on where a vector loop ends).
-4. The sum is divided once, by Σ wᵢ added in float64, where a mean is asked for.
-5. The quotient is rounded once, to the dtype of the output.
+1. Terms are added from the left, in the order of the models.
+2. The sum has the dtype `accumulation_dtype`: float32 for 16- and 8-bit floats, float64 for wider floats. The first wider model
+   changes the sum to float64.
+3. Weights are float64 numbers. A term is the product of x and its weight, both converted to the sum's dtype. The product is
+   rounded, then the sum is rounded. There is no fused multiply-add, because it would depend on the end of a vector loop.
+4. For a mean, the sum is divided once by Σ wᵢ, which is added in float64.
+5. The quotient is rounded once, to the output's dtype.
 
-Each element is worked out by itself, so the bits depend on neither chunks nor threads. Copies of one model have that model
-as their mean, bit for bit, because n · x is exact in the sum's dtype.
+Each element is computed by itself, so the bits depend on neither chunks nor threads. The mean of copies of one model is that
+model, bit for bit, because n · x is exact in the sum's dtype.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def total_weight(weights: Iterable[float]) -> float:
 
 
 def term(values: Tensor, weight: float, dtype: torch.dtype) -> Tensor:
-    """Return weight · values in `dtype`, in memory of its own."""
+    """Return weight · values in `dtype`, as a new tensor."""
     product = values.detach().to(dtype, copy=True)
     return product if weight == 1 else product.mul_(weight)
 
@@ -104,7 +104,7 @@ class Sum:
         return divide_(self.total.clone(), divisor)
 
     def quotient_with(self, values: Tensor, weight: float, divisor: float) -> Tensor:
-        """Return what `quotient` would be after `add(values, weight)`, without adding."""
+        """Return the value of `quotient` after `add(values, weight)`, without adding."""
         wide = self._wide(values)
         product = term(values, weight, wide)
         if self.total is None:

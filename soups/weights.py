@@ -1,12 +1,12 @@
 """State-dict algebra and its rules.
 
-*Weights* here are a mapping from tensor name to tensor, as `Module.state_dict()` returns. The rules, which every part of
-the package follows:
+*Weights* are a mapping from tensor name to tensor, as `Module.state_dict()` returns. Every part of the package follows these
+rules:
 
-- floating tensors are averaged by the one reduction of `soups.reduction`, and written in the dtype that was asked for;
-- integer and bool tensors (`num_batches_tracked`, token ids) are not averaged: the first model's are copied;
-- keys are compared as sets before any work; a mismatch lists what is missing, unexpected and mis-shaped;
-- tensors that share storage (tied weights) are averaged once and stay tied.
+- Floating tensors are averaged by the reduction in `soups.reduction`, and written in the requested dtype.
+- Integer and bool tensors (`num_batches_tracked`, token ids) are copied from the first model.
+- Key sets are compared before any work. The error for a mismatch lists missing, unexpected and mis-shaped tensors.
+- Tensors that share storage (tied weights) are averaged once and stay tied.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Weights = Mapping[str, Tensor]
 
 
 def is_averaged(tensor: Tensor) -> bool:
-    """Tell whether a tensor takes part in averaging: floating and complex ones do, integer and bool ones do not."""
+    """Tell whether a tensor is averaged: floating and complex tensors are, integer and bool tensors are not."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
 def is_running_statistic(name: str) -> bool:
-    """Tell whether a buffer's name says that it is a running mean or variance, as BatchNorm's and its relatives' are.
+    """Tell whether a name is that of a running mean or variance, as in BatchNorm and similar layers.
 
-    These have a meaning when averaged; masks, tables, codebooks and the vectors of spectral norm do not.
+    An average of running statistics has a meaning. An average of masks, tables, codebooks or spectral norm vectors has none.
 
     >>> is_running_statistic("net.1.running_var"), is_running_statistic("mask"), is_running_statistic("weight_u")
     (True, False, False)
@@ -40,7 +40,7 @@ def is_running_statistic(name: str) -> bool:
 
 
 def tied_names(weights: Weights) -> dict[str, str]:
-    """Map each tensor name that repeats another tensor's memory to the first name that holds it.
+    """Map each repeated tensor name to the first name of the same memory.
 
     Two names are tied when they view the same memory with the same shape and strides.
 
@@ -62,7 +62,7 @@ def tied_names(weights: Weights) -> dict[str, str]:
 
 
 def describe_mismatch(expected: Weights, found: Weights, *, limit: int = 6) -> str:
-    """Return what differs in names, shapes and dtypes between two sets of weights; the empty string if nothing does.
+    """Describe the differences in names, shapes and dtypes between two sets of weights; return "" if there are none.
 
     >>> describe_mismatch({"a": torch.zeros(2)}, {"a": torch.zeros(3), "b": torch.zeros(1)})
     "1 unexpected ('b'); 1 mis-shaped ('a': expected (2,), found (3,))"
@@ -102,7 +102,7 @@ def check_same(expected: Weights, found: Weights, *, where: str) -> None:
         where: the file or model that `found` came from, for the message.
 
     Raises:
-        WeightsError: naming every kind of mismatch.
+        WeightsError: the weights differ; the message lists every kind of mismatch.
     """
     if problem := describe_mismatch(expected, found):
         raise WeightsError(
@@ -115,7 +115,7 @@ def check_finite(weights: Weights, *, where: str) -> None:
     """Check that no floating tensor holds NaN or infinity.
 
     Raises:
-        WeightsError: naming the file, the first tensor at fault and how many elements of it are not finite.
+        WeightsError: a tensor is not finite; the message names the file, the first such tensor and its number of such elements.
     """
     for name, tensor in weights.items():
         if is_averaged(tensor) and not bool(torch.isfinite(tensor).all()):
@@ -149,11 +149,11 @@ def hash_architecture(weights: Weights) -> str:
 
 
 class RunningSum:
-    """A weighted sum of whole models that gives the mean of what was added, and the mean it would have with one more.
+    """A weighted sum of whole models. It gives the mean of the added models, and the mean with one more model.
 
-    Sums and means are rounded by the rule of `soups.reduction`. Memory is one accumulator a tensor, however many models are
-    added. Means come back in the dtypes of the first model, with its integer tensors and its tied names. A model counts by
-    its `factor`: 1 unless said otherwise, and -1 takes out one that was added.
+    Sums and means are rounded by the rule of `soups.reduction`. Memory is one accumulator per tensor, for any number of models.
+    Means have the dtypes, integer tensors and tied names of the first model. `factor` is a model's weight in the sum: 1 by
+    default; -1 removes a model that was added.
 
     >>> total = RunningSum()
     >>> total.add({"w": torch.tensor([1.0])}); total.add({"w": torch.tensor([3.0])})
@@ -187,11 +187,11 @@ class RunningSum:
         self.total += factor
 
     def mean(self) -> dict[str, Tensor]:
-        """Return the mean of what was added so far."""
+        """Return the mean of the models added so far."""
         return self._divide(None, 0.0)
 
     def mean_with(self, weights: Weights, *, where: str = "an ingredient", factor: float = 1.0) -> dict[str, Tensor]:
-        """Return the mean over what was added and `factor` times `weights`, without adding them."""
+        """Return the mean of the added models and `factor` times `weights`, without adding `weights`."""
         if self.count == 0:
             single = RunningSum()
             single.add(weights, where=where, factor=factor)
