@@ -1,4 +1,4 @@
-"""`merge`: models in, one model out, in memory or on disk."""
+"""`merge` merges several checkpoints into one model, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from soups.stores.writer import DEFAULT_SHARD_BYTES
 
 
 def _carried(folder: Path) -> dict[str, bytes | Path]:
-    """Return the files that belong to a model and are not its weights; its configuration without quantisation."""
+    """Return a model's files other than its weights, with the quantisation removed from its configuration."""
     files: dict[str, bytes | Path] = dict(carried_files(folder))
     path = folder / "config.json"
     if "config.json" in files and b"quantization_config" in path.read_bytes():
@@ -73,29 +73,29 @@ def merge(
 ) -> dict[str, Tensor] | Path | str:
     """Merge checkpoints of any kind; return the weights, or write them.
 
-    Floating tensors are merged; integer and bool ones are copied from the base (or the first model); tied ones are merged
-    once. `linear` follows the rule of `soups.reduction`. Every other method computes in float32 (float64 for float64 models),
-    and its result is rounded once, to the output's dtype.
+    Floating tensors are merged. Integer and bool tensors are copied from the base model, or from the first model if there is no
+    base. Tied tensors are merged once. `linear` follows the rule of `soups.reduction`. Every other method computes in float32
+    (float64 for float64 models); its result is rounded once, to the output's dtype.
 
     Args:
-        method: a `Method`, the name of one, or either by pattern of tensor names.
-        models: whatever `open_store` takes.
-        base: the model that the others started from, for methods on task vectors.
-        statistics: each model's statistics, or the file of them, in the order of the models; for methods that need them.
-        out: a file (`.safetensors`, `.pt`, `.pth`, `.bin`, `.ckpt`), a folder, or an fsspec URL of one of these to make;
-            `None` returns the weights. A folder gets the configuration and tokenizer files of the base (or the first
-            model) where that is a folder.
-        dtype: of the output's floating tensors; the base's (or first model's) when `None`.
+        method: a `Method`, a method's name, or a mapping from patterns of tensor names to either.
+        models: the models to merge, in any form that `open_store` takes.
+        base: the base model of the task vectors, for methods that need one.
+        statistics: the statistics of each model, or their files, in the order of the models; for methods that need them.
+        out: the file (`.safetensors`, `.pt`, `.pth`, `.bin`, `.ckpt`), folder, or fsspec URL of either to write; `None` returns
+            the weights. A folder also gets the configuration and tokenizer files of the base model (or the first model), if
+            that is a folder.
+        dtype: the dtype of the output's floating tensors; `None`: the base model's (or first model's).
         budget: bytes of working memory.
-        threads: workers; one a core when `None`.
-        device: where to compute.
-        compiled: use the compiled C loops, which give the same bits faster; `None`: where they were built.
-        shard_bytes: most bytes in one file of a folder.
-        overwrite: replace what is at `out`.
-        rename: regular expressions and replacements, applied to the models' tensor names. Names that transformers itself
-            maps onto each other need none.
-        progress: called with the number of bytes of sources that were finished.
-        parameters: of the method, where it is given by its name.
+        threads: the number of threads; `None`: one per core.
+        device: the device to compute on.
+        compiled: use the compiled C kernels (bit-identical, faster); `None`: if available.
+        shard_bytes: the largest size of one file in a folder, in bytes.
+        overwrite: replace an existing output.
+        rename: regular expressions and replacements for the models' tensor names. Names that transformers itself maps onto
+            each other need none.
+        progress: called with the number of source bytes that were processed since the last call.
+        parameters: the method's parameters, if `method` is a name.
 
     Returns:
         The weights, or the path that was written.

@@ -1,7 +1,7 @@
-"""One tensor of every model, visited chunk by chunk, as often as a merge method likes.
+"""`Operands`: one tensor of every model, read chunk by chunk, as often as a merge method needs.
 
-Chunk borders are multiples of a block: `BLOCK` elements, or as many whole rows where a method needs whole rows. Sums over a
-tensor are made block by block, in order (`soups.merging.sums`). Therefore no result depends on the chunk size.
+Chunk borders are multiples of a block. A block has `BLOCK` elements, or about as many in whole rows if a method needs whole rows.
+Sums over a tensor are added block by block, in order (`soups.merging.sums`). No result depends on the chunk size.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ _HINT_CHUNKS = 8
 
 
 class Operands:
-    """One tensor of every model, visited chunk by chunk; iterating again reads again.
+    """One tensor of every model, read chunk by chunk. Each iteration reads it again.
 
     Args:
-        key: the name of the tensor that is being made.
-        shape: its shape, and every source's.
-        models: where each model's tensor is.
-        base: where the base's is, or `None`.
-        unit: what a chunk must not cut: nothing, a row, or the tensor.
-        chunk: most elements of one model in a chunk; rounded down to whole blocks, at least one.
+        key: the name of the output tensor.
+        shape: the shape of the output and of every source.
+        models: each model's source of the tensor.
+        base: the base model's source, or `None`.
+        unit: the part that a chunk never splits: an element, a row, or the tensor.
+        chunk: the most elements of one model in a chunk; rounded down to whole blocks, at least one.
         dtype: the dtype to compute in.
-        device: where to compute.
-        room: elements that a look at the tensor may hold, four bytes each; more must be streamed.
-        holding: bytes that the tensor's task vectors may take, so that they are read and transformed once.
-        into: the dtype that the result will be kept in; the one to compute in when `None`.
+        device: the device to compute on.
+        room: the most elements that `observe` may hold, four bytes each; larger tensors must be streamed.
+        holding: the most bytes of the tensor's task vectors to hold in memory, so that they are read and transformed once.
+        into: the dtype of the output; `None`: the dtype to compute in.
         statistics: the models' statistics for this tensor, by kind.
     """
 
@@ -92,11 +92,11 @@ class Operands:
             self.step = self.block * max(1, chunk // self.block)
 
     def spans(self) -> list[tuple[int, int]]:
-        """Return where the chunks begin and end."""
+        """Return the start and stop of each chunk."""
         return [(start, min(start + self.step, self.numel)) for start in range(0, self.numel, self.step)]
 
     def at(self, start: int, stop: int) -> Chunk:
-        """Read one chunk. Its tensors are this thread's buffers: they hold until the thread reads the next chunk."""
+        """Read one chunk. Its tensors are this thread's buffers, valid until the thread reads the next chunk."""
 
         return self._chunk(start, stop, _Stretch(self, start, stop))
 
@@ -116,7 +116,7 @@ class Operands:
         )
 
     def only(self, model: int) -> Operands:
-        """Return the same tensor with one of the models alone."""
+        """Return operands with the same tensor of one model only."""
         other = copy(self)
         other.models, other.attached = (self.models[model],), self.attached.only(model)
         return other
@@ -127,7 +127,7 @@ class Operands:
         return kernels.compiled(self.dtype, self.device)
 
     def hold(self) -> HeldOperands | None:
-        """Read the task vectors whole, if there is room for them; they hold until the thread holds another tensor's."""
+        """Read the whole task vectors, if `holding` allows; they are valid until the thread holds another tensor's."""
         count = len(self.models)
         if self.base is None or count * self.numel * self.dtype.itemsize > self.holding:
             return None
@@ -145,7 +145,7 @@ class Operands:
         return HeldOperands(self, held)
 
     def raw(self, source: Source, start: int, stop: int, slot: str = "raw") -> Tensor:
-        """Read elements as they are stored, into memory that the next such call with this slot uses again."""
+        """Read elements as they are stored, into memory that the next call with this slot reuses."""
         store, key = source
         small = stop - start <= LARGEST_BUFFER
         raw = store.read_flat(key, start, stop, buffer(slot, store.meta(key).dtype, stop - start) if small else None)
@@ -153,12 +153,12 @@ class Operands:
         return raw
 
     def hint(self, source: Source, start: int, stop: int) -> None:
-        """Tell the system what comes after a chunk."""
+        """Announce the read of the next chunk to the stores."""
         if stop < self.numel and start // self.step % _HINT_CHUNKS == 0:
             source.store.will_need(source.key, stop, min(stop + _HINT_CHUNKS * self.step, self.numel))
 
     def subtract(self, source: Source, base: Tensor, start: int, out: Tensor) -> None:
-        """Put a model's elements from `start` on, less the base's, into `out`."""
+        """Write a model's elements from `start` on, minus the base model's, into `out`."""
         kernels.difference(self.raw(source, start, start + base.numel()), base, out)
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -221,10 +221,10 @@ class _Stretch(NamedTuple):
 
 
 class HeldOperands(Operands):
-    """A tensor whose task vectors are in memory. Chunks are views of them.
+    """A tensor whose task vectors are in memory. Its chunks are views of them.
 
     Args:
-        like: how it is visited.
+        like: the operands with the same tensor and chunks.
         rows: the whole task vectors, shape (models, elements).
     """
 
@@ -235,7 +235,7 @@ class HeldOperands(Operands):
         self.rows = rows
 
     def only(self, model: int) -> HeldOperands:
-        """Return the same tensor with one of the models alone."""
+        """Return operands with the same tensor of one model only."""
         return HeldOperands(Operands.only(self, model), self.rows[model : model + 1])
 
     def at(self, start: int, stop: int) -> Chunk:

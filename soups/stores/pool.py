@@ -1,18 +1,19 @@
-"""The ingredient pool: a folder, or any fsspec URL, of finished fine-tunes that soups are made from.
+"""The pool: a folder or fsspec URL of finished fine-tunes, the ingredients of soups.
 
-Layout, one folder an ingredient, named by the fingerprint of what determines its weights::
+Each ingredient has a folder, named by its fingerprint::
 
     pool/
       ingredients/<fingerprint>/weights.safetensors, record.json
-      starts/<fingerprint>/…                    the shared (linear-probed) starting points
+      starts/<fingerprint>/…                    the base models and their linear probes
       predictions/<weights hash>-<split hash>.safetensors   logits, computed once
       failures/<fingerprint>.json               why a run failed; removed when it succeeds
 
-On local disks the whole folder is renamed into place, so an ingredient is there whole or not at all. Object stores (s3://)
-have no renaming and no locks. There the weights go up first, under a name with their hash, and then `record.json`, which
-names that file: one object, which appears whole or not at all. So two machines that make the same ingredient at once, with
-other bits for whatever reason, cannot mix; the first record stays where the store can create exclusively (AWS S3 and what
-follows it), and elsewhere the last one replaces it whole. Work that a lock would let one process do is done twice at worst.
+On a local disk a rename puts the whole folder in place, so an ingredient is either whole or absent.
+
+Object stores (s3://) have neither renames nor locks. There the weights are uploaded first, under a name with their hash.
+`record.json` follows; it names the weights file and is one object, so it is either whole or absent. If two machines make the
+same ingredient at once with different bits, their files cannot mix. Stores with exclusive creation (AWS S3 and compatible
+ones) keep the first record; other stores keep the last. Without locks, some work may be done twice.
 """
 
 from __future__ import annotations
@@ -45,11 +46,12 @@ class Pool:
     """Ingredients at a path or an fsspec URL (`s3://bucket/pool`, `memory://pool`).
 
     Attributes:
-        folder: the place itself.
-        url, local: where it is, and whether that is a disk of this machine.
+        folder: the pool's `SharedFolder`.
+        url: its path or URL.
+        local: whether it is on a disk of this machine.
 
     Raises:
-        StorageError: the place cannot be reached.
+        StorageError: the pool cannot be reached.
     """
 
     def __init__(self, url: str | Path) -> None:
@@ -60,10 +62,10 @@ class Pool:
         return self._exists("ingredients", fingerprint, RECORD)
 
     def check_writable(self) -> None:
-        """Write and remove a small file, so that a full or read-only place shows before work is spent.
+        """Write and remove a small file, to detect a full or read-only pool before any training.
 
         Raises:
-            StorageError: naming the place and the way out.
+            StorageError: the pool cannot be written.
         """
         self.folder.check_writable()
 
@@ -76,11 +78,11 @@ class Pool:
         return self._names("ingredients")
 
     def starts(self) -> list[Ingredient]:
-        """Return the records of all shared starts."""
+        """Return the records of all base models and their linear probes."""
         return [self._record("starts", name) for name in self._names("starts")]
 
     def find(self, beginning: str) -> str:
-        """Return the one fingerprint that begins so.
+        """Return the only fingerprint that begins with the given characters.
 
         Raises:
             StorageError: there is none, or more than one.
@@ -106,11 +108,11 @@ class Pool:
 
         Args:
             fingerprint: the ingredient.
-            verify: also compare the hash of all bytes, which takes longer than reading them.
+            verify: also compare the hash of all bytes; this takes longer than the read.
 
         Raises:
             StorageError: the file is absent or truncated; with `verify`, altered.
-            WeightsError: a tensor holds NaN or infinity, or names and shapes are not the recorded ones.
+            WeightsError: a tensor holds NaN or infinity, or names or shapes differ from the record.
         """
         return self._weights("ingredients", self.ingredient(fingerprint), verify)
 
@@ -124,7 +126,7 @@ class Pool:
         return SafetensorsStore(path if self.local else self.folder.files.unstrip_protocol(path))
 
     def weights_file(self, fingerprint: str) -> Path | None:
-        """Return where an ingredient's weights are, for reading a part of them; None on storage that is not local.
+        """Return the path of an ingredient's weights, for partial reads; None if the pool is not local.
 
         Raises:
             StorageError: the file is absent or has another size than its record says.
@@ -134,14 +136,14 @@ class Pool:
         )
 
     def start_file(self, weights_hash: str) -> Path | None:
-        """Return where the weights of a shared start are, by their hash; None if the pool lacks it or is not local."""
+        """Return the path of a base model's weights, by their hash; None if the pool lacks it or is not local."""
         for record in self.starts() if self.local else []:
             if record.weights == weights_hash and self._sized("starts", record.fingerprint):
                 return Path(self._path("starts", record.fingerprint, WEIGHTS))
         return None
 
     def add(self, record: Ingredient, weights: Weights) -> Ingredient:
-        """Add a finished ingredient; the fields that describe the weights are filled in. One that is there stays.
+        """Add a finished ingredient, and fill in the fields that describe its weights. An existing ingredient is kept.
 
         Raises:
             WeightsError: the weights hold NaN or infinity.
@@ -152,10 +154,10 @@ class Pool:
         return added
 
     def remove(self, fingerprint: str) -> None:
-        """Remove a finished ingredient. It is there whole or gone: what a crash leaves of it, no reader sees.
+        """Remove a finished ingredient. After a crash it is either whole or invisible to readers.
 
         Raises:
-            StorageError: there is none, or the place cannot be written.
+            StorageError: there is none, or the pool cannot be written.
         """
         if fingerprint not in self:
             self._record("ingredients", fingerprint)  # tells which there are
@@ -171,25 +173,25 @@ class Pool:
                 self.folder.files.rm(folder, recursive=True)
 
     def start(self, fingerprint: str) -> tuple[Ingredient, dict[str, Tensor]] | None:
-        """Return a shared start by the fingerprint of what determines it, or None."""
+        """Return a base model by its fingerprint, or None."""
         if not self._exists("starts", fingerprint, RECORD):
             return None
         record = self._record("starts", fingerprint)
         return record, self._weights("starts", record)
 
     def start_record(self, fingerprint: str) -> Ingredient | None:
-        """Return the record of a shared start, without reading its weights, or None."""
+        """Return the record of a base model, without reading its weights, or None."""
         return self._record("starts", fingerprint) if self._exists("starts", fingerprint, RECORD) else None
 
     def add_start(self, record: Ingredient, weights: Weights) -> Ingredient:
-        """Add a shared start; see `add`."""
+        """Add a base model; see `add`."""
         return self._add("starts", record, weights)
 
     @contextmanager
     def lock(self, name: str) -> Generator[None]:
-        """Hold a lock among the processes of one machine, so that shared work is done once.
+        """Hold a lock among the processes of one machine, so that only one of them does the work.
 
-        On object stores this does nothing: two may do the work, and one result is kept.
+        On object stores this has no effect: several processes may do the work, and one result is kept.
         """
         if not self.local:
             yield
@@ -207,20 +209,20 @@ class Pool:
             lock.release()
 
     def fail(self, failure: Failure) -> None:
-        """Record why a run failed, for those who will look."""
+        """Record the error of a failed run."""
         self.folder.write(f"failures/{failure.fingerprint}.json", failure.model_dump_json(indent=2).encode() + b"\n")
 
     def failure(self, fingerprint: str) -> Failure | None:
-        """Return why the last run of this ingredient failed, if it did."""
+        """Return the error of the ingredient's last run, or None."""
         if fingerprint in self or not self._exists("failures", f"{fingerprint}.json"):
             return None
         return Failure.model_validate_json(self.folder.read(f"failures/{fingerprint}.json"))
 
     def report_progress(self, name: str, done: dict[str, int]) -> None:
-        """Say how far the run of an ingredient is, for displays on any machine; not kept safe, and overwritten often.
+        """Record the progress of an ingredient's run, for displays on any machine. The file is overwritten often and not flushed.
 
         Raises:
-            StorageError: the place cannot be written.
+            StorageError: the pool cannot be written.
         """
         path = self._path("progress", f"{name}.json")
         with self.folder.errors():
@@ -231,24 +233,24 @@ class Pool:
                 self.folder.files.pipe_file(path, json.dumps(done).encode())
 
     def progress(self, name: str) -> dict[str, int] | None:
-        """Return how far the run of an ingredient is, or None when nothing is known."""
+        """Return the progress of an ingredient's run, or None if none is recorded."""
         try:
             return json.loads(self.folder.read(f"progress/{name}.json"))
         except (FileNotFoundError, json.JSONDecodeError):  # not begun, or just being written
             return None
 
     def forget_progress(self, name: str) -> None:
-        """Remove what `report_progress` left."""
+        """Remove the file of `report_progress`."""
         self.folder.remove(f"progress/{name}.json")
 
     def failures(self) -> list[Failure]:
-        """Return why runs failed whose ingredients are still missing, in the order of their fingerprints."""
+        """Return the errors of failed runs without a finished ingredient, in the order of their fingerprints."""
         names = self.folder.names("failures")
         whole = [name.removesuffix(".json") for name in names if name.endswith(".json")]
         return [failure for name in whole if (failure := self.failure(name))]
 
     def predictions(self, weights_hash: str, split_hash: str) -> Tensor | None:
-        """Return stored logits, float32 (N, classes), of some weights on a split, or None."""
+        """Return the stored logits, float32 (N, classes), of these weights on a split, or None."""
         name = _predictions(weights_hash, split_hash)
         if not self._exists(name):
             return None
@@ -259,7 +261,7 @@ class Pool:
                 return None
 
     def add_predictions(self, weights_hash: str, split_hash: str, logits: Tensor) -> None:
-        """Store logits of some weights on a split."""
+        """Store the logits of these weights on a split."""
         name = _predictions(weights_hash, split_hash)
         with self.folder.errors(), tempfile.TemporaryDirectory() as scratch:
             file = Path(self.folder.inner(name)) if self.local else Path(scratch) / "logits"
@@ -288,7 +290,7 @@ class Pool:
         return self._record(kind, record.fingerprint)
 
     def _publish(self, name: str, content: bytes) -> None:
-        """Make a record if there is none; where the storage cannot promise that, replace it whole."""
+        """Create a record if there is none. Storage without exclusive creation replaces it whole."""
         try:
             self.folder.create(name, content)
         except NotExclusiveError:

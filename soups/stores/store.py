@@ -1,4 +1,4 @@
-"""The one way to read a checkpoint: names first, then tensors, then slices of them, each only when asked for."""
+"""`Store`: the interface through which the package reads every checkpoint, lazily: names, then shapes, then slices of tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from soups.stores.sources import ByteSource, FileRow
 
 
 class TensorMeta(NamedTuple):
-    """What a header says of a tensor."""
+    """A tensor's shape and dtype, from the header."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -33,14 +33,14 @@ class TensorMeta(NamedTuple):
 class Store(ABC):
     """A checkpoint as lazily read tensors. Open it in a `with` block, or call `close`.
 
-    `location` says where it is, for messages; `metadata` is what the file says of itself, text to text. Reading needs
-    memory for the slice that was asked for and no more, and any thread may read.
+    `location` is the checkpoint's path or URL, for messages. `metadata` is the file's own metadata, text to text. A read needs
+    memory only for the requested slice. Any thread may read.
     """
 
     location: str
     metadata: Mapping[str, str] = {}
     unreadable: Mapping[str, str] = {}
-    """Tensors that are there and cannot be read, with their dtypes; to ask for one is an error that says so."""
+    """Tensors of unsupported dtypes, by name, with the dtype. Reading one is an error that names its dtype."""
 
     @abstractmethod
     def keys(self) -> list[str]:
@@ -58,7 +58,7 @@ class Store(ABC):
             key: the tensor's name.
             start: the first element.
             stop: one past the last element; the tensor's end when `None`.
-            out: a flat tensor whose memory may be used for the answer, if its dtype and size allow.
+            out: a flat tensor; its memory may hold the result if its dtype and size fit.
         """
 
     def read(self, key: str, rows: slice | None = None) -> Tensor:
@@ -76,7 +76,7 @@ class Store(ABC):
         return self.read_flat(key, first * width, last * width).reshape(last - first, *shape[1:])
 
     def declared_dtype(self, key: str) -> torch.dtype:
-        """Return the dtype to write a tensor in when none is asked for; its own, where reading changed none."""
+        """Return the default dtype of an output for this tensor: the stored dtype, unless the store changes it while reading."""
         return self.meta(key).dtype
 
     def tied(self) -> dict[str, str]:
@@ -84,15 +84,15 @@ class Store(ABC):
         return {}
 
     def identity(self, key: str) -> str | None:
-        """Return text that changes when the tensor's file does; `None` where nothing but the contents could tell."""
+        """Return text that changes when the tensor's file changes; `None` if only the contents could show a change."""
         return None
 
     def file_row(self, key: str, start: int) -> FileRow | None:
-        """Return where a tensor's elements from `start` on lie in a local file; `None` if they do not, one after another."""
+        """Return the location of a tensor's elements from `start` on in a local file; `None` if they are not contiguous there."""
         return None
 
     def will_need(self, key: str, start: int, stop: int) -> None:
-        """Say that elements `start:stop` of a tensor are read soon. A no-op where nothing can be done about it."""
+        """Announce a read of elements `start:stop` of a tensor. The store may read ahead."""
 
     def close(self) -> None:
         """Release the file."""
@@ -113,18 +113,18 @@ class Store(ABC):
         return {key: weights[tied.get(key, key)] for key in self.keys()}
 
     def absent(self, key: str) -> WeightsError:
-        """Return the error for a name that is not here."""
+        """Return the error for a name that the store does not have."""
         return WeightsError(f"{self.location} has no tensor {key!r}; {did_you_mean(key, self.keys()[:1000])}"[:1500])
 
 
 def headers(store: Store, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Return tensors without contents, for comparison by name, shape and dtype; all of them or some."""
+    """Return tensors on the meta device, for comparison by name, shape and dtype; all of them or some."""
     keys = store.keys() if names is None else names
     return {key: torch.empty(store.meta(key).shape, dtype=store.meta(key).dtype, device="meta") for key in keys}
 
 
 class Extent(NamedTuple):
-    """Where a tensor's elements lie in a file, contiguous and row-major."""
+    """The location of a tensor's elements in a file, contiguous and row-major."""
 
     source: ByteSource
     offset: int
@@ -132,7 +132,7 @@ class Extent(NamedTuple):
 
 
 class ExtentStore(Store):
-    """A store whose tensors are contiguous runs of bytes in files."""
+    """A store in which each tensor is one contiguous run of bytes in a file."""
 
     def __init__(
         self,
@@ -145,11 +145,11 @@ class ExtentStore(Store):
         self.unreadable = dict(unreadable or {})
 
     def keys(self) -> list[str]:
-        """Return the names of all tensors, tied ones and those that cannot be read included."""
+        """Return the names of all tensors, including tied and unreadable tensors."""
         return [*self._extents, *(name for name in self._tied if name not in self._extents), *self.unreadable]
 
     def extent(self, key: str) -> Extent:
-        """Return where a tensor's elements lie."""
+        """Return the location of a tensor's elements."""
         found = self._extents.get(self._tied.get(key, key))
         if found is None and key in self.unreadable:
             raise WeightsError(
@@ -171,12 +171,12 @@ class ExtentStore(Store):
         return source.read_tensor(offset + start * meta.dtype.itemsize, meta.dtype, stop - start, out)
 
     def identity(self, key: str) -> str | None:
-        """Return the file's place, size and time of change, and the offset in it."""
+        """Return the file's path, size and modification time, and the tensor's offset."""
         source, offset, _ = self.extent(key)
         return f"{source.identity}@{offset}"
 
     def file_row(self, key: str, start: int) -> FileRow | None:
-        """Return where a tensor's elements from `start` on lie."""
+        """Return the location of a tensor's elements from `start` on."""
         source, offset, meta = self.extent(key)
         if source.descriptor is None or self._tied.get(key, key) in self.indirect:
             return None
@@ -184,7 +184,7 @@ class ExtentStore(Store):
 
     @property
     def indirect(self) -> Collection[str]:
-        """Names of tensors whose bytes in the file are not their own: in another order, or of another sign."""
+        """Names of tensors with other bytes in the file: in another order, or with another sign."""
         return ()
 
     def will_need(self, key: str, start: int, stop: int) -> None:

@@ -1,4 +1,4 @@
-"""Views: a store seen under other names, or with other contents. `StoreView` passes through everything that a view keeps."""
+"""Views: stores that show another store under other names or with other contents. `StoreView` is their base class."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from soups.stores.store import Store, TensorMeta
 
 
 class StoreView(Store):
-    """Another store, seen differently. A subclass says where it differs; everything else is the store underneath.
+    """A store that shows another store with some differences. A subclass overrides the differences; the rest is passed through.
 
-    Names: override `original` (and `keys`). Contents: override `changes` and `compute`, with `change` where the contents can
-    be identified and `changed_meta` where shape or dtype differ. The methods for contents get the name that the store
-    underneath uses for the tensor, and of tied names the first: tied tensors therefore change together and stay tied.
+    - For other names, override `original` and `keys`.
+    - For other contents, override `changes` and `compute`; also `change` if the new contents can be identified, and
+      `changed_meta` if shape or dtype differ.
+
+    The methods for contents get the tensor's name in the underlying store. For tied names they get the first one. Tied tensors
+    therefore change together and stay tied.
 
     Args:
-        store: the store to read from; closed with this one.
-        beside: stores that are read together with it, under the same names. A tie survives if all of them have it. They are
-            not closed with this one.
+        store: the underlying store; closed with this one.
+        beside: stores that are read together with `store`, under the same names. A tie is kept only if all of them have it.
+            They are not closed with this one.
     """
 
     def __init__(self, store: Store, *beside: Store) -> None:
@@ -32,7 +35,7 @@ class StoreView(Store):
         self._beside = beside
 
     def original(self, key: str) -> str:
-        """Return the name in the store underneath of a tensor of this one; raise `absent` for a name that is unknown."""
+        """Return a tensor's name in the underlying store; raise `absent` for an unknown name."""
         return key
 
     def changes(self, name: str) -> bool:
@@ -41,7 +44,7 @@ class StoreView(Store):
         return False
 
     def change(self, name: str) -> str | None:
-        """Return text that decides how a tensor is changed; None where only the result could tell."""
+        """Return text that identifies the change of a tensor; None if only the result identifies it."""
         del name
         return None
 
@@ -51,7 +54,7 @@ class StoreView(Store):
 
     def compute(self, name: str, start: int, stop: int) -> Tensor:
         """Return elements `start:stop` of a changed tensor, row-major, in the dtype of `changed_meta`."""
-        raise NotImplementedError(f"{type(self).__name__} changes {name!r} and does not say how")
+        raise NotImplementedError(f"{type(self).__name__} changes {name!r} but does not override compute.")
 
     @cached_property
     def _ties(self) -> dict[str, str]:
@@ -62,13 +65,13 @@ class StoreView(Store):
         return ties
 
     def source(self, key: str) -> str:
-        """Return the name in the store underneath of a tensor of this one; of tied names the first."""
+        """Return a tensor's name in the underlying store; the first one for tied names."""
         name = self.original(key)
         return self._ties.get(name, name)
 
     @cached_property
     def unreadable(self) -> Mapping[str, str]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Tensors that are there and cannot be read, with their dtypes."""
+        """Tensors of unsupported dtypes, by name, with the dtype."""
         below = self.store.unreadable
         return {key: below[name] for key in (self.keys() if below else ()) if (name := self.source(key)) in below}
 
@@ -82,14 +85,14 @@ class StoreView(Store):
         return self.changed_meta(name) if self.changes(name) else self.store.meta(name)
 
     def declared_dtype(self, key: str) -> torch.dtype:
-        """Return the dtype to write a tensor in when none is asked for."""
+        """Return the default dtype of an output for this tensor."""
         name = self.source(key)
         if self.changes(name) and self.changed_meta(name).dtype != self.store.meta(name).dtype:
             return self.changed_meta(name).dtype
         return self.store.declared_dtype(name)
 
     def read_flat(self, key: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
-        """Return elements `start:stop` of a tensor, changed where this view changes it."""
+        """Return elements `start:stop` of a tensor, with this view's change."""
         name = self.source(key)
         if not self.changes(name):
             return self.store.read_flat(name, start, stop, out)
@@ -112,7 +115,7 @@ class StoreView(Store):
         return dict(self._tied)
 
     def identity(self, key: str) -> str | None:
-        """Return the identity of the tensor underneath, and of what this view does to it; None where either is not known."""
+        """Return the identity of the underlying tensor and of this view's change; None if either is unknown."""
         name = self.source(key)
         own = self.store.identity(name)
         if own is None or not self.changes(name):
@@ -121,28 +124,28 @@ class StoreView(Store):
         return None if change is None else f"{own}+{change}"
 
     def file_row(self, key: str, start: int) -> FileRow | None:
-        """Return where a tensor's elements from `start` on lie; None where the file's bytes are not the tensor's."""
+        """Return the location of a tensor's elements from `start` on; None if this view changes the tensor."""
         name = self.source(key)
         return None if self.changes(name) else self.store.file_row(name, start)
 
     def will_need(self, key: str, start: int, stop: int) -> None:
-        """Pass the hint on, within the tensor underneath."""
+        """Pass the hint to the underlying store, within the bounds of its tensor."""
         name = self.source(key)
         numel = self.store.meta(name).numel
         if start < numel:
             self.store.will_need(name, start, min(stop, numel))
 
     def close(self) -> None:
-        """Close the store underneath."""
+        """Close the underlying store."""
         self.store.close()
 
 
 class RenamedStore(StoreView):
-    """A store seen under other names.
+    """A store with other tensor names.
 
     Args:
         store: the store to read from; closed with this one.
-        rename: from a name in the store to the name to show, or `None` to leave the tensor out.
+        rename: maps a name in the store to the new name, or to `None` to leave the tensor out.
 
     Raises:
         WeightsError: two tensors get the same name.
@@ -167,18 +170,18 @@ class RenamedStore(StoreView):
         return list(self._original)
 
     def original(self, key: str) -> str:
-        """Return a tensor's name in the store underneath."""
+        """Return a tensor's name in the underlying store."""
         if key not in self._original:
             raise self.absent(key)
         return self._original[key]
 
 
 class AliasedStore(StoreView):
-    """A store in which some tensors are also there under other names.
+    """A store in which some tensors have a second name.
 
     Args:
         store: the store to read from; closed with this one.
-        aliases: from a new name to a name in the store.
+        aliases: maps a new name to a name in the store.
     """
 
     def __init__(self, store: Store, aliases: Mapping[str, str]) -> None:
@@ -186,9 +189,9 @@ class AliasedStore(StoreView):
         self.aliases = dict(aliases)
 
     def keys(self) -> list[str]:
-        """Return the names, then the new ones."""
+        """Return the store's names, then the new names."""
         return [*self.store.keys(), *self.aliases]
 
     def original(self, key: str) -> str:
-        """Return a tensor's name in the store underneath."""
+        """Return a tensor's name in the underlying store."""
         return self.aliases.get(key, key)
