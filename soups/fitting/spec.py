@@ -1,21 +1,21 @@
-"""What decides the weights of a fit, as one typed description: `FitSpec`, and the only fingerprint.
+"""`FitSpec`: the typed description of all settings that decide a fit's weights, and the fingerprint of a fit.
 
-    spec = FitSpec.of(configuration)                # of a command's whole configuration
-    spec.with_(seed=3, optimizer={"lr": 1e-4})      # the same fit, changed: sections are merged, and checked again
+    spec = FitSpec.of(configuration)                # from a command's whole configuration
+    spec.with_(seed=3, optimizer={"lr": 1e-4})      # a changed copy: sections are merged and checked again
     spec.with_(data=section)                        # `model`, `data` and `callbacks` sections are replaced
-    spec.on(split=splits.hash(), base_model=hash)   # by content: see below
-    fingerprint(spec)                               # of runs, sweeps and protocol nodes alike
-    spec.plain(); FitSpec.read(values)              # as JSON values (a node's parameters), and back
+    spec.on(split=splits.hash(), base_model=hash)   # data and base model by content: see below
+    fingerprint(spec)                               # the same function for runs, sweeps and protocol nodes
+    spec.plain(); FitSpec.read(values)              # to JSON values (a node's parameters), and back
 
-Everything in the description decides the weights; nothing else does. `train(spec, layout, base_model)` reads the rest from
-a `Layout` (paths, devices, tracking, loader workers), which changes results by rounding at most.
+Every field decides the weights, and no other setting does. `train(spec, layout, base_model)` reads the other settings from a
+`Layout` (paths, devices, tracking, loader workers). The layout changes results by rounding at most.
 
-**By content.** Data and base model are named by sections first: `data`, `model` with its `pretrained`, and `start`. Once
-`split` (hash of the samples) and `base_model` (hash of its weights) are known they stand for these sections in the
-fingerprint, so a data folder may move, and two ways to one base model are one.
+**Content.** At first, sections describe the data and the base model: `data`, `model` with its `pretrained`, and `start`. Once the
+hashes `split` (of the samples) and `base_model` (of the weights) are known, they replace these sections in the fingerprint. A
+data folder may therefore move, and two configurations with the same base model have the same fingerprint.
 
-**Validation.** With callbacks in the fit, when and on how much it validates can decide the weights (early stopping), so
-that `validation` is part of the description then, and of the layout otherwise.
+**Validation.** A callback can end the fit at a validation (early stopping). With callbacks, the times and size of validation are
+therefore part of the description, as `validation`. Without callbacks they belong to the layout.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Optimizer(Section):
 
 
 class Task(Section):
-    """What the loss is and which layers stay as they are."""
+    """The loss, BatchNorm freezing and the memory format."""
 
     label_smoothing: ShareBelowOne = 0.0
     freeze_batchnorm: Flag = True
@@ -90,7 +90,7 @@ class Augment(Section):
 
 
 class Start(Section):
-    """How the base model is made: a linear probe, then epochs that all ingredients have in common."""
+    """The making of the base model: a linear probe, then epochs that all ingredients share."""
 
     probe: Flag
     seed: Seed
@@ -119,7 +119,7 @@ class TrainerSpec(Section):
 
 
 class Validation(Section):
-    """When and on how much a fit validates."""
+    """The times of validation, and the number of validation batches."""
 
     check_val_every_n_epoch: Count | None = 1
     limit_val_batches: int | float | None = None
@@ -127,14 +127,14 @@ class Validation(Section):
 
 
 class LoaderSpec(Section):
-    """Size of the input (side of an image in pixels, or most tokens of a text) and of a batch over all devices."""
+    """The input's size (an image's side in pixels, or a text's most tokens) and the global batch size."""
 
     size: Count
     batch_size: Count
 
 
 class ProbeSpec(Section):
-    """What decides the weights of the linear probe: the base model before its shared epochs."""
+    """The settings that decide the weights of the linear probe, which is the base model before its shared epochs."""
 
     model: Target
     probe: Flag
@@ -143,23 +143,23 @@ class ProbeSpec(Section):
     split: str
 
     def determinants(self) -> dict[str, Any]:
-        """Return what the fingerprint is made of."""
+        """Return the values that the fingerprint is computed from."""
         return {"training_version": TRAINING_VERSION, **self.plain()}
 
 
 class FitSpec(Section):
-    """One fit.
+    """The settings that decide the weights of one fit.
 
     Attributes:
         model, data: sections with `_target_`.
-        seed: of the order of the data, augmentation and dropout.
-        task, optimizer, augment, loader, trainer: sections as in `conf/train.yaml`, without what does not decide weights.
+        seed: the seed of data order, augmentation and dropout.
+        task, optimizer, augment, loader, trainer: sections as in `conf/train.yaml`, reduced to settings that decide weights.
         validation: see the module; None without callbacks.
         callbacks: sections with `_target_`, by name.
-        keep: what the fit leaves: "raw" for the last weights, or the name of an average that a callback keeps.
-        start: how the base model is made; None where the caller has the base model.
-        base_model: hash of the base model's weights, once it is known.
-        split: hash of the data, once they are known.
+        keep: the weights to keep: "raw" for the last weights, or the name of a callback's average.
+        start: the making of the base model; None if the caller provides the base model.
+        base_model: the hash of the base model's weights; None until it is known.
+        split: the hash of the data; None until it is known.
     """
 
     model: Target
@@ -179,7 +179,7 @@ class FitSpec(Section):
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Self:
-        """Return the description that `plain` wrote.
+        """Return the description from the values of `plain`.
 
         Raises:
             ConfigError: an unknown name, or a value that is not allowed.
@@ -187,7 +187,7 @@ class FitSpec(Section):
         return checked(cls, dict(values))
 
     def with_(self, **changes: Any) -> Self:
-        """Return the description with some fields changed.
+        """Return a copy of the description with changed fields.
 
         A mapping is merged into a section (`optimizer={"lr": 1e-4}`); `model`, `data` and `callbacks` are replaced whole.
 
@@ -202,11 +202,11 @@ class FitSpec(Section):
         return checked(type(self), values)
 
     def on(self, split: str | None = None, base_model: str | None = None) -> Self:
-        """Return the description with data and base model named by their content."""
+        """Return a copy of the description with the hashes of data and base model."""
         return self.model_copy(update={"split": split or self.split, "base_model": base_model or self.base_model})
 
     def determinants(self) -> dict[str, Any]:
-        """Return what the fingerprint is made of: every field, `data` and `start` by content where that is known."""
+        """Return the fingerprint's values: every field, with `data` and `start` replaced by their hashes once known."""
         found = self.plain()
         model = {key: value for key, value in self.model.items() if key != "pretrained" or self.base_model is None}
         determined: dict[str, Any] = {
@@ -225,10 +225,10 @@ class FitSpec(Section):
         return determined
 
     def probe(self) -> ProbeSpec:
-        """Return what decides the linear probe.
+        """Return the description of the linear probe.
 
         Raises:
-            ConfigError: the description has no `start`, or the data are not known by content.
+            ConfigError: the description has no `start` or no `split`.
         """
         start, split = self._start(), self.split
         if split is None:
@@ -236,7 +236,7 @@ class FitSpec(Section):
         return ProbeSpec(model=self.model, probe=start.probe, seed=start.seed, size=self.loader.size, split=split)
 
     def shared_epochs(self, probe: str) -> Self:
-        """Return the fit of the epochs that all ingredients have in common, from the linear probe with this weights hash."""
+        """Return the fit of the shared epochs, which starts from the linear probe with this weights hash."""
         start = self._start()
         values = self.plain()
         return checked(
@@ -262,15 +262,15 @@ class FitSpec(Section):
 
 
 class Determined(Protocol):
-    """A description of what decides a fit: `FitSpec`, `ProbeSpec`, or one of a program that is not ours."""
+    """A description of the settings that decide a fit: `FitSpec`, `ProbeSpec`, or that of a user's own program."""
 
     def determinants(self) -> dict[str, Any]:
-        """Return what the fingerprint is made of, as JSON values."""
+        """Return the values that the fingerprint is computed from, as JSON values."""
         ...
 
 
 def fingerprint(spec: Determined) -> str:
-    """Return the name of a fit's result: SHA-256 (hex) of what decides it.
+    """Return the name of a fit's result: the SHA-256 (hex) of its determinants.
 
     >>> values = {"model": {"_target_": "m"}, "data": {"_target_": "d"}, "seed": 0, "task": {}, "augment": None}
     >>> values |= {"optimizer": {"name": "sgd", "lr": 1, "weight_decay": 0, "warmup": 0, "schedule": "constant"}}

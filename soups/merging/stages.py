@@ -1,9 +1,9 @@
-"""Merging as a product of stages: transform each task vector, agree on signs, reduce, scale.
+"""Merging in stages: transform each task vector, elect signs, reduce, scale.
 
 θ = θ_0 + λ · reduce(consensus(transform(τ_1), …, transform(τ_T))),  τ_t = θ_t − θ_0.
 
-Task arithmetic, TIES, DARE, DELLA and Breadcrumbs, and the variants that public codes made of them, are settings of
-`TaskVectors`. Each transform states its scope; what needs a whole tensor or model is looked up in a pass of its own.
+Task arithmetic, TIES, DARE, DELLA, Breadcrumbs and their variants in public implementations are settings of `TaskVectors`. Each
+transform states its scope. A transform that needs a whole tensor or model observes it in a separate pass.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from soups.merging.transforms import Keep, KeepNorm, Transform, WholeModelTransf
 
 @dataclass(frozen=True)
 class Elect:
-    """Sign election (TIES, section 4, step 2): each element's sign is that of the sum, and who disagrees is left out.
+    """Sign election (TIES, section 4, step 2): the sum decides an element's sign; task vectors of another sign are left out.
 
     Attributes:
-        weighted: whether weights vote too.
-        zero: the sign where the sum is zero: plus, none (nobody agrees), or the whole model's majority, which the paper's
-            code takes (and minus where that is zero as well).
+        weighted: whether the sum is weighted by the models' weights.
+        zero: the sign for a sum of zero: plus; none, so that all task vectors are left out; or the majority sign of the whole
+            model, as in the paper's code (minus if that majority is zero too).
     """
 
     weighted: bool = False
@@ -43,13 +43,13 @@ Reduce = Literal["sum", "mean", "count"]
 
 
 class Seen(NamedTuple):
-    """What a look at a tensor, or at the model, found.
+    """The result of observing a tensor or the whole model.
 
     Attributes:
-        states: each transform's.
-        majority: the sign that ties between signs get.
-        held: the task vectors, shape (models, n), where there was room for them.
-        transformed: whether those are transformed already.
+        states: the transform's state for each model.
+        majority: the sign for sums of zero.
+        held: the task vectors, shape (models, n), if they fit in memory.
+        transformed: whether `held` is already transformed.
     """
 
     states: Sequence[Any]
@@ -63,11 +63,11 @@ class TaskVectors(WholeModelMethod):
     """θ_0 + λ · reduce(consensus(transform(τ_t))).
 
     Attributes:
-        transform: what is done to each task vector.
-        weight: one for all models or one for each.
+        transform: the transform of each task vector.
+        weight: one weight for all models, or one for each.
         consensus: sign election, or `None`.
-        reduce: the weighted sum; or divided by the sum of the weights of those that agree; or by how many agree (an
-            element that is zero agrees with nobody).
+        reduce: "sum": the weighted sum. "mean": that sum divided by the agreeing models' total weight. "count": that sum divided
+            by the number of agreeing models. An element that is zero does not agree.
         scale: λ.
     """
 
@@ -81,17 +81,17 @@ class TaskVectors(WholeModelMethod):
 
     @property
     def unit(self) -> Unit:
-        """What the transform must see whole."""
+        """The unit that the transform needs whole."""
         return self.transform.unit
 
     @property
     def scope(self) -> Scope:
-        """The transform's scope; the model's where ties between signs are decided by the whole model."""
+        """The transform's scope, or "model" if the whole model decides the sign for sums of zero."""
         majority = self.consensus is not None and self.consensus.zero == "majority"
         return "model" if majority else self.transform.scope
 
     def observe(self, operands: Operands) -> Seen:
-        """Look at each model's tensor by itself, and transform it at once where there is room to keep it."""
+        """Observe each model's tensor, and transform it at once if it can be held in memory."""
         source = operands.hold() if self.transform.revisits or not operands.compiled else None
         if source is None:
             return Seen(self.transform.observe(operands))
@@ -106,7 +106,7 @@ class TaskVectors(WholeModelMethod):
         return Seen(states, held=source.rows)
 
     def observe_all(self, operands: Sequence[Operands], map: Map) -> Seen:
-        """Look at each model by itself, then at the signs' majority where it is asked for."""
+        """Observe each model, then the majority sign if the consensus needs it."""
         transform = self.transform
         if not isinstance(transform, WholeModelTransform) or transform.scope != "model":
             raise ConfigError("A majority over the model needs a transform of scope model; use zero='plus' or 'none'.")
@@ -127,7 +127,7 @@ class TaskVectors(WholeModelMethod):
         return [self.transform.apply(delta, states[i], chunk, i) for i, delta in enumerate(chunk.deltas())]
 
     def _vote(self, chunk: Chunk, seen: Seen | None) -> tuple[list[Tensor], Tensor]:
-        """Return the transformed task vectors, weighted if weights vote, and the sum that decides the sign."""
+        """Return the transformed task vectors (weighted if `weighted`) and the sum that decides the sign."""
         taus = self._transformed(chunk, seen)
         if self.consensus is not None and self.consensus.weighted:
             for tau, weight in zip(taus, per_model(self.weight, len(taus)), strict=True):
@@ -154,7 +154,7 @@ class TaskVectors(WholeModelMethod):
         return merged.add_(chunk.base)
 
     def _choices(self, chunk: Chunk, seen: Seen | None) -> list[Choice] | None:
-        """Return what the transform does to each model's chunk, if all that can be one compiled loop."""
+        """Return the transform's choice for each model's chunk, if one compiled loop can compute the merge."""
         if not chunk.compiled or (seen is not None and seen.held is not None and seen.transformed):
             return None
         return choices_of(self.transform, [None] * chunk.count if seen is None else seen.states, chunk)
@@ -229,15 +229,15 @@ def mergekit_form(
     rescale: bool,
     elect: bool,
 ) -> TaskVectors:
-    """Return what mergekit makes of a transform, in all methods of its task arithmetic.
+    """Return mergekit's form of a task-arithmetic method with this transform.
 
     Args:
-        transform: what is done to each task vector.
-        weight: one for all models or one for each; they vote.
+        transform: the transform of each task vector.
+        weight: one weight for all models, or one for each; the weights count in the sign election.
         scale: mergekit's `lambda`.
-        normalize: divide by the sum of the weights, of those that agree if there is an election.
+        normalize: divide by the sum of the weights; with an election, by the weights of the agreeing models.
         rescale: restore each task vector's L1 norm, tensor by tensor.
-        elect: elect signs, plus where the sum is zero.
+        elect: elect signs, with plus for a sum of zero.
     """
     return TaskVectors(
         KeepNorm(transform) if rescale else transform,

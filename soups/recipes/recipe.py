@@ -1,7 +1,7 @@
-"""What every recipe takes and gives: candidates, a held-out score, and a soup with the record of how it came about.
+"""The interface of recipes: candidates and a held-out score as input, a soup with a record of its decisions as output.
 
-A recipe is a function of (candidates, score) and options of its own. What else it needs it names as a parameter, and
-gets as a plain callable or value: `gradient`, `predict`, `labels`, `start`, `fisher`, `on_step`. None of them knows of
+A recipe is a function of the candidates, the score and its own options. It names further inputs as parameters: `gradient`,
+`predict`, `labels`, `start` (the base model), `fisher`, `on_step`. They are plain callables or values, so no recipe depends on
 pools, Hydra or Lightning.
 """
 
@@ -34,10 +34,10 @@ Fisher = Callable[[Weights], dict[str, Tensor]]
 
 
 class Trial(NamedTuple):
-    """What became of a trial soup: its score, whether it is kept, and the share of the samples that this took.
+    """The result of a trial soup: its score, whether it is kept, and the share of held-out samples that were evaluated.
 
-    Of one that was dropped early (`soups.recipes.racing`), the score is what it would be if it did like the one to beat
-    on the samples that were not looked at.
+    A race (`soups.recipes.racing`) can drop a trial soup early. Its score then assumes the best soup's results on the remaining
+    samples.
     """
 
     score: float
@@ -47,19 +47,19 @@ class Trial(NamedTuple):
 
 @runtime_checkable
 class Judge(Protocol):
-    """Decides whether a trial soup reaches a score, if possible from part of the samples; `racing.Race` is one."""
+    """Decides whether a trial soup reaches a score, from part of the samples if possible; for example `racing.Race`."""
 
     def decide(self, weights: Weights, to_reach: float, ties: Ties) -> Trial:
-        """Return the decision on some weights; `to_reach` is the last kept one's score, -inf at the start."""
+        """Return the decision on these weights; `to_reach` is the score of the last kept soup, -inf for the first trial."""
         ...
 
 
 class Gradient(Protocol):
-    """The loss of some weights on one batch of the held-out split, and its derivatives."""
+    """The loss of given weights on one batch of the held-out split, and its derivatives."""
 
     @property
     def batches(self) -> int:
-        """How many batches the split has."""
+        """The number of batches in the split."""
         ...
 
     def __call__(self, weights: Weights, batch: int, beta: float) -> Slope:
@@ -69,13 +69,13 @@ class Gradient(Protocol):
 
 @dataclass(frozen=True)
 class Candidate:
-    """One ingredient to choose from.
+    """One ingredient that a recipe may select.
 
     Attributes:
-        name: shown to people.
-        score: its own held-out score; larger is better.
-        load: reads its weights.
-        open: opens its weights for reading one tensor at a time; when absent, `load` serves.
+        name: the name in reports.
+        score: the ingredient's own held-out score; larger is better.
+        load: reads the weights.
+        open: opens the weights as a store, to read one tensor at a time; `None`: use `load`.
     """
 
     name: str
@@ -90,10 +90,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Step:
-    """One decision: the candidate, the soup's held-out score with it, the score to reach, and whether it stayed.
+    """One decision: the candidate, the soup's held-out score with it, the score to reach, and whether it was kept.
 
-    For `action` "remove" the score is the soup's without the candidate, and `kept` says whether it was taken out.
-    `evaluated` is the share of the held-out samples that the decision took; `Trial` says what the score is below 1.
+    For `action` "remove", the score is the soup's score without the candidate, and `kept` is true if it was removed.
+    `evaluated` is the share of held-out samples that were evaluated; see `Trial` for the score of a share below 1.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Point:
-    """One point of a path that a recipe searched: its position, held-out score, and how to make its weights again."""
+    """One point of a searched path: its position, its held-out score, and a function that makes its weights."""
 
     position: float
     score: float
@@ -116,19 +116,19 @@ class Point:
 
 @dataclass(frozen=True)
 class Soup:
-    """Averaged weights and how they came about.
+    """Averaged weights, with the recipe's decisions.
 
     Attributes:
         weights: the average.
-        members: names of the ingredients in it, in the order they were added.
-        score: its held-out score.
-        steps: the decisions of a search in their order.
-        coefficients: the share of each member (and of "start", where it takes part); they sum to 1.
-        by_tensor: shares by tensor and member, where they differ between tensors.
+        members: the names of the soup's ingredients, in the order in which they were added.
+        score: the soup's held-out score.
+        steps: the decisions of a search, in order.
+        coefficients: the share of each ingredient (and of the base model as "start", if it has one); they sum to 1.
+        by_tensor: shares by tensor and ingredient, if they differ between tensors.
         path: the points of a searched path, in the order of their positions.
-        path_label: what the position on the path is.
-        details: further findings by name.
-        note: how it was made, in a few words for the table.
+        path_label: the meaning of a position on the path.
+        details: further results by name.
+        note: a short description of the soup, for the table.
     """
 
     weights: dict[str, Tensor]
@@ -144,7 +144,7 @@ class Soup:
 
 
 def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return the candidates in falling order of their own score, equal ones in the order given.
+    """Return the candidates by their own score, best first; equal candidates keep their order.
 
     Raises:
         ConfigError: there are none.
@@ -159,10 +159,10 @@ def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Check an option that is one of several words.
+    """Check that an option has one of the allowed values.
 
     Raises:
-        ConfigError: naming what is allowed.
+        ConfigError: it has not; the message lists the allowed values.
     """
     if value not in allowed:
         what = {"ties": "tie rule"}.get(name, name)
@@ -175,7 +175,7 @@ def reaches(value: float, best: float, ties: str) -> bool:
 
 
 def decide(score: Score | Judge, weights: Weights, to_reach: float, ties: Ties) -> Trial:
-    """Return whether some weights are kept: a judge decides, a plain score is compared."""
+    """Decide whether to keep weights: by the judge, or by comparing a plain score."""
     if isinstance(score, Judge):
         return score.decide(weights, to_reach, ties)
     value = score(weights)
@@ -183,7 +183,7 @@ def decide(score: Score | Judge, weights: Weights, to_reach: float, ties: Ties) 
 
 
 def mixed(parts: Sequence[tuple[str, Callable[[], Weights], float]]) -> dict[str, Tensor]:
-    """Return the average of (name, load, share): one model in memory at a time beside the sum.
+    """Return the average of (name, load, share), with one model in memory at a time beside the sum.
 
     The shares are divided by their sum.
     """
@@ -199,7 +199,7 @@ def line(first: Weights, second: Weights, share: float, *, where: str = "the oth
 
 
 def grid(points: int, alpha: float | None = None) -> list[float]:
-    """Return `points` positions from 0 to 1, evenly spaced and rounded to what they are meant to be, and `alpha`.
+    """Return `points` evenly spaced positions from 0 to 1, rounded to 12 decimals, and `alpha`.
 
     >>> grid(6), grid(3, 0.3)
     ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [0.0, 0.3, 0.5, 1.0])
@@ -221,13 +221,13 @@ def walk(
     positions: Sequence[float],
     prefer: Callable[[float], float],
 ) -> tuple[Point, list[Point]]:
-    """Return the best point of a path, and all of them.
+    """Return the best point of a path, and all points.
 
     Args:
-        make: from a position to the weights there.
-        score: held-out score of some weights; larger is better.
-        positions: of the points.
-        prefer: among equally good points the one of the larger value is the best.
+        make: makes the weights at a position.
+        score: the held-out score of weights; larger is better.
+        positions: the positions of the points.
+        prefer: of equally good points, the point with the larger value is the best.
     """
     points = Points([[position] for position in positions])
     found = search(lambda point: make(point[0]), score, points, prefer=lambda point: prefer(point[0]))
@@ -251,10 +251,10 @@ def options_of(recipe: Callable[..., Soup]) -> dict[str, Any]:
 
 
 def needs_of(recipe: Callable[..., Soup]) -> set[str]:
-    """Return what a recipe takes besides candidates and score, options apart."""
+    """Return the names of a recipe's inputs other than the candidates, the score and its options."""
     return {name for name in inspect.signature(recipe).parameters if name in GIVEN[2:]}
 
 
 def is_required(recipe: Callable[..., Soup], name: str) -> bool:
-    """Tell whether a recipe cannot do without one of its parameters."""
+    """Tell whether a recipe's parameter has no default."""
     return inspect.signature(recipe).parameters[name].default is inspect.Parameter.empty
