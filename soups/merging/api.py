@@ -14,6 +14,7 @@ from torch import Tensor
 
 from soups.errors import ConfigError
 from soups.merging.attaching import check_weights
+from soups.merging.keeping import decides_vocabulary, is_kept, untied_by_keeping
 from soups.merging.methods import make_method
 from soups.merging.output import execute
 from soups.merging.plan import Methods, plan_merge
@@ -68,6 +69,7 @@ def merge(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     rename: Mapping[str, str] | None = None,
+    keep: Sequence[str] = (),
     progress: Callable[[int], None] = lambda _: None,
     **parameters: Any,
 ) -> dict[str, Tensor] | Path | str:
@@ -94,6 +96,9 @@ def merge(
         overwrite: replace an existing output.
         rename: regular expressions and replacements for the models' tensor names. Names that transformers itself maps onto
             each other need none.
+        keep: patterns of tensor names, such as `["classifier.*"]`. Matching tensors are taken unchanged from the base model (or
+            the first model) and are ignored in the other models, whose heads may differ in size or be absent. The names are
+            the base model's, after `rename`.
         progress: called with the number of source bytes that were processed since the last call.
         parameters: the method's parameters, if `method` is a name.
 
@@ -125,12 +130,17 @@ def merge(
         check_weights(stores, found)
         folder = folder_of(start or stores[0])
         stores, start = _under_one_set_of_names(stores, start, rename)
-        plan = plan_merge(method, stores, start, dtype=dtype, statistics=found if statistics is not None else None)
+        keep = (keep,) if isinstance(keep, str) else tuple(keep)
+        read = found if statistics is not None else None
+        plan = plan_merge(method, stores, start, dtype=dtype, statistics=read, keep=keep)
         metadata = {"soups.merge": json.dumps({"method": repr(method), "models": [store.location for store in stores]})}
         files = _carried(folder) if folder else {}
         if isinstance(path := files.get("config.json"), Path):
-            donors = [start] if start is not None else stores
-            files["config.json"] = adapted_configuration(path, [*donors, *stores], plan.tied) or path
+            donor = start or stores[0]
+            kept = [name for name in donor if is_kept(name, keep)]
+            makers = [donor] if decides_vocabulary(kept) else [donor, *stores]
+            untied = untied_by_keeping(donor, kept)
+            files["config.json"] = adapted_configuration(path, makers, plan.tied, untied) or path
         return execute(
             plan,
             out,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from soups.errors import ConfigError, WeightsError
 from soups.merging.attaching import Attachments
+from soups.merging.keeping import is_kept, keep_hint, kept_names, kept_ties
 from soups.merging.method import Method
 from soups.merging.methods import make_method
 from soups.merging.operands import Source
@@ -82,6 +83,7 @@ def plan_merge(
     *,
     dtype: torch.dtype | None = None,
     statistics: Sequence[Statistics] | None = None,
+    keep: Sequence[str] = (),
 ) -> MergePlan:
     """Check that models fit each other and return what is to be made of which tensors. Only headers are read.
 
@@ -94,11 +96,14 @@ def plan_merge(
         base: the base model's.
         dtype: of the output's floating tensors; the base's (or first model's) when `None`.
         statistics: each model's, in the order of the models, for methods that need them.
+        keep: patterns of tensor names. Tensors that match are the base's (or first model's) as they are, dtype included, and
+            are ignored in the other models.
 
     Raises:
-        WeightsError: models differ in names, shapes or kinds; complex numbers that a method cannot merge; statistics of other
+        WeightsError: models differ in names, shapes or kinds of tensors that are not kept; complex numbers that a method cannot merge; statistics of other
             weights, of other shapes, or of some models only.
-        ConfigError: the number of models, the lack of a base or of statistics does not suit a method.
+        ConfigError: the number of models, the lack of a base or of statistics does not suit a method;
+            a pattern of `keep` matches no tensor.
     """
     if not models:
         raise ConfigError("A merge needs at least one model.")
@@ -110,19 +115,21 @@ def plan_merge(
             len(models), has_base=base is not None, name=_name(rule) + ("" if pattern == "*" else f" for {pattern!r}")
         )
     attached = Attachments(list(made.values()), models, statistics)
-    expected = headers(donor)
+    kept = set(kept_names(donor, models, keep))
+    expected = headers(donor, [key for key in donor if key not in kept])
     for store in models:
-        if problem := describe_mismatch(expected, headers(store)):
+        found = headers(store, [key for key in store if not is_kept(key, keep)])
+        if problem := describe_mismatch(expected, found):
             raise WeightsError(
                 f"{store.location} does not fit {donor.location}: {problem}. Models that are merged need the same "
                 f"architecture, head included. Map tensors that are the same under other names by rename; else leave this one "
-                f"out, or fine-tune it again from the shared base."
+                f"out, or fine-tune it again from the shared base.{keep_hint(expected, found)}"
             )
-    tied = _tied(donor, models)
+    tied = _tied(donor, models, kept)
     jobs: list[Job] = []
     used: set[str] = set()
     for key in donor:
-        pattern = next((pattern for pattern in made if fnmatchcase(key, pattern)), None)
+        pattern = None if key in kept else next((pattern for pattern in made if fnmatchcase(key, pattern)), None)
         if pattern:
             used.add(pattern)
         if key in tied:
@@ -179,11 +186,11 @@ def _name(method: Method) -> str:
     return type(method).__name__
 
 
-def _tied(donor: Store, models: Sequence[Store]) -> dict[str, str]:
+def _tied(donor: Store, models: Sequence[Store], kept: Set[str]) -> dict[str, str]:
     """Names that are tied in every model: one that was untied by training is merged by itself."""
-    common = donor.tied()
+    common = {name: first for name, first in donor.tied().items() if name not in kept and first not in kept}
     for store in models:
         # The same pair may be the other way round, so what counts is the representative.
         tied = store.tied()
         common = {a: b for a, b in common.items() if tied.get(a, a) == tied.get(b, b)}
-    return common
+    return common | kept_ties(donor, kept)

@@ -10,6 +10,14 @@ import torch
 
 from soups.errors import ConfigError, SoupError, WeightsError, did_you_mean
 from soups.merging.attaching import Attachments, check_weights
+from soups.merging.keeping import (
+    decides_vocabulary,
+    keep_hint,
+    kept_ties,
+    untied_by_keeping,
+    without_kept,
+)
+from soups.merging.mergekit.keep import kept_tensors
 from soups.merging.mergekit.layers import Layers, Position, depth
 from soups.merging.mergekit.methods import Spec, configuration_names, find_spec
 from soups.merging.mergekit.modules import split_modules
@@ -101,6 +109,9 @@ class _Planner:
         self.numbers, self.attachments = self._attach(opener)
         shown = reconcile(self.stores, self.donor, self.folders, rename=self.document.rename)
         self.stores, self.heads = shown.stores, shown.heads
+        self.whole = self.stores[self.donor]
+        self.kept = kept_tensors(self.document, self.stores, self.donor, self.at("keep"))
+        self.stores = {ref: without_kept(store, self.document.keep or []) for ref, store in self.stores.items()}
         self.shared = share_vocabulary(self.document, self.stores, self.folders, self.donor)
         if truncate:
             cut_embeddings(self.stores)
@@ -175,11 +186,13 @@ class _Planner:
                 )
                 stack = None
         self.attachments.check_used()
-        tied = self._tied({job.key for job in jobs})
+        jobs += [Job(name, self.whole.meta(name), None, (Source(self.whole, name),)) for name in self.kept]
+        tied = self._tied({job.key for job in jobs}) | kept_ties(self.whole, self.kept)
         plan = MergePlan(tuple(job for job in jobs if job.key not in tied), tied)
-        heads = self.heads | untied_heads(self.stores.values())
+        makers = [self.whole] if decides_vocabulary(self.kept) else list(self.stores.values())
+        heads = self.heads | untied_heads(makers) | untied_by_keeping(self.whole, self.kept)
         untied = any(head not in tied for head in heads & set(plan.outputs))
-        vocabulary = self.shared.size if self.shared else resized_vocabulary(self.stores.values())
+        vocabulary = self.shared.size if self.shared else resized_vocabulary(makers)
         return Planned(plan, self.donor, stack, self.warnings, untied, self.shared, vocabulary)
 
     def _tied(self, names: set[str]) -> dict[str, str]:
@@ -312,7 +325,8 @@ class _Planner:
             if shape != meta.shape:
                 raise WeightsError(
                     f"{source.store.location}: {source.key!r} has shape {shape}, but {donor.store.location} has {meta.shape}. "
-                    f"If these are vocabularies of different sizes, ask for one with `tokenizer: {{source: union}}`."
+                    f"If these are vocabularies of different sizes, ask for one with `tokenizer: {{source: union}}`; "
+                    f"`keep: [{name}]` takes this tensor from the base (or the first model) as it is."
                 )
         if not is_averaged_dtype(meta.dtype):
             return Job(name, meta, None, (donor,))
@@ -358,10 +372,11 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _check_fit(donor: Store, names: Sequence[str], others: Sequence[tuple[Store, Sequence[str]]]) -> None:
     expected = headers(donor, names)
     for store, own in others:
-        if problem := describe_mismatch(expected, headers(store, own)):
+        found = headers(store, own)
+        if problem := describe_mismatch(expected, found):
             raise WeightsError(
                 f"{store.location} does not fit {donor.location}: {problem}. Models that are merged need the same "
                 f"architecture and vocabulary. Tensors that are the same under other names are mapped by `rename: {{old: new}}` "
                 f"(regular expressions), vocabularies are brought together by `tokenizer: {{source: union}}`; else leave the "
-                f"model out, or bring it to the same shape first."
+                f"model out, or bring it to the same shape first.{keep_hint(expected, found)}"
             )

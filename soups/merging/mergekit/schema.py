@@ -209,6 +209,7 @@ class Document(Part):
     slices: list[Slice] | None = None
     modules: dict[str, Module] | None = None
     rename: dict[str, str] | None = None
+    keep: list[str] | None = None
     parameters: Parameters | None = None
     dtype: str | None = None
     out_dtype: str | None = None

@@ -32,19 +32,22 @@ def resized_vocabulary(stores: Iterable[Store]) -> int | None:
     return None
 
 
-def adapted_configuration(path: Path, stores: Iterable[Store], tied: Mapping[str, str]) -> bytes | None:
+def adapted_configuration(
+    path: Path, stores: Iterable[Store], tied: Mapping[str, str], untied: Iterable[str] = ()
+) -> bytes | None:
     """Return the text of a model's `config.json` that fits the adapted weights; None where the old one does.
 
     Args:
         path: of the base's `config.json`.
         stores: the models that the weights are made of.
         tied: the names that are tied in the weights.
+        untied: output heads that were untied for another reason than an adapter.
 
     Raises:
         StorageError: the file is no JSON.
     """
     stores = list(stores)
-    untied, size = untied_heads(stores) - set(tied), resized_vocabulary(stores)
+    untied, size = (untied_heads(stores) | set(untied)) - set(tied), resized_vocabulary(stores)
     if not untied and size is None:
         return None
     try:

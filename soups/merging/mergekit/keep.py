@@ -1,0 +1,47 @@
+"""`keep:` in a configuration: the tensors that are the base's as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from soups.errors import ConfigError
+from soups.merging.keeping import decides_vocabulary, kept_names
+from soups.merging.mergekit.layers import Layers
+from soups.merging.mergekit.schema import Document, ModelReference
+from soups.stores.store import Store
+
+
+def kept_tensors(
+    document: Document, stores: Mapping[ModelReference, Store], donor: ModelReference, where: str
+) -> list[str]:
+    """Return the names of the donor's tensors that `keep` names.
+
+    Args:
+        document: the configuration.
+        stores: the models, under one set of names.
+        donor: the base, or the first model.
+        where: the line, for messages.
+
+    Raises:
+        ConfigError: a pattern matches no tensor; slices decide about layers that are kept; or an embedding is kept and the
+            tokenizer is not the base's.
+    """
+    patterns = document.keep or []
+    try:
+        kept = kept_names(stores[donor], stores.values(), patterns)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if document.slices or any(module.slices for module in (document.modules or {}).values()):
+        layers = Layers(list(stores[donor]))
+        if inner := [name for name in kept if layers.place(name).stack is not None]:
+            raise ConfigError(
+                f"{where}: {inner[0]!r} belongs to a layer, and slices decide which layers there are. Keep only tensors outside "
+                f"the layers, or use models."
+            )
+    source = document.tokenizer.source if document.tokenizer else document.tokenizer_source
+    if decides_vocabulary(kept) and source not in (None, "base", donor, str(donor)):
+        raise ConfigError(
+            f"{where}: {patterns} keeps an embedding or an output head, whose rows are the base's tokens; the tokenizer must "
+            f"then be the base's too. Write `tokenizer: {{source: base}}`, or do not keep these tensors."
+        )
+    return kept
