@@ -112,6 +112,7 @@ def shard_index(parts: Mapping[str, Mapping[str, TensorMeta]]) -> str:
 def name_shards(plan: Mapping[str, TensorMeta], shard_bytes: int) -> dict[str, dict[str, TensorMeta]]:
     """Split a plan into files, by Hugging Face's names.
 
+    >>> import torch
     >>> meta = TensorMeta((4,), torch.float32)
     >>> list(name_shards({"a": meta, "b": meta}, 100)), list(name_shards({"a": meta, "b": meta}, 16))
     (['model.safetensors'], ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors'])
@@ -125,6 +126,7 @@ def name_shards(plan: Mapping[str, TensorMeta], shard_bytes: int) -> dict[str, d
 def split_shards(plan: Mapping[str, TensorMeta], shard_bytes: int) -> list[dict[str, TensorMeta]]:
     """Split a plan into files of at most `shard_bytes`, in order; at least one file, none empty unless the plan is.
 
+    >>> import torch
     >>> meta = TensorMeta((4,), torch.float32)
     >>> [list(part) for part in split_shards({"a": meta, "b": meta, "c": meta}, 32)]
     [['a', 'b'], ['c']]

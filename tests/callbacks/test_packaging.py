@@ -10,7 +10,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import soups.callbacks
 from soups.averaging import load_averaged
 from soups.callbacks import EMA, LAWA
 from soups.commands.averages import app
@@ -38,9 +37,9 @@ def test_import_beside_a_projects_own_callbacks(tmp_path):
 
 
 def test_one_class_whichever_way_it_is_imported():
-    import callbacks
-
-    assert callbacks.EMA is soups.callbacks.EMA
+    program = "import callbacks, soups.callbacks; assert callbacks.EMA is soups.callbacks.EMA"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

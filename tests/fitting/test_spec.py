@@ -43,7 +43,7 @@ def other(key: str, value: Any) -> Any:
     known = {
         "optimizer.name": None, "optimizer.schedule": "constant", "start.optimizer.schedule": "constant",
         "start.optimizer.name": None, "trainer.gradient_clip_val": 1.0, "trainer.threads": 2,
-        "trainer.deterministic": True, "callbacks.ema._target_": "soups.callbacks.LAWA",
+        "trainer.deterministic": True, "tracking.mode": "online", "callbacks.ema._target_": "soups.callbacks.LAWA",
     }  # fmt: skip
     if key in known:
         return known[key]

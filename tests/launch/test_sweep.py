@@ -284,7 +284,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_a_file_where_the_pool_should_be(train_py: Run, tmp_path: Path) -> None:
     (tmp_path / "pool").write_text("mine")
-    no_traceback(train_py(), "Cannot write the pool", "a file stands where a folder is needed: choose another place")
+    no_traceback(train_py(), "Cannot read the pool", "a part of the path is a file, not a folder: choose another place")
     assert (tmp_path / "pool").read_text() == "mine"
 
 

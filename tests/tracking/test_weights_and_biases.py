@@ -116,5 +116,5 @@ def test_the_report_template_has_the_same_panels() -> None:
 
 def test_a_missing_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "wandb_workspaces.reports.v2", None)
-    with pytest.raises(ConfigError, match=r"pip install 'soups\[dashboard\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[dashboard\]'"):
         sections()

@@ -81,6 +81,11 @@ class LoRAStore(StoreView):
         """Return the name that decides a tensor: its own where the adapter unties it."""
         return key if key in self.own else super().source(key)
 
+    def declared_dtype(self, key: str) -> torch.dtype:
+        """Return the default dtype of an output for this tensor; the adapter's for one that only the adapter has."""
+        name = self.source(key)
+        return self.changed_meta(name).dtype if name in self.own else super().declared_dtype(key)
+
     def changes(self, name: str) -> bool:
         """Tell whether the adapter changes a tensor."""
         return name in self._changes or name in self._copies

@@ -179,7 +179,10 @@ def test_mistakes(data: Path, tmp_path: Path) -> None:
         ("+protocol.policy.tolerance=0.1", r"needs a score to compare: write protocol.policy.heldout="),
         ("protocol.policy.heldout=0.1", r"which says how far a score may fall"),
         ("protocol.policy.heldout={tolerance: 2}", r"tolerance=2 must be an accuracy"),
-        ("protocol.policy.heldout={tolerance: 0.1, task: a}", r"heldout.task is unknown: did you mean 'tasks'"),
+        (
+            "protocol.policy.heldout={tolerance: 0.1, task: a}",
+            r"heldout\.task is no setting of \+protocol=cold_fusion: did you mean 'tasks'",
+        ),
         ("protocol.policy.heldout={tolerance: 0.1, tasks: [new]}", r"'new' is none of protocol.tasks"),
         ("protocol.per_round=4", "between 1 and 3"),
         ("protocol.rounds=0", "a positive whole number"),
