@@ -127,3 +127,115 @@ def test_kept_heads_are_untied_and_kept_pairs_stay_tied(kept, configured, tmp_pa
         assert torch.equal(embedding, own if "*embed_tokens*" in kept else mean)
     tied = json.loads((out / "config.json").read_text())["tie_word_embeddings"]
     assert tied == (len(kept) == 2)
+
+
+def write_vision_model(folder, names="today"):
+    """Write `vlm`, `base` and `chat`: a tiny LLaVA and two tiny Llamas that its language model has the shapes of."""
+    transformers = pytest.importorskip("transformers")
+    text = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "tie_word_embeddings": False,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8,
+        "patch_size": 4, "projection_dim": 8,
+    }  # fmt: skip
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**text, vocab_size=41 if names == "more tokens" else 40),
+        vision_config=transformers.CLIPVisionConfig(**vision),
+        image_token_index=39,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config)
+    model.save_pretrained(folder / "vlm")
+    if names == "module":  # as the module has them: model.language_model.layers.0…
+        with open_store(folder / "vlm") as store:
+            assert set(store) != set(model.state_dict())
+        (folder / "vlm/model.safetensors").unlink()
+        write_safetensors(folder / "vlm/model.safetensors", {k: v.clone() for k, v in model.state_dict().items()})
+    (folder / "vlm/preprocessor_config.json").write_text("{}")
+    for seed, name in enumerate(("base", "chat"), 1):
+        torch.manual_seed(seed)
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**text, vocab_size=40)).save_pretrained(folder / name)
+    return transformers
+
+
+CHAT_VECTOR = """
+merge_method: task_arithmetic
+base_model: FOLDER/vlm
+modules:
+  text_decoder:
+    models:
+      - {model: FOLDER/chat, parameters: {weight: 1.0}}
+      - {model: FOLDER/base, parameters: {weight: -1.0}}
+  default:
+    models: [{model: FOLDER/vlm}]
+"""
+BY_PATTERN = """
+merge_method: task_arithmetic
+base_model: FOLDER/vlm
+models:
+  - {model: FOLDER/chat, parameters: {weight: 1.0}}
+  - {model: FOLDER/base, parameters: {weight: -1.0}}
+keep: ["*vision_tower*", "*multi_modal_projector*"]
+"""
+RENAMED = (
+    CHAT_VECTOR
+    + r'rename: {"^model\\.(?=layers|embed_tokens|norm)": "language_model.model.", "^lm_head": "language_model.lm_head"}'
+)
+TOKENS = 'keep: ["*embed_tokens*", "*lm_head*"]\n'
+
+
+@pytest.mark.parametrize(
+    ("names", "configuration"),
+    [
+        ("today", CHAT_VECTOR),
+        ("module", CHAT_VECTOR),
+        ("today", BY_PATTERN),
+        ("module", BY_PATTERN),
+        ("today", RENAMED),
+        ("more tokens", CHAT_VECTOR + TOKENS),
+    ],
+)
+def test_a_chat_vector_onto_a_vision_model(names, configuration, tmp_path):
+    transformers = write_vision_model(tmp_path, names)
+    out = tmp_path / "out"
+    merge_configuration(configuration.replace("FOLDER", str(tmp_path)), out)
+    with open_store(tmp_path / "vlm") as own, open_store(out) as store:
+        assert set(store) == set(own)
+    load = transformers.LlavaForConditionalGeneration.from_pretrained
+    found, details = load(out, output_loading_info=True)
+    assert not details["missing_keys"] and not details["unexpected_keys"] and not details["mismatched_keys"]
+    before = load(tmp_path / "vlm").state_dict()
+    chat, base = (
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path / one).state_dict() for one in ("chat", "base")
+    )
+    plain = {name.replace("model.", "model.language_model.", 1): name for name in chat if name.startswith("model.")}
+    plain["lm_head.weight"] = "lm_head.weight"
+    moved = 0
+    for name, tensor in found.state_dict().items():
+        kept = "more tokens" in names and ("embed_tokens" in name or "lm_head" in name)
+        if name in plain and not kept:
+            expected = before[name].double() + chat[plain[name]].double() - base[plain[name]].double()
+            assert torch.allclose(tensor.double(), expected, atol=1e-6), name
+            moved += not torch.equal(tensor, before[name])
+        else:
+            assert torch.equal(tensor, before[name]), name
+    assert moved >= 14  # all but the norms, which are ones in every new model
+    assert (out / "preprocessor_config.json").is_file()
+    assert json.loads((out / "config.json").read_text())["model_type"] == "llava"
+    found(input_ids=torch.tensor([[1, 2, 3]]))
+
+
+def test_the_base_alone_in_a_module_gets_the_outputs_dtype(tmp_path):
+    weights = {
+        f"{part}.{i}.weight": torch.randn(3, 3) for part in ("vision_tower", "language_model.layers") for i in (0, 1)
+    }
+    for name in ("vlm", "tuned"):
+        write_safetensors(tmp_path / f"{name}.safetensors", weights)
+    found = merge_configuration(
+        f"merge_method: ties\nbase_model: {tmp_path}/vlm.safetensors\ndtype: bfloat16\nmodules:\n"
+        f"  text_decoder: {{models: [{{model: {tmp_path}/tuned.safetensors, parameters: {{weight: 1, density: 1}}}}]}}\n"
+        f"  vision_tower: {{models: [{{model: {tmp_path}/vlm.safetensors}}]}}\n"
+    )
+    assert all(torch.equal(found[name], weights[name].bfloat16()) for name in weights)

@@ -1,14 +1,15 @@
-"""`keep:` in a configuration: the tensors that are the base's as they are."""
+"""`keep:` in a configuration, the tensors that are the base's as they are; and whether the others fit each other."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from soups.errors import ConfigError
-from soups.merging.keeping import decides_vocabulary, kept_names
+from soups.errors import ConfigError, WeightsError
+from soups.merging.keeping import decides_vocabulary, keep_hint, kept_names
 from soups.merging.mergekit.layers import Layers
 from soups.merging.mergekit.schema import Document, ModelReference
-from soups.stores.store import Store
+from soups.stores.store import Store, headers
+from soups.weights import describe_mismatch
 
 
 def kept_tensors(
@@ -45,3 +46,21 @@ def kept_tensors(
             f"then be the base's too. Write `tokenizer: {{source: base}}`, or do not keep these tensors."
         )
     return kept
+
+
+def check_fit(donor: Store, names: Sequence[str], others: Sequence[tuple[Store, Sequence[str]]]) -> None:
+    """Check that the models' tensors of a section have the donor's names, shapes and kinds.
+
+    Raises:
+        WeightsError: they do not.
+    """
+    expected = headers(donor, names)
+    for store, own in others:
+        found = headers(store, own)
+        if problem := describe_mismatch(expected, found):
+            raise WeightsError(
+                f"{store.location} does not fit {donor.location}: {problem}. Models that are merged need the same "
+                f"architecture and vocabulary. Tensors that are the same under other names are mapped by `rename: {{old: new}}` "
+                f"(regular expressions), vocabularies are brought together by `tokenizer: {{source: union}}`; else leave the "
+                f"model out, or bring it to the same shape first.{keep_hint(expected, found)}"
+            )

@@ -12,12 +12,11 @@ from soups.errors import ConfigError, SoupError, WeightsError, did_you_mean
 from soups.merging.attaching import Attachments, check_weights
 from soups.merging.keeping import (
     decides_vocabulary,
-    keep_hint,
     kept_ties,
     untied_by_keeping,
     without_kept,
 )
-from soups.merging.mergekit.keep import kept_tensors
+from soups.merging.mergekit.keep import check_fit, kept_tensors
 from soups.merging.mergekit.layers import Layers, Position, depth
 from soups.merging.mergekit.methods import Spec, configuration_names, find_spec
 from soups.merging.mergekit.modules import split_modules
@@ -35,8 +34,7 @@ from soups.statistics import Statistics
 from soups.stores.folder import folder_of
 from soups.stores.lora import resized_vocabulary, untied_heads
 from soups.stores.names import reconcile
-from soups.stores.store import Store, TensorMeta, headers
-from soups.weights import describe_mismatch
+from soups.stores.store import Store, TensorMeta
 
 Opener = Callable[[ModelReference], Store]
 
@@ -175,6 +173,9 @@ class _Planner:
         stack: list[list[tuple[ModelReference, int]]] | None = None
         for module in dict.fromkeys(section.module for section in self.sections):
             sections = [section for section in self.sections if section.module == module]
+            if self._is_base_alone(sections[0]):
+                jobs += self._base_alone(sections[0])
+                continue
             if sections[0].length is None:
                 jobs += self._whole(sections[0])
                 continue
@@ -249,6 +250,8 @@ class _Planner:
         if section.length is not None:
             for one in section.inputs:
                 self._check_range(one, section, where)
+        if self._is_base_alone(section):
+            return
         count = len(models) - (section.base in models and self.spec.base != "input")
         sample = make_method(self.spec.preset)
         sample.check(count, has_base=section.base is not None, name=f"{where}: {method}")
@@ -267,10 +270,32 @@ class _Planner:
                 f"{where}: layer_range [{one.first}, {end}] of {one.model} ends after its {count} layers."
             )
 
+    def _is_base_alone(self, section: MergeSection) -> bool:
+        """Tell whether a module lists the base model alone, which methods on task vectors leave as it is."""
+        alone = section.length is None and [one.model for one in section.inputs] == [section.base]
+        return alone and section.module is not None and self.spec.base == "required"
+
+    def _base_alone(self, section: MergeSection) -> list[Job]:
+        model, copied = section.inputs[0].model, make_method("passthrough")
+        jobs: list[Job] = []
+        for name in self.modules[section.module, model]:
+            source = self._source(model, name)
+            meta = source.store.meta(name)
+            if not is_averaged_dtype(meta.dtype):
+                jobs.append(Job(name, meta, None, (source,)))
+                continue
+            jobs.append(Job(name, self._output_meta(source, meta), copied, (source,)))
+        return jobs
+
+    def _output_meta(self, source: Source, meta: TensorMeta) -> TensorMeta:
+        dtype = self.document.out_dtype or self.document.dtype
+        own = source.store.declared_dtype(source.key)
+        return TensorMeta(meta.shape, output_dtype(own, getattr(torch, dtype) if dtype else None))
+
     def _whole(self, section: MergeSection) -> list[Job]:
         donor = self.donor if self.donor in [one.model for one in section.inputs] else section.inputs[0].model
         names = self.modules[section.module, donor]
-        _check_fit(
+        check_fit(
             self.stores[donor],
             names,
             [(self.stores[one.model], self.modules[section.module, one.model]) for one in section.inputs],
@@ -334,9 +359,7 @@ class _Planner:
         each = [(one, key) for one, key in zip(section.inputs, keys, strict=True) if one in others]
         method = self._method(section, name, each, t)
         check_complex(method, meta, name, donor.store)
-        dtype = self.document.out_dtype or self.document.dtype
-        own = donor.store.declared_dtype(donor.key)
-        out = TensorMeta(meta.shape, output_dtype(own, getattr(torch, dtype) if dtype else None))
+        out = self._output_meta(donor, meta)
         read = self.attachments.of(method, [(self.numbers.get(one.model, -1), [key]) for one, key in each], meta)
         return Job(name, out, method, tuple(sources[one.model] for one in others), base, read)
 
@@ -367,16 +390,3 @@ class _Planner:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _check_fit(donor: Store, names: Sequence[str], others: Sequence[tuple[Store, Sequence[str]]]) -> None:
-    expected = headers(donor, names)
-    for store, own in others:
-        found = headers(store, own)
-        if problem := describe_mismatch(expected, found):
-            raise WeightsError(
-                f"{store.location} does not fit {donor.location}: {problem}. Models that are merged need the same "
-                f"architecture and vocabulary. Tensors that are the same under other names are mapped by `rename: {{old: new}}` "
-                f"(regular expressions), vocabularies are brought together by `tokenizer: {{source: union}}`; else leave the "
-                f"model out, or bring it to the same shape first.{keep_hint(expected, found)}"
-            )
