@@ -87,15 +87,9 @@ class StoreView(Store):
     def declared_dtype(self, key: str) -> torch.dtype:
         """Return the default dtype of an output for this tensor."""
         name = self.source(key)
-        if self.changes(name):
-            own = self.changed_meta(name).dtype
-            if name not in self._below or own != self.store.meta(name).dtype:
-                return own
+        if self.changes(name) and self.changed_meta(name).dtype != self.store.meta(name).dtype:
+            return self.changed_meta(name).dtype
         return self.store.declared_dtype(name)
-
-    @cached_property
-    def _below(self) -> frozenset[str]:
-        return frozenset(self.store.keys())
 
     def read_flat(self, key: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
         """Return elements `start:stop` of a tensor, with this view's change."""
