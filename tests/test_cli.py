@@ -82,7 +82,7 @@ def test_errors_name_the_line_and_have_no_traceback(models):
     assert "unknown key 'colour'" in soups("merge", models / "odd.yml", models / "out").output
     soups("merge", models / "odd.yml", models / "out2", "--strict", code=1)
     assert "is no size" in soups("merge", models / "merge.yml", models / "o", "--out-shard-size", "big", code=1).output
-    assert "Name the folder" in soups("merge", models / "merge.yml", code=1).output
+    assert "Give the output's folder" in soups("merge", models / "merge.yml", code=1).output
 
 
 def test_inspect(models):

@@ -14,10 +14,10 @@ from soups.artifacts.header import name_of, read_header
 from soups.artifacts.method import WHOLE, PartMethod, Pieces
 from soups.artifacts.methods import make_part_method
 from soups.errors import ConfigError, WeightsError, did_you_mean
+from soups.merging.job import Job
 from soups.merging.operands import Source
 from soups.merging.output import execute
 from soups.merging.plan import MergePlan
-from soups.merging.stream import Job
 from soups.statistics import hash_store
 from soups.stores import Checkpoint, SafetensorsStore, Store, TensorMeta, open_store
 from soups.stores.companions import carried_files

@@ -4,48 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from soups.errors import WeightsError
 from soups.merging import kernels
+from soups.merging.job import Infinities, Job
 from soups.merging.operands import Source
 from soups.stores.store import Store
 from soups.stores.views import StoreView
 
-if TYPE_CHECKING:
-    from soups.merging.stream import Job
-
 # Elements that are looked at in one piece.
 _PIECE = 1 << 19
-
-
-class Infinities(NamedTuple):
-    """Where all models have the same infinity.
-
-    Attributes:
-        places: of the elements in the whole tensor, ascending; int64.
-        values: the elements, in the dtype of the first source.
-    """
-
-    places: Tensor
-    values: Tensor
-
-    def between(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Return the places within elements `start:stop`, counted from `start`, and the values."""
-        first, last = torch.searchsorted(self.places, torch.tensor([start, stop])).tolist()
-        return self.places[first:last] - start, self.values[first:last]
-
-    def put(self, result: Tensor, start: int) -> Tensor:
-        """Return a merged stretch from element `start` on with the infinities in their places."""
-        places, values = self.between(start, start + result.numel())
-        if not len(places):
-            return result
-        whole = result.clone()  # the stretch may be a view of what a method still needs
-        whole[places.to(whole.device)] = values.to(whole.device, whole.dtype)
-        return whole
 
 
 class FiniteStore(StoreView):

@@ -11,11 +11,11 @@ import torch
 
 from soups.errors import ConfigError, WeightsError
 from soups.merging.attaching import Attachments
+from soups.merging.job import Job
 from soups.merging.keeping import is_kept, keep_hint, kept_names, kept_ties
 from soups.merging.method import Method
 from soups.merging.methods import make_method
 from soups.merging.operands import Source
-from soups.merging.stream import Job
 from soups.statistics import Statistics
 from soups.stores.files import fingerprint
 from soups.stores.store import Store, TensorMeta, headers

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Sequence, Set
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -21,16 +20,15 @@ from torch import Tensor
 
 from soups.errors import ConfigError, WeightsError
 from soups.merging import kernels
-from soups.merging.attached import Statistic
 from soups.merging.chunk import Chunk
 from soups.merging.infinities import (
-    Infinities,
     check_sources,
     without_shared_infinities,
     without_shared_infinities_between,
 )
+from soups.merging.job import Job
 from soups.merging.method import Method, WholeModelMethod
-from soups.merging.operands import Operands, Source
+from soups.merging.operands import Operands
 from soups.merging.sums import BLOCK
 from soups.stores.store import TensorMeta
 
@@ -69,47 +67,6 @@ class MemorySink:
     def write_flat(self, name: str, start: int, tensor: Tensor) -> None:
         """Copy elements to their place, converted to the planned dtype."""
         self.weights[name].view(-1)[start : start + tensor.numel()] = tensor.to("cpu")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One tensor to make.
-
-    Attributes:
-        key: its name in the output.
-        meta: its shape and dtype in the output.
-        method: how to make it; `None` copies the first model's.
-        models: the same tensor of each model.
-        base: the base model's, or `None`.
-        statistics: the models' statistics for this tensor, by kind.
-        infinities: what all models share and the sources do not show; it is put back into the result.
-    """
-
-    key: str
-    meta: TensorMeta
-    method: Method | None
-    models: tuple[Source, ...]
-    base: Source | None = None
-    statistics: Mapping[str, tuple[Statistic, ...]] = field(default_factory=dict[str, tuple[Statistic, ...]])
-    infinities: Infinities | None = None
-
-    def compute_dtype(self) -> torch.dtype:
-        """Return float64 if any source or the output has it, else float32."""
-        sources = [*self.models, *([self.base] if self.base else [])]
-        dtypes = {self.meta.dtype, *(source.store.meta(source.key).dtype for source in sources)}
-        return torch.float64 if torch.float64 in dtypes else torch.float32
-
-    def nbytes(self) -> int:
-        """Return how many bytes one visit to every source reads."""
-        sources = [*self.models, *([self.base] if self.base else [])]
-        attached = (one.meta.nbytes for found in self.statistics.values() for one in found)
-        return sum(source.store.meta(source.key).nbytes for source in sources) + sum(attached)
-
-    def working_bytes(self) -> int:
-        """Return the bytes of memory that the method needs for the whole tensor, beyond those of a chunk."""
-        if self.method is None:
-            return 0
-        return self.method.working_bytes(self.meta, len(self.models), self.compute_dtype().itemsize)
 
 
 def run(

@@ -5,9 +5,10 @@ import torch
 
 from soups.errors import WeightsError
 from soups.merging import make_method, merge
+from soups.merging.job import Job
 from soups.merging.methods import METHODS
 from soups.merging.operands import Source
-from soups.merging.stream import Job, MemorySink, run
+from soups.merging.stream import MemorySink, run
 from soups.stores import DictStore, TensorMeta
 
 INFINITY = float("inf")

@@ -7,9 +7,10 @@ import torch
 
 from soups.errors import ConfigError, StorageError, WeightsError
 from soups.merging import make_method, merge
+from soups.merging.job import Job
 from soups.merging.method import Method
 from soups.merging.operands import Source
-from soups.merging.stream import Job, MemorySink, run
+from soups.merging.stream import MemorySink, run
 from soups.stores import DictStore, TensorMeta, open_store, write_safetensors
 
 A = {"w": torch.arange(40_000.0), "n": torch.tensor(3)}

@@ -10,6 +10,7 @@ import torch
 
 from soups.errors import ConfigError, SoupError, WeightsError, did_you_mean
 from soups.merging.attaching import Attachments, check_weights
+from soups.merging.job import Job
 from soups.merging.keeping import (
     decides_vocabulary,
     kept_ties,
@@ -29,7 +30,6 @@ from soups.merging.method import Method
 from soups.merging.methods import make_method
 from soups.merging.operands import Source
 from soups.merging.plan import MergePlan, check_complex, is_averaged_dtype, output_dtype
-from soups.merging.stream import Job
 from soups.statistics import Statistics
 from soups.stores.folder import folder_of
 from soups.stores.lora import resized_vocabulary, untied_heads
