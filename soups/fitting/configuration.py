@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from soups.errors import ConfigError
-from soups.fitting.schema import Count, CountOrNone, Flag, Section, Seed, Target, check_target, checked
+from soups.fitting.schema import Count, CountOrNone, Flag, Section, Seed, Target, check_target, checked, part_of
 from soups.fitting.spec import RAW, Augment, FitSpec, LoaderSpec, Optimizer, Start, Task, TrainerSpec, Validation
-
-S = TypeVar("S", bound=Section)
 
 
 class Devices(Section):
@@ -156,9 +154,9 @@ class Configuration(Section):
             task=self.task,
             optimizer=self.optimizer,
             augment=self.augment,
-            loader=_part(LoaderSpec, self.loader),
-            trainer=_part(TrainerSpec, self.trainer),
-            validation=_part(Validation, self.trainer) if callbacks else None,
+            loader=part_of(LoaderSpec, self.loader),
+            trainer=part_of(TrainerSpec, self.trainer),
+            validation=part_of(Validation, self.trainer) if callbacks else None,
             callbacks=callbacks,
             keep=self.ingredient.weights,
             start=self.start,
@@ -168,19 +166,13 @@ class Configuration(Section):
     def layout(self) -> Layout:
         """Where and how it runs."""
         return Layout(
-            devices=_part(Devices, self.trainer),
-            validation=_part(Validation, self.trainer),
-            loader=_part(LoaderLayout, self.loader),
+            devices=part_of(Devices, self.trainer),
+            validation=part_of(Validation, self.trainer),
+            loader=part_of(LoaderLayout, self.loader),
             tracking=self.tracking,
             pool=self.pool,
             paths=self.paths,
         )
-
-
-def _part(kind: type[S], whole: Section) -> S:
-    """Return the fields of a section that a narrower one has, as far as they were given."""
-    given = whole.plain()
-    return kind.model_validate({key: given[key] for key in kind.model_fields if key in given})
 
 
 def read_configuration(values: Mapping[str, Any]) -> Configuration:

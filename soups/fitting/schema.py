@@ -38,6 +38,12 @@ class Section(BaseModel):
         return {name: value for name, value in serialise(self).items() if name in self.model_fields_set}
 
 
+def part_of(kind: type[S], whole: Section) -> S:
+    """Return the fields of a section that a narrower one has, as far as they were given."""
+    given = whole.plain()
+    return kind.model_validate({key: given[key] for key in kind.model_fields if key in given})
+
+
 @dataclass(frozen=True)
 class Must:
     """How an error message ends that refuses a value: "loader.size=many must be a positive whole number"."""

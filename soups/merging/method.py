@@ -99,6 +99,20 @@ class WholeModelMethod(Method):
         """Look at every tensor of every model before any `combine`; called once."""
 
 
+class WholeTensorMethod(Method):
+    """A method whose `combine` needs the whole tensor of every model, and no look beforehand."""
+
+    @property
+    def unit(self) -> Unit:
+        """The tensor must be whole."""
+        return "tensor"
+
+    @property
+    def scope(self) -> Scope:
+        """Nothing is looked at beforehand."""
+        return "element"
+
+
 def per_model(value: PerModel, count: int, what: str = "weight") -> list[float]:
     """Return one number a model from one number for all, or from one for each.
 

@@ -26,15 +26,13 @@ from soups.fitting.configuration import (
     Tracking,
     Trainer,
 )
-from soups.fitting.schema import Section, Seed, Target, check_target, checked, section_at, target_of
+from soups.fitting.schema import Section, Seed, Target, check_target, checked, part_of, section_at, target_of
 from soups.fitting.spec import FitSpec, LoaderSpec, Optimizer, Task, TrainerSpec, Validation
 from soups.protocols.execution import Operation
 from soups.protocols.plan import Plan
 from soups.reporting.page import Page
 from soups.stores.files import fingerprint
 from soups.stores.pool import Pool
-
-S = TypeVar("S", bound=Section)
 
 
 class ProtocolConfiguration(Section):
@@ -79,7 +77,7 @@ class FittingConfiguration(ProtocolConfiguration):
     @property
     def devices(self) -> Devices:
         """Where fits run."""
-        return _part(Devices, self.trainer)
+        return part_of(Devices, self.trainer)
 
     def fit(self, data: Mapping[str, Any]) -> FitSpec:
         """Return the fit that the settings describe on some data.
@@ -99,9 +97,9 @@ class FittingConfiguration(ProtocolConfiguration):
             task=getattr(self, "task", Task()),
             optimizer=self.optimizer,
             augment=getattr(self, "augment", None),
-            loader=_part(LoaderSpec, self.loader),
-            trainer=_part(TrainerSpec, self.trainer),
-            validation=_part(Validation, self.trainer) if callbacks else None,
+            loader=part_of(LoaderSpec, self.loader),
+            trainer=part_of(TrainerSpec, self.trainer),
+            validation=part_of(Validation, self.trainer) if callbacks else None,
             callbacks=callbacks,
             keep=self.ingredient.weights,
         )
@@ -111,18 +109,12 @@ class FittingConfiguration(ProtocolConfiguration):
         """Where and how the protocol runs."""
         return Layout(
             devices=self.devices,
-            validation=_part(Validation, self.trainer),
-            loader=_part(LoaderLayout, self.loader),
+            validation=part_of(Validation, self.trainer),
+            loader=part_of(LoaderLayout, self.loader),
             tracking=self.tracking,
             pool=self.pool,
             paths=self.paths,
         )
-
-
-def _part(kind: type[S], whole: Section) -> S:
-    """Return the fields of a section that a narrower one has, as far as they were given."""
-    given = whole.plain()
-    return kind.model_validate({key: given[key] for key in kind.model_fields if key in given})
 
 
 C = TypeVar("C", bound=ProtocolConfiguration)

@@ -16,14 +16,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from soups.merging.chunk import Chunk, Unit
-from soups.merging.method import Method, Scope
+from soups.merging.chunk import Chunk
+from soups.merging.method import WholeTensorMethod
 from soups.merging.methods.svd import average
 from soups.stores.store import TensorMeta
 
 
 @dataclass(frozen=True)
-class LOT(Method):
+class LOT(WholeTensorMethod):
     """Wᵀ = W₀ᵀ + (Σ G_t)⁺ Σ G_t τ_tᵀ; norm scales by second moments; the task vectors of other tensors (grouped convolutions too) are averaged.
 
     Attributes:
@@ -35,16 +35,6 @@ class LOT(Method):
     statistics: ClassVar[tuple[str, ...]] = ("gram", "second_moment")
     cutoff: float = 1e-10
     scale: float = 1.0
-
-    @property
-    def unit(self) -> Unit:
-        """A matrix must be whole."""
-        return "tensor"
-
-    @property
-    def scope(self) -> Scope:
-        """Nothing is looked at beforehand."""
-        return "element"
 
     def fits(self, kind: str, weight: TensorMeta, statistic: TensorMeta) -> bool:
         """Tell whether a Gram (in, in) belongs to a layer's inputs, or a second moment (features,) to a scale."""

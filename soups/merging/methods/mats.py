@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from soups.errors import ConfigError
-from soups.merging.chunk import Chunk, Unit
-from soups.merging.method import Method, PerModel, Scope, per_model
+from soups.merging.chunk import Chunk
+from soups.merging.method import PerModel, WholeTensorMethod, per_model
 from soups.merging.methods.linear import reduced
 from soups.reduction import total_weight
 from soups.stores.store import TensorMeta
 
 
 @dataclass(frozen=True)
-class MaTS(Method):
+class MaTS(WholeTensorMethod):
     """W with Σ w_t Gout_t W Gin_t = Σ w_t Gout_t W_t Gin_t, by conjugate gradients; other tensors are averaged.
 
     Attributes:
@@ -46,16 +46,6 @@ class MaTS(Method):
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"steps={self.steps} must be at least 1.")
-
-    @property
-    def unit(self) -> Unit:
-        """A matrix must be whole."""
-        return "tensor"
-
-    @property
-    def scope(self) -> Scope:
-        """Nothing is looked at beforehand."""
-        return "element"
 
     def fits(self, kind: str, weight: TensorMeta, statistic: TensorMeta) -> bool:
         """Tell whether a factor belongs to a matrix (convolutions are averaged)."""

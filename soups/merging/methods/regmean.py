@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from soups.errors import WeightsError
-from soups.merging.chunk import Chunk, Unit
-from soups.merging.method import Method, PerModel, Scope, per_model
+from soups.merging.chunk import Chunk
+from soups.merging.method import PerModel, WholeTensorMethod, per_model
 from soups.merging.methods.linear import reduced
 from soups.reduction import Sum, total_weight
 from soups.stores.store import TensorMeta
 
 
 @dataclass(frozen=True)
-class RegMean(Method):
+class RegMean(WholeTensorMethod):
     """Wᵀ = (Σ w_t G̃_t + εI)⁻¹ (Σ w_t G̃_t W_tᵀ + ε W̄ᵀ); tensors without Grams are averaged.
 
     Attributes:
@@ -41,16 +41,6 @@ class RegMean(Method):
     weight: PerModel = 1.0
     off_diagonal: float = 0.9
     ridge: float = 1e-6
-
-    @property
-    def unit(self) -> Unit:
-        """A matrix must be whole."""
-        return "tensor"
-
-    @property
-    def scope(self) -> Scope:
-        """Nothing is looked at beforehand."""
-        return "element"
 
     def fits(self, kind: str, weight: TensorMeta, statistic: TensorMeta) -> bool:
         """Tell whether a Gram, (in, in) or (groups, in, in), belongs to the inputs of a weight."""

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 
 from soups.errors import ConfigError
-from soups.merging.chunk import Chunk, Unit
-from soups.merging.method import Method, Scope, weighted_sum
+from soups.merging.chunk import Chunk
+from soups.merging.method import WholeTensorMethod, weighted_sum
 from soups.merging.operands import Operands
 
 
-class MatrixMethod(Method):
+class MatrixMethod(WholeTensorMethod):
     """A method given by what it does to one matrix of every model.
 
     Attributes:
@@ -44,16 +44,6 @@ class MatrixMethod(Method):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...]
     scale: float
-
-    @property
-    def unit(self) -> Unit:
-        """A matrix must be whole."""
-        return "tensor"
-
-    @property
-    def scope(self) -> Scope:
-        """Nothing is looked at beforehand."""
-        return "element"
 
     def eligible(self, tensor: Chunk | Operands) -> bool:
         """Tell whether this tensor is merged as a matrix."""
