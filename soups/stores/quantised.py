@@ -216,8 +216,13 @@ def _refuse_formats(store: Store, keys: list[str], method: str) -> None:
     for key in coded:
         if key in store.unreadable:  # named when it is asked for
             continue
-        if store.meta(key).dtype in (torch.int8, torch.uint8) and key.rpartition(".")[2] in ("weight", "kernel"):
-            scaled = any(form.format(key, module=key.rpartition(".")[0]) in names for form in _SCALES)
+        if store.meta(key).dtype not in (torch.int8, torch.uint8):
+            continue
+        weight = key.rpartition(".")[2] in ("weight", "kernel")
+        # A buffer may lie beside a parameter called `scale`; only a weight's own names count for other tensors (experts).
+        forms = _SCALES if weight else _SCALES[:2]
+        scaled = any(form.format(key, module=key.rpartition(".")[0]) in names for form in forms)
+        if weight or scaled:
             raise _refused(store, method or ("8-bit integers with scales" if scaled else "8-bit integers"), key)
     if coded and method and method not in ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "finegrained_fp8"):
         raise _refused(store, method, coded[0])
@@ -249,6 +254,10 @@ def _declared(config: Mapping[str, Any]) -> torch.dtype:
     return torch.bfloat16
 
 
+def _long(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in sizes if size > 1)
+
+
 def _block(store: Store, key: str, scale: str, settings: Mapping[str, Any]) -> tuple[int, int]:
     """Return the rows and columns that share a scale."""
     shape, found = store.meta(key).shape, store.meta(scale).shape
@@ -258,9 +267,13 @@ def _block(store: Store, key: str, scale: str, settings: Mapping[str, Any]) -> t
     asked: Any = settings.get("weight_block_size")
     own = [(int(asked[0]), int(asked[1]))] if isinstance(asked, list) and len(cast("list[Any]", asked)) == 2 else []
     # One scale a matrix of a stack, a row, a column, a block; 32 elements of a row in MXFP8.
-    for block in (*own, (rows, columns), (1, columns), (rows, 1), _BLOCK, (1, 32)):
-        if tuple(size for size in _grid(shape, block) if size > 1) == tuple(size for size in found if size > 1):
-            return block
+    blocks = (*own, (rows, columns), (1, columns), (rows, 1), _BLOCK, (1, 32))
+    # The scale's full shape tells rows from columns in a square matrix; many files leave out dimensions of size one.
+    exact = (block for block in blocks if _grid(shape, block) == (1, 1, *found)[-3:] and len(found) > 1)
+    loose = (block for block in blocks if _long(_grid(shape, block)) == _long(found))
+    block = next(exact, next(loose, None))
+    if block is not None:
+        return block
     raise WeightsError(
         f"{store.location}: {key!r} of shape {shape} is in FP8 with a scale of shape {tuple(found)} ({scale!r}), which is "
         f"neither one for the tensor, nor one a row, nor one a block of {_BLOCK}. State weight_block_size in the "

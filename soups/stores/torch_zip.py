@@ -78,6 +78,11 @@ class TorchArchive:
         try:
             with self.source.open() as file, zipfile.ZipFile(file) as archive:
                 entries = {info.filename: info for info in archive.infolist()}
+                if any(name.endswith("/constants.pkl") or name == "constants.pkl" for name in entries):
+                    raise StorageError(
+                        f"{where} is a TorchScript program (torch.jit.save). It is not loaded, because that would run its "
+                        f"code; where it was made, save `module.state_dict()` instead."
+                    )
                 if len(entries) != len(archive.infolist()):
                     raise zipfile.BadZipFile("two entries of one name")
                 pickles = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]

@@ -378,7 +378,7 @@ def test_pcb(ratio, clip):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("density", "gamma"), [(0.15, 0.006), (0.4, 0.1), (1.0, 0.0)])
+@pytest.mark.parametrize(("density", "gamma"), [(0.15, 0.006), (0.4, 0.1), (1.0, 0.0), (1.0, 0.1), (0.9, 0.25)])
 def test_breadcrumbs_official_keeps_exactly_its_share_of_each_row(dtype, density, gamma):
     draw = torch.Generator().manual_seed(3)
     coarse = (torch.randn(20, 640, generator=draw) * 4).round() / 64  # many equal magnitudes
@@ -390,8 +390,10 @@ def test_breadcrumbs_official_keeps_exactly_its_share_of_each_row(dtype, density
     expert = {"w": coarse.to(dtype), "b": coarse[0].to(dtype), "s": torch.tensor(0.5, dtype=dtype)}
     method = make_method("breadcrumbs.official", density=density, gamma=gamma, scale=1.0)
     found = merge(method, [expert], base=base)
-    kept = int(density * 640)
-    top = min(int(gamma * 640), 640 - kept)
+    kept, top = (
+        int(density * 640),
+        int(gamma * 640),
+    )  # the authors remove the largest first, then keep so many of the rest
     for name in ("w", "b"):
         for row, left in zip(expert[name].view(-1, 640), found[name].view(-1, 640), strict=True):
             order = sorted(range(640), key=lambda i, row=row: (-abs(float(row[i])), i))[top : top + kept]

@@ -20,7 +20,8 @@ def adapter(path, tensors=None, **config):
 
 
 @pytest.mark.parametrize(
-    ("config", "scale"), [({}, 4), ({"use_rslora": True}, 8 / 2**0.5), ({"alpha_pattern": {"q": 2}}, 1)]
+    ("config", "scale"),
+    [({}, 4), ({"use_rslora": True}, 8 / 2**0.5), ({"alpha_pattern": {"q": 2}}, 1), ({"lora_alpha": 0}, 0)],
 )
 def test_the_product_is_added_to_the_base(tmp_path, config, scale):
     with open_store(BASE, adapter=adapter(tmp_path / "a", **config)) as store:

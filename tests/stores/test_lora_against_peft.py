@@ -70,6 +70,7 @@ CASES = {
     "linear": (mlp, {"target_modules": ["lin0"]}),
     "two linears": (mlp, ALL),
     "alpha": (mlp, dict(**ALL, lora_alpha=32)),
+    "alpha zero but for one": (mlp, dict(**ALL, lora_alpha=0, alpha_pattern={"lin1": 3})),
     "rank 1": (mlp, dict(**ALL, r=1)),
     "rank above the width": (mlp, dict(**ALL, r=12)),
     "dropout": (mlp, dict(**ALL, lora_dropout=0.3)),

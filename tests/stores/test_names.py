@@ -256,6 +256,17 @@ def test_a_head_that_is_no_tie_is_left_to_the_caller():
     assert set(shown["b"]) == {"embed.weight"}
 
 
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."])
+def test_wrappers_inside_names(wrapper):
+    from soups.merging import merge
+
+    plain = {f"layers.{layer}.{name}.weight": torch.randn(3, 3) for layer in range(2) for name in ("q", "k")}
+    wrapped = {name.replace(".q", f".{wrapper}q"): 3 * tensor for name, tensor in plain.items()}
+    merged = merge("linear", [plain, wrapped])
+    assert set(merged) == set(plain)
+    assert all(torch.allclose(merged[name], 2 * plain[name]) for name in plain)
+
+
 def test_real_biases_called_like_masks_stay():
     weights = {"h.0.attn.bias": torch.ones(6), "h.0.attn.weight": torch.ones(6, 6)}
     shown = reconcile({"a": open_store(weights), "b": open_store({"h.0.attn.weight": torch.ones(6, 6)})}, "a").stores

@@ -90,6 +90,14 @@ def test_experts_in_one_tensor(tmp_path: Path) -> None:
         assert torch.equal(store.read("experts.gate_up_proj", slice(1, 2)), expected[1:2])
 
 
+@pytest.mark.parametrize("shape", [(3, 1, 8), (3, 8, 1), (1, 8), (8, 1), (3, 1, 1)])
+def test_the_scales_shape_tells_rows_from_columns_in_a_square_matrix(shape: tuple[int, ...], tmp_path: Path) -> None:
+    weight, scale = codes(3, 8, 8) if len(shape) == 3 else codes(8, 8), scales(*shape)
+    tensors = {"experts.down_proj": weight, "experts.down_proj_scale": scale}
+    with open_store(folder(tmp_path / "m", tensors, quantization_config={"quant_method": "fbgemm_fp8"})) as store:
+        assert torch.equal(store.read("experts.down_proj"), weight.float() * scale.float())
+
+
 @pytest.mark.parametrize("compiled", [False, None])
 @pytest.mark.parametrize("asked", [None, torch.float32, torch.float16])
 def test_a_merge_rounds_once(compiled: bool | None, asked: torch.dtype | None, tmp_path: Path) -> None:
@@ -149,6 +157,7 @@ REFUSED = {
     "compressed-tensors": {"q.weight_packed": I32, "q.weight_scale": HALF, "q.weight_shape": I32[0, :2].long()},
     "8-bit integers with scales": {"q.weight": I8, "q.weight_scale": HALF[0]},
     "8-bit integers": {"q.weight": I8},
+    "8-bit integers with": {"experts.gate_up_proj": I8, "experts.gate_up_proj_scale": HALF[0]},
     "AQLM": {"q.codes": I8.reshape(4, 4, 1), "q.codebooks": HALF.reshape(1, 4, 1, 4)},
     "EXL2": {"q.q_weight": I32, "q.q_scale": I32, "q.q_invperm": I32[0]},
     "HQQ": {"q.W_q": U8, "q.meta": HALF},

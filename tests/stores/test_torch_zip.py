@@ -188,3 +188,9 @@ def test_mutated_pickles_give_an_error_or_tensors(tmp_path_factory, data):
             store.load()
     except SoupError:
         pass
+
+
+def test_a_torchscript_program_is_called_one(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "m.pt"))
+    with pytest.raises(StorageError, match=r"TorchScript program .*save `module.state_dict\(\)` instead"):
+        open_store(tmp_path / "m.pt")

@@ -31,8 +31,9 @@ class Band(Transform):
 
     Attributes:
         density: the share to keep, one for all models or one for each.
-        gamma: the share of largest magnitudes to remove; fewer are removed where the density would not be reached.
-        within: what the shares are of: each tensor, or each row as the authors' code has it.
+        gamma: the share of largest magnitudes to remove.
+        within: what the shares are of: each tensor, or each row as the authors' code has it. In a tensor fewer of the
+            largest are removed where the density would not be reached; in a row fewer elements are kept.
     """
 
     density: PerModel
@@ -52,7 +53,8 @@ class Band(Transform):
     def _counts(self, model: int, total: int) -> tuple[int, int]:
         density, gamma = one_of(self.density, model), one_of(self.gamma, model)
         kept = min(int(density * total), total)
-        return min(int(gamma * total), total - kept), kept
+        top = int(gamma * total)
+        return (top if self.within == "row" else min(top, total - kept)), kept
 
     def observe(self, operands: Operands) -> Sequence[list[Cut] | None]:
         """Find where the outliers end and where the band ends, in each model."""

@@ -176,8 +176,8 @@ def _parsed(settings: Mapping[str, Any]) -> AdapterConfig:
     start = str(settings.get("init_lora_weights") or "").lower()
     blocks = cast("dict[str, Any]", settings.get("use_bdlora") or {})
     return AdapterConfig(
-        r=int(settings.get("r") or 8),
-        lora_alpha=float(settings.get("lora_alpha") or 8),
+        r=int(_given(settings, "r", 8)),
+        lora_alpha=float(_given(settings, "lora_alpha", 8)),
         rank_pattern={str(key): int(value) for key, value in (settings.get("rank_pattern") or {}).items()},
         alpha_pattern={str(key): float(value) for key, value in (settings.get("alpha_pattern") or {}).items()},
         use_rslora=bool(settings.get("use_rslora")),
@@ -197,6 +197,12 @@ def _parsed(settings: Mapping[str, Any]) -> AdapterConfig:
         base=settings.get("base_model_name_or_path") or None,
         task_type=settings.get("task_type") or None,
     )
+
+
+def _given(settings: Mapping[str, Any], name: str, default: float) -> float:
+    """Return a number as it was given, zero included: α = 0 switches an adapter off."""
+    value = settings.get(name)
+    return default if value is None else value
 
 
 def _tokens(value: Any) -> dict[str, tuple[int, ...]]:

@@ -6,6 +6,7 @@ import re
 
 import torch
 
+from soups.stores.averages import plain_name
 from soups.stores.store import TensorMeta
 
 # Buffers that a model makes for itself; versions of one library differ in whether they save them.
@@ -39,11 +40,14 @@ def is_derived(name: str, meta: TensorMeta) -> bool:
 
 
 def modern(name: str) -> str:
-    """Return today's name of a tensor that TensorFlow's or an older torch's convention named.
+    """Return today's name of a tensor that TensorFlow's, an older torch's or a wrapper's convention named.
 
     >>> modern("encoder.LayerNorm.gamma"), modern("conv.weight_g"), modern("layer_scale.gamma")
     ('encoder.LayerNorm.weight', 'conv.parametrizations.weight.original0', 'layer_scale.gamma')
+    >>> modern("layers.0._fsdp_wrapped_module.weight")
+    'layers.0.weight'
     """
+    name = plain_name(name)
     stem, last = name[: name.rfind(".") + 1], name.rpartition(".")[2]
     if last in ("gamma", "beta") and _NORM.search(stem):
         return f"{stem}{'weight' if last == 'gamma' else 'bias'}"
