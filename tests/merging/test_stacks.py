@@ -52,6 +52,16 @@ def test_layers_of_two_kinds_are_not_merged():
         ({"first_k_dense_replace": 1}, [0, 0, 1], False),
         ({"max_window_layers": 2}, [3, 2, 1, 0], True),
         ({"max_window_layers": 2, "use_sliding_window": True}, [3, 2, 1, 0], False),
+        ({"global_attn_every_n_layers": 3}, [0, 2, 1], False),
+        ({"encoder_sparse_step": 2}, [0, 2], False),
+        ({"num_dense_layers": 2}, [0, 2, 1], False),
+        ({"num_dense_layers": 2}, [1, 0, 3], True),
+        ({"moe_layer_start_index": 1}, [1, 0], False),
+        ({"block_types": ["r", "r", "a"]}, [0, 1, 2, 4, 3, 5], True),
+        ({"block_types": ["r", "r", "a"]}, [0, 2, 1], False),
+        ({"num_kv_shared_layers": 2}, [0, 1, 0, 1, 4, 5], True),
+        ({"num_kv_shared_layers": 2}, [0, 1, 2, 3], False),
+        ({"num_kv_shared_layers": 0}, [3, 0], True),
     ],
 )
 def test_periods_are_refused_where_they_would_mean_other_layers(config, order, fits):
@@ -60,8 +70,38 @@ def test_periods_are_refused_where_they_would_mean_other_layers(config, order, f
     if fits:
         assert follow_layers(config, stack, "c") == {**config, "num_hidden_layers": len(order)}
         return
-    with pytest.raises(ConfigError, match=r"is not of its source's kind. Move layers by multiples of"):
+    with pytest.raises(ConfigError, match=r"is not of its source's kind. Choose layer ranges"):
         follow_layers(config, stack, "c")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "silenced_by", "not_by"),
+    [
+        ("sliding_window_pattern", 2, "layer_types", "mlp_layer_types"),
+        ("decoder_sparse_step", 2, "mlp_layer_types", "layer_types"),
+        ("first_k_dense_replace", 1, "mlp_layer_types", "layer_types"),
+        ("num_dense_layers", 1, "mlp_layer_types", "layer_types"),
+        ("interleave_moe_layer_step", 2, "moe_layers", "layer_types"),
+    ],
+)
+def test_a_list_of_attention_says_nothing_of_experts(key, value, silenced_by, not_by):
+    """Qwen's and LFM's mixtures have `layer_types` beside a rule for their experts."""
+    entries = [1, 3] if silenced_by == "moe_layers" else ["x", "y", "x", "y"]
+    listed = {"num_hidden_layers": 4, key: value, silenced_by: entries}
+    assert follow_layers(listed, [[(listed, 1)], [(listed, 0)]], "c")[silenced_by] == (
+        [0] if entries == [1, 3] else ["y", "x"]
+    )
+    other = {"num_hidden_layers": 4, key: value, not_by: ["x", "y", "x", "y"]}
+    with pytest.raises(ConfigError, match=f"{key}={value} tells by a layer's number"):
+        follow_layers(other, [[(other, 1)], [(other, 0)]], "c")
+
+
+@pytest.mark.parametrize("key", ["moe_layers", "full_attn_idxs"])
+def test_the_numbers_of_all_layers_are_numbers(key):
+    """Llama 4 lists every layer where all have experts; a stack of more layers has experts in all of them too."""
+    config = {"num_hidden_layers": 4, key: [0, 1, 2, 3]}
+    found = follow_layers(config, [[(config, layer)] for layer in (0, 1, 2, 1, 2, 3)], "c")
+    assert found[key] == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_stack_is_written_with_its_layers_settings(tmp_path):

@@ -2,7 +2,8 @@
 
 A list with an entry for each layer (`layer_types` of Qwen, Gemma and others, `num_key_value_heads` of OpenELM), a text with a
 letter for each (`hybrid_override_pattern`), and a list of layer numbers (`mlp_only_layers`, `cross_attention_layers`) follow the
-source layers. A period (`sliding_window_pattern: 6`) cannot follow them, and is refused where it would mean other layers.
+source layers. A rule by numbers (`sliding_window_pattern: 6`, `first_k_dense_replace: 1`) cannot follow them, and is refused
+where it would mean other layers.
 """
 
 from __future__ import annotations
@@ -20,12 +21,30 @@ _OTHER_LISTS = re.compile(
 )
 _NUMBERED = re.compile(r"(_layers|_layer_indices|_layer_ids|_layer_idx|_layers_idx|_attn_idxs|_indices|_block_ids)$")
 _PATTERNS = ("hybrid_override_pattern",)
-# What a period counts from the first layer, where no list says it layer by layer.
-_PERIODS = (
-    "sliding_window_pattern", "full_attention_interval", "attn_layer_period", "expert_layer_period", "decoder_sparse_step",
-    "no_rope_layer_interval", "cross_attn_every_n_layers", "interleave_moe_layer_step", "first_k_dense_replace",
-    "max_window_layers",
-)  # fmt: skip
+# Settings whose number tells the kinds of layers, by rule, and the lists that tell the same layer by layer and count instead.
+_ATTENTION, _MIXTURE = ("layer_types", "layers_block_type"), ("mlp_layer_types", "moe_layers")
+# Every so many layers from the first one.
+_PERIODS = {
+    **dict.fromkeys(
+        ("sliding_window_pattern", "full_attention_interval", "attn_layer_period", "global_attn_every_n_layers"), _ATTENTION
+    ),
+    **dict.fromkeys(
+        ("expert_layer_period", "decoder_sparse_step", "encoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval"),
+        _MIXTURE,
+    ),
+    "no_rope_layer_interval": ("no_rope_layers",),
+    **dict.fromkeys(("cross_attn_every_n_layers", "cross_layer_interval", "cross_attention_frequency"), ()),
+}  # fmt: skip
+# So many first layers are of one kind.
+_FIRST = {
+    "max_window_layers": _ATTENTION,
+    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), _MIXTURE),
+}
+# So many last layers are of one kind.
+_LAST = {"num_kv_shared_layers": ()}
+# A list of kinds that is repeated.
+_CYCLES = {"block_types": _ATTENTION}
+_RULES: dict[str, tuple[str, ...]] = {**_PERIODS, **_FIRST, **_LAST, **_CYCLES}
 _UNUSED = {"max_window_layers": "use_sliding_window"}
 
 Config = Mapping[str, Any]
@@ -72,8 +91,8 @@ def follow_layers(config: Config, stack: Sequence[Sequence[Layer]], where: str) 
                 _agreed(key, [layer in one[key] for one, layer in layers if key in one], where) for layers in stack
             ]
             changed[key] = [number for number, inside in enumerate(chosen) if inside]
-        elif key in _PERIODS and isinstance(value, int) and not isinstance(value, bool):
-            _check_period(config, key, value, stack, where)
+        elif key in _RULES and isinstance(value, int | list) and not isinstance(value, bool):
+            _check_rule(config, key, cast("int | list[Any]", value), stack, where)
     return changed
 
 
@@ -86,6 +105,8 @@ def _is_by_layer(config: Config, key: str, value: Any) -> bool:
     count = layer_count(config)
     if isinstance(value, str):
         return key in _PATTERNS and len(value) == count
+    if _NUMBERED.search(key) and value == list(range(count or 0)) and len(value) > 2:
+        return False  # the numbers of all layers
     return isinstance(value, list) and len(cast("list[Any]", value)) == count and not _OTHER_LISTS.search(key)
 
 
@@ -114,19 +135,26 @@ def _agreed(key: str, values: Sequence[Any], where: str) -> Any:
     return values[0]
 
 
-def _check_period(config: Config, key: str, period: int, stack: Sequence[Sequence[Layer]], where: str) -> None:
-    first = key in ("first_k_dense_replace", "max_window_layers")
-    if isinstance(config.get("layer_types"), list) or (period <= 1 and not first) or period < 1:
+def _check_rule(config: Config, key: str, value: int | list[Any], stack: Sequence[Sequence[Layer]], where: str) -> None:
+    """Refuse a stack in which a rule by numbers gives a layer another kind than its source has."""
+    if any(isinstance(config.get(name), list) for name in _RULES[key]) or (
+        key in _UNUSED and not config.get(_UNUSED[key])
+    ):
         return
-    if key in _UNUSED and not config.get(_UNUSED[key]):
+    if isinstance(value, list) != (key in _CYCLES) or value == [] or (key in _PERIODS and value in (0, 1)):
         return
 
-    def kind(layer: int) -> int | bool:
-        return layer < period if first else layer % period
+    def kind(layer: int, count: int) -> Any:
+        if isinstance(value, list):
+            return value[layer % len(value)]
+        if key in _LAST:
+            return layer >= count - value
+        return layer < value if key in _FIRST else layer % value
 
-    moved = [number for number, layers in enumerate(stack) if any(kind(layer) != kind(number) for _, layer in layers)]
-    if moved:
-        raise ConfigError(
-            f"{where}: {key}={period} says by its number what kind a layer is, and layer {moved[0]} of the output is not of its "
-            f"source's kind. Move layers by multiples of {period}, or write layer_types into the models' config.json."
-        )
+    for number, layers in enumerate(stack):
+        if any(kind(layer, layer_count(one) or 0) != kind(number, len(stack)) for one, layer in layers):
+            lists = "".join(f", or write {name} into the models' config.json" for name in _RULES[key][:1])
+            raise ConfigError(
+                f"{where}: {key}={value} tells by a layer's number what kind it is, and layer {number} of the output is not of "
+                f"its source's kind. Choose layer ranges that keep every layer's kind{lists}."
+            )
