@@ -25,7 +25,7 @@ import sys
 import time
 from pathlib import Path
 
-from soups.reporting import Report
+from soups.reporting import SoupReport
 from soups.stores.files import write_json, write_text
 
 HERE = Path(__file__).parent
@@ -43,7 +43,7 @@ DEFAULT = "digits"
 LIMIT = 360.0  # seconds of a whole command on two quiet cores
 
 
-def sweep(task: str, repeat: int, threads: int | None, output: Path, extra: list[str]) -> tuple[Report, float]:
+def sweep(task: str, repeat: int, threads: int | None, output: Path, extra: list[str]) -> tuple[SoupReport, float]:
     """Run one repeat through the command a user types; return its report and the command's seconds, when it ran."""
     place = output / task / f"repeat-{repeat}"
     clock = place / "seconds.json"
@@ -63,10 +63,10 @@ def sweep(task: str, repeat: int, threads: int | None, output: Path, extra: list
             place.mkdir(parents=True, exist_ok=True)
             write_json(clock, spent)
     newest = max(place.glob("soups/*/report.json"), key=lambda path: path.stat().st_mtime)
-    return Report.load(newest.parent), spent["seconds"]
+    return SoupReport.load(newest.parent), spent["seconds"]
 
 
-def verdict(reports: list[Report], seconds: list[float]) -> str:
+def verdict(reports: list[SoupReport], seconds: list[float]) -> str:
     """Return the aims of the default task as Markdown lines, each with what was seen."""
     count = len(reports)
     gains = [_value(report, "greedy soup", "test") - _value(report, "best single", "test") for report in reports]
@@ -87,7 +87,7 @@ def verdict(reports: list[Report], seconds: list[float]) -> str:
     return "\n".join(f"- {'reached' if reached else 'MISSED'}: {line}" for reached, line in aims) + "\n"
 
 
-def develop(reports: list[Report]) -> str:
+def develop(reports: list[SoupReport]) -> str:
     """Return what settings may be chosen by: held-out accuracies in %, the test and OOD splits unseen."""
     lines = []
     for report in reports:
@@ -99,7 +99,7 @@ def develop(reports: list[Report]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def tabulate(reports: list[Report]) -> str:
+def tabulate(reports: list[SoupReport]) -> str:
     """Return the Markdown table: mean ± sd over repeats, in %, of every model on every split."""
     splits = list(reports[0].splits)
     header = ["model", *({"heldout": "held-out"}.get(split, split) for split in splits), "OOD mean"]
@@ -127,7 +127,7 @@ def tabulate(reports: list[Report]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _value(report: Report, name: str, split: str) -> float:
+def _value(report: SoupReport, name: str, split: str) -> float:
     row = report.row(name)
     return row.ood if split == "OOD" else row.accuracy[split]
 
@@ -138,7 +138,7 @@ def _cell(values: list[float], signed: bool = False) -> str:
     return f"{100 * statistics.mean(values):{sign}.2f} ± {100 * spread:.2f}"
 
 
-def draw(reports: list[Report], path: Path) -> None:
+def draw(reports: list[SoupReport], path: Path) -> None:
     """Draw held-out against OOD accuracy of all repeats, each centred on the mean of its ingredients."""
     from matplotlib.figure import Figure
 

@@ -23,7 +23,7 @@ from soups.launch.hydra_errors import check_hydra
 from soups.launch.ignored import refuse_ignored
 from soups.launch.settings import UserError, configuration_of, resolve
 from soups.launch.terminal import show_report
-from soups.reporting import Report
+from soups.reporting import SoupReport
 from soups.soup_making.soup import make_soup
 from soups.soup_making.tracking import track_soup
 
@@ -91,7 +91,7 @@ def finish(run: Run, failed: Mapping[str, Failed]) -> int:
     return tell_failures(console, failed)
 
 
-def _how_to_load(run: Run, report: Report, folder: Path) -> str:
+def _how_to_load(run: Run, report: SoupReport, folder: Path) -> str:
     model, path = run.asked.model, folder / "soup.safetensors"
     if str(model["_target_"]).endswith("timm_model"):
         classes = len(report.lineage["classes"])

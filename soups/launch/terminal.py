@@ -8,10 +8,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from soups.reporting import Report, summary_sentence, tables
+from soups.reporting import SoupReport, summary_sentence, tables
 
 
-def show_report(report: Report, folder: Path, how_to_load: str, console: Console) -> None:
+def show_report(report: SoupReport, folder: Path, how_to_load: str, console: Console) -> None:
     """Print the closing table of a soup, its warnings, and where it is.
 
     Args:

@@ -9,13 +9,14 @@ from soups.reporting.page import Page as Page
 from soups.reporting.pairs import compare_members as compare_members
 from soups.reporting.protocol import draw_page as draw_page
 from soups.reporting.protocol import page_tables as page_tables
-from soups.reporting.report import Decision as Decision
 from soups.reporting.report import Report as Report
 from soups.reporting.report import Row as Row
 from soups.reporting.soup_page import page_of as page_of
 from soups.reporting.soup_page import read_page as read_page
 from soups.reporting.soup_page import remake as remake
 from soups.reporting.soup_page import save_page as save_page
+from soups.reporting.soup_report import Decision as Decision
+from soups.reporting.soup_report import SoupReport as SoupReport
 from soups.reporting.table import plain_rows as plain_rows
 from soups.reporting.table import summary_sentence as summary_sentence
 from soups.reporting.table import tables as tables

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from soups.reporting.report import Report, Row
+from soups.reporting.report import Row
+from soups.reporting.soup_report import SoupReport
 
 # What a metric of one split is called on another: val/acc, valid_acc and validation/acc become test/acc.
 _HELDOUT, _TEST = ("validation", "valid", "val", "heldout", "dev"), "test"
@@ -59,7 +60,7 @@ def split_name(split: str) -> str:
     return "held-out" if split == "heldout" else split
 
 
-def columns_of(report: Report) -> list[Column]:
+def columns_of(report: SoupReport) -> list[Column]:
     """Return the columns of a report's closing table.
 
     Classifiers: accuracy on every split and its OOD mean. Other programs: the metric that selected, the same on test, then
@@ -86,7 +87,7 @@ def columns_of(report: Report) -> list[Column]:
     ]
 
 
-def metric_on_test(report: Report) -> str | None:
+def metric_on_test(report: SoupReport) -> str | None:
     """Return the test metric that answers to the one that selected, or None.
 
     It is the one of the same name, or of the name with "val" replaced by "test".

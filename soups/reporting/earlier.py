@@ -24,13 +24,18 @@ def current_row(value: Any) -> Any:
 
 
 def current_report(value: Any) -> Any:
-    """Return a report with a `mode`, and a report of another program's soup in the form that all soups share."""
+    """Return a soup's report with a name, a `mode`, versions and a pool, all soups' in one form."""
     if not isinstance(value, Mapping):
         return value
     report = dict(cast(Mapping[str, Any], value))
     if "monitor" in report and "splits" not in report:
         report = _of_another_program(report)
     report.setdefault("mode", "min" if report.get("metric") == "loss" else "max")
+    recipe = report.pop("recipe", None)
+    lineage = cast(Mapping[str, Any], report.get("lineage") or {})
+    for key, known in (("name", recipe), ("versions", lineage.get("versions")), ("pool", lineage.get("pool"))):
+        if known and key not in report:
+            report[key] = known
     return report
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from soups.evaluation import ood_mean
 from soups.reporting.columns import columns_of, metric_on_test
-from soups.reporting.report import Report, Row, soup_name
+from soups.reporting.report import Row
+from soups.reporting.soup_report import SoupReport, soup_name
 from soups.stores.files import replacing
 
 # Okabe–Ito colours: told apart by most colour-blind readers, and in print by their markers.
@@ -22,10 +23,14 @@ _LOOK: dict[str, tuple[str, str, int]] = {
 }
 
 
-def draw_all(report: Report, folder: Path) -> dict[str, Path]:
+def draw_all(report: SoupReport, folder: Path) -> dict[str, Path]:
     """Draw every figure the report has data for; return their files by name."""
     drawn: dict[str, Path] = {}
-    makers: dict[str, Callable[[Report, Any], bool]] = {"scatter": _scatter, "greedy_path": _greedy_path, "path": _path}
+    makers: dict[str, Callable[[SoupReport, Any], bool]] = {
+        "scatter": _scatter,
+        "greedy_path": _greedy_path,
+        "path": _path,
+    }
     for name, maker in makers.items():
         # The object interface: a figure of our own, whatever backend or state the user's pyplot is in.
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -41,7 +46,7 @@ def draw_all(report: Report, folder: Path) -> dict[str, Path]:
     return drawn
 
 
-def _scatter(report: Report, figure: Any) -> bool:
+def _scatter(report: SoupReport, figure: Any) -> bool:
     """Held-out against mean OOD accuracy of ingredients and soups (arXiv:2203.05482, figure 1).
 
     Without OOD splits the test split takes their place; models without a test metric are left out.
@@ -101,7 +106,7 @@ def _fit(axes: Any, points: list[tuple[float, float]]) -> None:
         limit(min(values) - margin, max(values) + margin)
 
 
-def _greedy_path(report: Report, figure: Any) -> bool:
+def _greedy_path(report: SoupReport, figure: Any) -> bool:
     """Held-out score of the soup as candidates are tried, best first."""
     if not report.steps:
         return False
@@ -140,7 +145,7 @@ def _greedy_path(report: Report, figure: Any) -> bool:
     return True
 
 
-def _path(report: Report, figure: Any) -> bool:
+def _path(report: SoupReport, figure: Any) -> bool:
     """Accuracy along a searched path, in and out of distribution (arXiv:2109.01903, figure 1, in one more dimension)."""
     if len(report.path) < 2:
         return False

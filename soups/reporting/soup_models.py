@@ -5,10 +5,11 @@ from __future__ import annotations
 from soups.evaluation.statistics import wilson
 from soups.reporting.columns import Column, columns_of, metric_on_test, split_name
 from soups.reporting.page import Cell, ChartPoint, Scatter, Table
-from soups.reporting.report import Report, Row
+from soups.reporting.report import Row
+from soups.reporting.soup_report import SoupReport
 
 
-def models(report: Report) -> Table:
+def models(report: SoupReport) -> Table:
     """Return the closing table, with intervals where the numbers are shares of samples."""
     columns = columns_of(report)
     loss = [Column("loss", "heldout", "loss", "nats")] if report.classifies else []
@@ -51,7 +52,7 @@ def _cell(row: Row, column: Column) -> Cell | float | None:
     return Cell(value=value, low=100 * interval.low, high=100 * interval.high)
 
 
-def scatter(report: Report) -> Scatter | None:
+def scatter(report: SoupReport) -> Scatter | None:
     """Return every model as a point: test against OOD, or held-out against test where there is no OOD split."""
     columns = columns_of(report)
     test = metric_on_test(report)

@@ -10,12 +10,12 @@ from soups.errors import StorageError
 from soups.reporting import soup_models, soup_parts
 from soups.reporting.html import write_html
 from soups.reporting.page import Page, Part
-from soups.reporting.report import Report, soup_name
+from soups.reporting.soup_report import SoupReport, soup_name
 from soups.reporting.table import summary_sentence
 from soups.stores.pool import Ingredient, Pool
 
 
-def page_of(report: Report, members: Sequence[Ingredient] = (), more: Sequence[Part] = ()) -> Page:
+def page_of(report: SoupReport, members: Sequence[Ingredient] = (), more: Sequence[Part] = ()) -> Page:
     """Return the page of a soup.
 
     Args:
@@ -37,7 +37,6 @@ def page_of(report: Report, members: Sequence[Ingredient] = (), more: Sequence[P
         *more,
         soup_parts.cost(report, members),
     ]
-    versions = report.lineage.get("versions") or {}
     return Page(
         title=f"{soup_name(report.recipe, first=True)} of {len(report.ingredients)} ingredients",
         subject="soup",
@@ -46,7 +45,7 @@ def page_of(report: Report, members: Sequence[Ingredient] = (), more: Sequence[P
         parts=[part for part in parts if part is not None],
         configs={record.short: record.determinants or record.config for record in members},
         lineage={key: value for key, value in report.lineage.items() if key != "versions"},
-        environment={str(key): str(value) for key, value in versions.items()} | _layout(members),
+        environment=report.versions | _layout(members),
     )
 
 
@@ -72,7 +71,7 @@ def read_page(folder: Path) -> Page:
         raise StorageError(
             f"{folder} holds neither page.json nor report.json: name the folder of a soup or a protocol."
         )
-    report = Report.load(folder)
+    report = SoupReport.load(folder)
     return page_of(report, _records(report))
 
 
@@ -83,11 +82,10 @@ def remake(folder: Path) -> Path:
     return path
 
 
-def _records(report: Report) -> list[Ingredient]:
-    url = str(report.lineage.get("pool") or "")
-    if not url:
+def _records(report: SoupReport) -> list[Ingredient]:
+    if not report.pool:
         return []
-    pool = Pool(url)
+    pool = Pool(report.pool)
     return [pool.ingredient(name) for name in report.ingredients if name in pool]
 
 

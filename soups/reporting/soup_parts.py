@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from soups.evaluation import ood_mean
 from soups.reporting.columns import split_name
 from soups.reporting.page import Cell, Curves, Matrix, Steps, Table
-from soups.reporting.report import Report
+from soups.reporting.soup_report import SoupReport
 from soups.stores.pool import Ingredient
 
 
-def differences(report: Report) -> Table | None:
+def differences(report: SoupReport) -> Table | None:
     """Return how the soups differ from the best single model on the same samples."""
     if not report.differences:
         return None
@@ -33,7 +33,7 @@ def differences(report: Report) -> Table | None:
     )
 
 
-def path(report: Report) -> Curves | None:
+def path(report: SoupReport) -> Curves | None:
     """Return the accuracies along a path that was searched."""
     if len(report.path) < 2:
         return None
@@ -52,7 +52,7 @@ def path(report: Report) -> Curves | None:
     )
 
 
-def shares(report: Report) -> Table | None:
+def shares(report: SoupReport) -> Table | None:
     """Return the shares of the members, where they are not all equal."""
     if len({round(value, 9) for value in report.coefficients.values()}) < 2:
         return None
@@ -62,7 +62,7 @@ def shares(report: Report) -> Table | None:
     return Table(title="Shares in the soup", columns=["ingredient", "share, %"], rows=rows)
 
 
-def shares_by_tensor(report: Report) -> Matrix | None:
+def shares_by_tensor(report: SoupReport) -> Matrix | None:
     """Return the shares of the ingredients by tensor, where they differ between tensors."""
     if not report.by_tensor:
         return None
@@ -76,7 +76,7 @@ def shares_by_tensor(report: Report) -> Matrix | None:
     )
 
 
-def optimism(report: Report) -> Table | None:
+def optimism(report: SoupReport) -> Table | None:
     """Return how much choosing on the held-out split flattered the choices."""
     if not report.optimism:
         return None
@@ -99,7 +99,7 @@ def optimism(report: Report) -> Table | None:
     )
 
 
-def diversity(report: Report) -> Table | None:
+def diversity(report: SoupReport) -> Table | None:
     """Return how differently the ingredients err."""
     if not report.diversity:
         return None
@@ -124,7 +124,7 @@ _ORDER = {
 }
 
 
-def steps(report: Report) -> Steps | None:
+def steps(report: SoupReport) -> Steps | None:
     """Return the decisions of the search."""
     if not report.steps:
         return None
@@ -141,14 +141,14 @@ def steps(report: Report) -> Steps | None:
     )
 
 
-def scale_of(report: Report) -> tuple[float, str]:
+def scale_of(report: SoupReport) -> tuple[float, str]:
     """Return by how much scores in the selecting metric are multiplied when they are shown, and their unit."""
     if not report.classifies:
         return 1.0, ""
     return (100.0, ", %") if report.metric == "accuracy" else (1.0, ", nats")
 
 
-def histories(report: Report, members: Sequence[Ingredient]) -> list[Curves | None]:
+def histories(report: SoupReport, members: Sequence[Ingredient]) -> list[Curves | None]:
     """Return the curves of the ingredients' fits, as far as they were recorded."""
     if not report.classifies:
         label = report.metric
@@ -163,7 +163,7 @@ def histories(report: Report, members: Sequence[Ingredient]) -> list[Curves | No
 
 
 def _history(
-    report: Report,
+    report: SoupReport,
     members: Sequence[Ingredient],
     key: str,
     metric: str,
@@ -199,7 +199,7 @@ def _history(
     )
 
 
-def cost(report: Report, members: Sequence[Ingredient]) -> Table | None:
+def cost(report: SoupReport, members: Sequence[Ingredient]) -> Table | None:
     """Return how long the fits, the search and the evaluation took."""
     fits = [record.durations["total"] for record in members if "total" in record.durations]
     rows: list[list[Cell | float | int | str | None]] = []

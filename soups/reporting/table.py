@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from soups.reporting.columns import Column, columns_of, metric_on_test
-from soups.reporting.report import Report, Row, soup_name
+from soups.reporting.report import Row
+from soups.reporting.soup_report import SoupReport, soup_name
 from soups.stores.files import write_text
 
 _STYLE = {"soup": "bold", "best": "bold", "ensemble": "italic", "start": "dim", "ingredient": ""}
@@ -22,7 +23,7 @@ _BORDER, _NOTES = 3, 30
 _HEADING = 12
 
 
-def tables(report: Report, width: int) -> list[Table]:
+def tables(report: SoupReport, width: int) -> list[Table]:
     """Return the closing table; in a terminal too narrow for it, several with some of the columns each.
 
     The first holds the metric that selected, and the notes. The best figure of a column is green where it is known which
@@ -46,7 +47,7 @@ def tables(report: Report, width: int) -> list[Table]:
     ]
 
 
-def _described(report: Report) -> str:
+def _described(report: SoupReport) -> str:
     if report.classifies:
         return "accuracy in %"
     return f"selected by {report.metric}, {'larger' if report.mode == 'max' else 'smaller'} is better"
@@ -75,7 +76,7 @@ def _divided(columns: Sequence[Column], widths: Sequence[int], free: int, notes:
     return parts
 
 
-def _table(report: Report, title: str, columns: Sequence[Column], notes: bool) -> Table:
+def _table(report: SoupReport, title: str, columns: Sequence[Column], notes: bool) -> Table:
     result = Table(title=Text(title), title_justify="left")
     result.add_column("model", no_wrap=True)
     for column in columns:
@@ -145,7 +146,7 @@ def _folded(heading: str, width: int) -> str:
     return "\n".join(line.rstrip(" ") for line in lines)
 
 
-def plain_rows(report: Report) -> tuple[list[str], list[list[str | float]]]:
+def plain_rows(report: SoupReport) -> tuple[list[str], list[list[str | float]]]:
     """Return header and rows of the closing table as plain values, accuracies in [0, 1]."""
     if not report.classifies:
         columns = columns_of(report)
@@ -168,7 +169,7 @@ def _blank(value: float | None) -> str | float:
     return "" if value is None else value
 
 
-def write_csv(report: Report, path: Path) -> None:
+def write_csv(report: SoupReport, path: Path) -> None:
     """Write the closing table as CSV, atomically."""
     header, rows = plain_rows(report)
     text = io.StringIO()
@@ -178,7 +179,7 @@ def write_csv(report: Report, path: Path) -> None:
     write_text(path, text.getvalue())
 
 
-def summary_sentence(report: Report) -> str:
+def summary_sentence(report: SoupReport) -> str:
     """Return what happened in one sentence."""
     soup, best = report.row(report.soup), report.row("best single")
     kept = f"{len(report.members)} of {len(report.ingredients)} ingredients"
@@ -197,7 +198,7 @@ def summary_sentence(report: Report) -> str:
     return sentence + "."
 
 
-def _compared(report: Report, soup: Row, best: Row) -> str:
+def _compared(report: SoupReport, soup: Row, best: Row) -> str:
     pairs = [("heldout", report.metric)] + ([("test", name)] if (name := metric_on_test(report)) else [])
     texts: list[str] = []
     for number, (split, metric) in enumerate(pairs):

@@ -12,7 +12,7 @@ from soups.evaluation import diversity as measure_diversity
 from soups.evaluation.statistics import best_single, compare_accuracy, mean_over_splits, right, selection_effect
 from soups.recipes import Candidate, Soup, greedy
 from soups.recipes.replay import only_tried, replay
-from soups.reporting.report import Difference, Optimism, soup_name
+from soups.reporting.soup_report import Difference, Optimism, soup_name
 from soups.soup_making.evaluator import HELDOUT
 from soups.soup_making.predictions import Predictions
 from soups.weights import Weights

@@ -11,7 +11,8 @@ from torch import Tensor
 from soups.evaluation import score
 from soups.evaluation.statistics import right, wilson
 from soups.reporting import differences, flatten
-from soups.reporting.report import PathPoint, Row, soup_name
+from soups.reporting.report import Row
+from soups.reporting.soup_report import PathPoint, soup_name
 from soups.soup_making.evaluator import SoupEvaluator
 from soups.soup_making.predictions import Predictions
 from soups.stores.pool import Ingredient

@@ -16,7 +16,7 @@ from soups.fitting.configuration import Configuration
 from soups.fitting.environment import kind_of_processes, needs_processes
 from soups.fitting.quiet import quiet
 from soups.fitting.run import Run, run_of
-from soups.reporting import Report
+from soups.reporting import SoupReport
 from soups.soup_making.evaluator import SoupEvaluator
 from soups.soup_making.ingredients import (
     Chosen,
@@ -75,7 +75,7 @@ def options_of_run(run: Run) -> SoupOptions:
     return SoupOptions.read(run.configuration.soup)
 
 
-def make_soup(run: Run) -> tuple[Report, Path]:
+def make_soup(run: Run) -> tuple[SoupReport, Path]:
     """Make the soup of a run's settings from what the pool holds, or find it finished.
 
     Selection uses the held-out split alone: predictions on the test and OOD splits are made after it has ended.
@@ -92,7 +92,7 @@ def make_soup(run: Run) -> tuple[Report, Path]:
     name = soup_fingerprint(run, options, chosen, reference_of(run, options))
     folder = Path(run.layout.paths.output) / "soups" / f"{options.recipe}-{name[:8]}"
     if (folder / "report.json").is_file() and (folder / "soup.safetensors").is_file():
-        return Report.load(folder), folder
+        return SoupReport.load(folder), folder
     message = SoupMessage(
         configuration=run.configuration,
         folder=str(folder),
@@ -104,7 +104,7 @@ def make_soup(run: Run) -> tuple[Report, Path]:
         run_in_processes(make_soup_in_ranks, message, reuse=kind_of_processes(run.layout.devices))
     else:
         _make(run, message, Rank())
-    return Report.load(folder), folder
+    return SoupReport.load(folder), folder
 
 
 def soup_fingerprint(run: Run, options: SoupOptions, chosen: Chosen, reference: Reference | None) -> str:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from soups.fitting.run import Run
-from soups.reporting import Report, differences, flatten, plain_rows
+from soups.reporting import SoupReport, differences, flatten, plain_rows
 from soups.soup_making.ingredients import from_elsewhere
 from soups.stores.pool import Ingredient
 from soups.tracking import group_name, log_soup, require_wandb
 
 
-def track_soup(run: Run, report: Report, folder: Path) -> None:
+def track_soup(run: Run, report: SoupReport, folder: Path) -> None:
     """Log a finished soup with its tables, figures, page and lineage, if tracking is on."""
     layout = run.layout
     if not require_wandb(layout.tracking.mode):

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from soups.fitting.environment import versions
-from soups.reporting import Decision, Report, compare_members, draw_all, page_of, save_page, write_csv
-from soups.reporting.report import Difference, Optimism, PathPoint, Row
+from soups.reporting import Decision, SoupReport, compare_members, draw_all, page_of, save_page, write_csv
+from soups.reporting.report import Row
+from soups.reporting.soup_report import Difference, Optimism, PathPoint
 from soups.soup_making import comparisons, rows, warnings
 from soups.soup_making.evaluator import HELDOUT
 from soups.soup_making.predictions import Predictions
@@ -23,7 +24,7 @@ from soups.weights import hash_weights
 
 @dataclass(frozen=True)
 class Finished:
-    """What was measured after selection; see `soups.reporting.Report`."""
+    """What was measured after selection; see `soups.reporting.SoupReport`."""
 
     predictions: Predictions
     rows: list[Row]
@@ -82,7 +83,7 @@ def write(
 
 def _report(
     finished: Finished, near: Surroundings, fingerprint: str, remarks: Sequence[str], seconds: Mapping[str, float]
-) -> Report:
+) -> SoupReport:
     found = finished.predictions
     evaluator, selection = found.evaluator, found.selection
     soup, sign = selection.soup, evaluator.sign
@@ -99,9 +100,12 @@ def _report(
         )
         for step in soup.steps or selection.soups["greedy"].steps
     ]
-    return Report(
+    return SoupReport(
         fingerprint=fingerprint,
-        recipe=selection.recipe,
+        name=selection.recipe,
+        settings=evaluator.run.configuration.plain(),
+        versions=versions(),
+        pool=evaluator.pool.url,
         metric=evaluator.metric,
         mode="max" if evaluator.metric == "accuracy" else "min",
         members=[by_short[short].fingerprint for short in soup.members],

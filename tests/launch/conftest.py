@@ -17,7 +17,7 @@ from soups.fitting.ingredient import fine_tune as fine_tune_run
 from soups.fitting.run import Run, run_of
 from soups.fitting.task import evaluation_batches
 from soups.launch.settings import Settings, open_pool, resolve
-from soups.reporting import Report
+from soups.reporting import SoupReport
 from soups.soup_making.ingredients import choose_ingredients
 from soups.soup_making.options import SoupOptions
 from soups.soup_making.soup import make_soup
@@ -76,7 +76,7 @@ def fine_tune(settings: Settings) -> Ingredient:
     return fine_tune_run(run_with(settings), show_progress=False)
 
 
-def soup_of(settings: Settings) -> tuple[Report, Path]:
+def soup_of(settings: Settings) -> tuple[SoupReport, Path]:
     """Make the soup of some settings."""
     return make_soup(run_with(settings))
 

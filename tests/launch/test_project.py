@@ -17,7 +17,7 @@ from soups.errors import ConfigError
 from soups.launch.own_program.interception import Fit, fits_go_to
 from soups.launch.own_program.options import check_options
 from soups.launch.own_program.task import ProgramTask
-from soups.reporting import Report
+from soups.reporting import SoupReport
 from soups.stores import read_safetensors
 from soups.stores.pool import Pool
 from tests.launch.conftest import ROOT
@@ -143,7 +143,7 @@ def test_a_program_that_knows_nothing_of_soups_ends_in_one(run: Run, project: Pa
         env={**os.environ, "PYTHONPATH": str(installed)},
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
-    assert Report.load(folder).metric == "val/acc" and "greedy soup" in (folder / "report.html").read_text().lower()
+    assert SoupReport.load(folder).metric == "val/acc" and "greedy soup" in (folder / "report.html").read_text().lower()
 
     # Its BatchNorm layer was trained: the warning names it, and what to do in a program of one's own.
     warning = report["warnings"][0]

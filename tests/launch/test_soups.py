@@ -18,7 +18,7 @@ from soups.launch.settings import Settings, open_pool
 from soups.merging import make_method
 from soups.merging import merge as merge_models
 from soups.recipes import RECIPES, candidates, greedy
-from soups.reporting import Page, Report
+from soups.reporting import Page, SoupReport
 from soups.soup_making.options import SoupOptions
 from soups.stores import read_safetensors, write_safetensors
 from soups.stores.pool import Pool
@@ -44,7 +44,7 @@ def base(overrides: list[str], shared: Path, tmp_path: Path) -> list[str]:
     return own
 
 
-def cooked(base: list[str], *more: str) -> tuple[Report, Path, Settings]:
+def cooked(base: list[str], *more: str) -> tuple[SoupReport, Path, Settings]:
     settings = compose_settings([*base, *more])
     report, folder = soup_of(settings)
     return report, folder, settings

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 
-from soups.reporting import Report, flatten
+from soups.reporting import SoupReport, flatten
 from soups.stores import read_safetensors, write_safetensors
 from soups.stores.pool import Pool
 from soups.tracking.workspace import metrics_of, sections
@@ -295,7 +295,7 @@ def test_wandb_keeps_a_run_for_each_ingredient_and_one_for_the_soup(train_py: Ru
     assert len(runs) == 3
     pool = Pool(tmp_path / "pool")
     records = {record.fingerprint[:16]: record for record in pool.ingredients()}
-    report = Report.load(next((tmp_path / "outputs" / "soups").glob("*/")))
+    report = SoupReport.load(next((tmp_path / "outputs" / "soups").glob("*/")))
     drawn: set[str] = set()
     for run in runs:
         found = json.loads(read_run(run, "--summary"))

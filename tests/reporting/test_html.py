@@ -12,12 +12,12 @@ import torch
 from soups.errors import StorageError
 from soups.evaluation import distances
 from soups.evaluation.statistics import wilson
-from soups.reporting import Report, page_of, read_page, remake, render, save_page, write_html
+from soups.reporting import SoupReport, page_of, read_page, remake, render, save_page, write_html
 from soups.reporting.differences import differences
 from soups.reporting.html import embeddable
 from soups.reporting.page import Curves, Page, Scatter, Steps, Table
 from soups.reporting.pairs import agreement_heatmap, compare_members, distance_heatmaps
-from soups.reporting.report import Difference
+from soups.reporting.soup_report import Difference
 from soups.stores import DictStore
 from soups.stores.pool import Ingredient, Pool
 
@@ -128,7 +128,7 @@ def test_a_soups_page_says_what_its_report_says() -> None:
     assert next(part for part in without_ood.parts if isinstance(part, Scatter)).x_label == "held-out accuracy, %"
 
 
-def soup_with_a_pool(tmp_path: Path) -> tuple[Report, Pool]:
+def soup_with_a_pool(tmp_path: Path) -> tuple[SoupReport, Pool]:
     pool = Pool(tmp_path / "pool")
     start = {"w": torch.zeros(3, 2), "count": torch.tensor(7)}
     pool.add_start(Ingredient(fingerprint="5" * 64, determinants={}), start)
@@ -143,7 +143,7 @@ def soup_with_a_pool(tmp_path: Path) -> tuple[Report, Pool]:
         )  # fmt: skip
         added = pool.add(record, weights)
         pool.add_predictions(added.weights, "split", torch.eye(4) if name == "a1" else torch.eye(4)[[0, 1, 3, 2]])
-    return report().model_copy(update={"lineage": {"pool": pool.url, "soup": "x"}}), pool
+    return report().model_copy(update={"pool": pool.url}), pool
 
 
 def test_distances_directions_and_agreement_by_hand(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from rich.console import Console
 from soups.errors import StorageError
 from soups.reporting import (
     Decision,
-    Report,
     Row,
+    SoupReport,
     draw_all,
     page_of,
     read_page,
@@ -27,7 +27,7 @@ from soups.stores.pool import Ingredient
 MORE = [f"val/metric_number_{number}_macro_average" for number in range(13)]
 
 
-def report(mode: str = "min", more: tuple[str, ...] = ()) -> Report:
+def report(mode: str = "min", more: tuple[str, ...] = ()) -> SoupReport:
     def row(name: str, kind: str, level: float, note: str = "", test: bool = False) -> Row:
         heldout = {"val/rmse": level, "val/loss": level**2, **dict.fromkeys(more, 1234.5678)}
         return Row(
@@ -36,8 +36,8 @@ def report(mode: str = "min", more: tuple[str, ...] = ()) -> Report:
         )  # fmt: skip
 
     best, worse = (0.25, 0.75) if mode == "min" else (0.75, 0.25)
-    return Report(
-        fingerprint="f" * 64, recipe="greedy", metric="val/rmse", mode=mode,  # type: ignore[arg-type]
+    return SoupReport(
+        fingerprint="f" * 64, name="greedy", metric="val/rmse", mode=mode,  # type: ignore[arg-type]
         members=["a1" + "0" * 62], ingredients=["a1" + "0" * 62, "b2" + "0" * 62], splits={"heldout": 100, "test": 0},
         rows=[
             row("start", "start", 3.0 if mode == "min" else 0.1, test=True), row("a1000000", "ingredient", best, "kept: the best"),
@@ -53,7 +53,7 @@ def report(mode: str = "min", more: tuple[str, ...] = ()) -> Report:
     )  # fmt: skip
 
 
-def shown(made: Report, width: int) -> tuple[str, int]:
+def shown(made: SoupReport, width: int) -> tuple[str, int]:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
     found = tables(made, width)
     for table in found:
@@ -95,19 +95,23 @@ def test_the_better_figure_is_marked_in_either_direction(mode: str, best: str) -
 
 def test_the_record_is_one_and_reads_what_was_written_before(tmp_path: Path) -> None:
     report().save(tmp_path)
-    assert Report.load(tmp_path) == report()
+    assert SoupReport.load(tmp_path) == report()
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["rows"][1]["metrics"]["heldout"]["val/rmse"] == 0.25 and content["mode"] == "min"
+    assert (content["kind"], content["name"], content["recipe"]) == ("soup", "greedy", "greedy")
 
     ours = {
         **content, "metric": "loss",
         "rows": [{"name": "best single", "kind": "best", "accuracy": {"heldout": 0.9}, "loss": {"heldout": 0.3}, "note": "", "interval": {}}],
     }  # fmt: skip
-    del ours["mode"]
+    for key in ("mode", "kind", "name", "versions", "pool", "settings"):
+        del ours[key]
+    ours["lineage"] = {"soup": "hash", "versions": {"torch": "1.9"}, "pool": "pools/ours"}
     (tmp_path / "report.json").write_text(json.dumps(ours))
-    read = Report.load(tmp_path)
+    read = SoupReport.load(tmp_path)
     assert read.mode == "min" and read.rows[0].metrics == {"heldout": {"accuracy": 0.9, "loss": 0.3}}
     assert read.rows[0].accuracy == {"heldout": 0.9} and read.classifies
+    assert (read.name, read.versions, read.pool) == ("greedy", {"torch": "1.9"}, "pools/ours")
 
     theirs = {
         "fingerprint": "f", "recipe": "greedy", "monitor": "val/rmse", "mode": "min", "start": "s", "soup": "w", "members": ["a"],
@@ -119,8 +123,9 @@ def test_the_record_is_one_and_reads_what_was_written_before(tmp_path: Path) -> 
         ],
     }  # fmt: skip
     (tmp_path / "report.json").write_text(json.dumps(theirs))
-    read = Report.load(tmp_path)
+    read = SoupReport.load(tmp_path)
     assert (read.metric, read.mode, list(read.splits)) == ("val/rmse", "min", ["heldout", "test"])
+    assert (read.name, read.versions, read.pool) == ("greedy", {"torch": "2"}, "pools/mine")
     assert read.row("greedy soup").value("test", "test/rmse") == 0.3 and read.row("a").kind == "ingredient"
     assert remake(tmp_path).is_file() and "val/rmse" in (tmp_path / "report.html").read_text()
 

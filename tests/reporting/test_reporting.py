@@ -7,18 +7,18 @@ import pytest
 from rich.console import Console
 
 from soups.errors import StorageError
-from soups.reporting import Decision, Report, Row, draw_all, summary_sentence, tables, write_csv
+from soups.reporting import Decision, Row, SoupReport, draw_all, summary_sentence, tables, write_csv
 
 
-def report(ood: bool = True) -> Report:
+def report(ood: bool = True) -> SoupReport:
     splits = {"heldout": 100, "test": 200} | ({"noise": 200, "blur": 200} if ood else {})
 
     def row(name: str, kind: str, level: float, note: str = "") -> Row:
         accuracy = {split: level - 0.1 * number for number, split in enumerate(splits)}
         return Row(name=name, kind=kind, accuracy=accuracy, loss=dict.fromkeys(splits, 1.0), note=note)
 
-    return Report(
-        fingerprint="f" * 64, recipe="greedy", metric="accuracy", members=["a1" + "0" * 62], ingredients=["a1" + "0" * 62, "b2" + "0" * 62],
+    return SoupReport(
+        fingerprint="f" * 64, name="greedy", metric="accuracy", members=["a1" + "0" * 62], ingredients=["a1" + "0" * 62, "b2" + "0" * 62],
         splits=splits,
         rows=[
             row("linear probe", "start", 0.6), row("a1000000", "ingredient", 0.9, "kept: the best"),
@@ -50,15 +50,15 @@ def test_every_number_and_reason_is_shown_whole(width: int) -> None:
 
 def test_the_record_survives_the_disk_and_its_numbers_the_csv(tmp_path: Path) -> None:
     report().save(tmp_path)
-    assert Report.load(tmp_path) == report()
-    assert list(Report.load(tmp_path).splits) == ["heldout", "test", "noise", "blur"], "columns keep their order"
+    assert SoupReport.load(tmp_path) == report()
+    assert list(SoupReport.load(tmp_path).splits) == ["heldout", "test", "noise", "blur"], "columns keep their order"
     write_csv(report(), tmp_path / "results.csv")
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert float(rows[1]["noise_accuracy"]) == pytest.approx(0.7)
     assert float(rows[1]["ood_accuracy"]) == pytest.approx(0.65)
     (tmp_path / "report.json").write_text("{")
     with pytest.raises(StorageError, match=r"report\.json cannot be read"):
-        Report.load(tmp_path)
+        SoupReport.load(tmp_path)
 
 
 def test_the_sentence_and_the_figures(tmp_path: Path) -> None:

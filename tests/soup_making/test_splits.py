@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from soups.fitting import read_configuration
 from soups.fitting.run import run_of
-from soups.reporting import Report
+from soups.reporting import SoupReport
 from soups.soup_making.evaluator import HELDOUT, SoupEvaluator
 from soups.soup_making.ingredients import open_ingredients
 from soups.soup_making.options import SoupOptions
@@ -89,7 +89,7 @@ def configured(known: list[str], **soup: Any) -> dict[str, Any]:
     return settings
 
 
-def made(known: list[str], **soup: Any) -> Report:
+def made(known: list[str], **soup: Any) -> SoupReport:
     return make_soup(run_of(read_configuration(configured(known, **soup))))[0]
 
 

@@ -18,8 +18,8 @@ from soups.launch.own_program.members import ProgramIngredients
 from soups.launch.own_program.module_weights import extra_state
 from soups.launch.own_program.options import recipe_options
 from soups.recipes import RECIPES, Candidate, Soup, Step, greedy, needs_of, uniform
-from soups.reporting import Decision, Report, Row, differences, flatten
-from soups.reporting.report import soup_name
+from soups.reporting import Decision, Row, SoupReport, differences, flatten
+from soups.reporting.soup_report import soup_name
 from soups.stores.pool import Ingredient, Pool
 from soups.weights import Weights, hash_weights
 
@@ -66,7 +66,7 @@ class ProgramSelection:
         """Return the score of some weights, larger is better."""
         return self.sign * self.validate(weights)[self.monitor]
 
-    def report(self, name: str, options: Mapping[str, Any], told: Sequence[str]) -> tuple[Report, Weights]:
+    def report(self, name: str, options: Mapping[str, Any], told: Sequence[str]) -> tuple[SoupReport, Weights]:
         """Select the soup, then test it; return the record and the soup's weights."""
         remembering = self._check_repeats()
         began = time.perf_counter()
@@ -84,9 +84,12 @@ class ProgramSelection:
         by_short = {record.short: record.fingerprint for record in self.members}
         data = self.evaluation.data
         samples = sum(data.samples) if data and None not in data.samples else 0  # pyright: ignore[reportArgumentType, reportCallIssue]
-        report = Report(
+        report = SoupReport(
             fingerprint=name,
-            recipe=recipe,
+            name=recipe,
+            settings={"soup": dict(options)},
+            versions=versions(),
+            pool=self.pool.url,
             metric=self.monitor,
             mode=self.program.mode or "max",
             members=[by_short[short] for short in soup.members],

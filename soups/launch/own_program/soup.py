@@ -12,7 +12,7 @@ from soups.launch.own_program.evaluation import Evaluation
 from soups.launch.own_program.members import choose_members
 from soups.launch.own_program.options import recipe_options
 from soups.launch.own_program.selection import ProgramSelection
-from soups.reporting import Report, draw_all, page_of, save_page, write_csv
+from soups.reporting import SoupReport, draw_all, page_of, save_page, write_csv
 from soups.stores import write_safetensors
 from soups.stores.files import fingerprint, replacing_folder
 from soups.stores.pool import Pool
@@ -25,7 +25,7 @@ def make_soup(
     asked: Sequence[str],
     output: Path,
     told: Sequence[str] = (),
-) -> tuple[Report, Path]:
+) -> tuple[SoupReport, Path]:
     """Make the soup of a program's ingredients, or find it finished.
 
     Selection uses the validation loop alone; the test loop runs after it has ended.
@@ -63,7 +63,7 @@ def make_soup(
     )
     folder = output / "soups" / f"{recipe}-{name[:8]}"
     if (folder / "report.json").is_file() and (folder / "soup.safetensors").is_file():
-        return Report.load(folder), folder
+        return SoupReport.load(folder), folder
     report, weights = ProgramSelection(program, pool, chosen, evaluation).report(name, options, told)
     with replacing_folder(folder) as scratch:
         write_safetensors(scratch / "soup.safetensors", weights, {"lineage": json.dumps(report.lineage)})

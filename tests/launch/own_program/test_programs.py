@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from soups.reporting import Report
+from soups.reporting import SoupReport
 from soups.stores.pool import Pool
 from tests.launch.conftest import ROOT, read_run
 
@@ -46,7 +46,7 @@ def test_a_program_from_the_template(run: Run, tmp_path: Path) -> None:
     assert {record.split for record in records} == {records[0].split} and len(records[0].history) == 2
 
     (soup,) = (folder / "outputs" / "soups").iterdir()
-    report = Report.load(soup)
+    report = SoupReport.load(soup)
     assert report.row("best single").value("heldout", "val/acc") == max(r.heldout("val/acc") for r in records)
     assert report.splits["heldout"] == 400 and report.row("greedy soup").value("test", "test/acc") is not None
     assert "val/acc_best" not in (soup / "results.csv").read_text().splitlines()[0]
@@ -68,7 +68,7 @@ def test_a_potential_of_the_older_package_in_its_jobs_folder(run: Run, tmp_path:
     pool = Pool(folder / "pools" / "train")  # beside the program, and in no job's folder
     first = {record.fingerprint: record.heldout("val/rmse") for record in pool.ingredients()}
     (soup,) = (folder / "outputs" / "soups").iterdir()
-    report = Report.load(soup)
+    report = SoupReport.load(soup)
     assert len(first) == 2 and report.row("best single").value("heldout", "val/rmse") == min(first.values())
     assert (report.row("greedy soup").value("heldout", "val/rmse") or 9) <= min(first.values())
 

@@ -12,7 +12,7 @@ from soups.launch.own_program.evaluation import Evaluation
 from soups.launch.own_program.ingredient import AFTERWARDS
 from soups.launch.own_program.options import SCORED
 from soups.launch.own_program.soup import make_soup
-from soups.reporting import Report, read_page
+from soups.reporting import SoupReport, read_page
 from soups.stores import read_safetensors
 from soups.stores.pool import Ingredient, Pool
 from soups.weights import hash_weights
@@ -44,7 +44,7 @@ def program_with_ingredients(
     return Program("val/acc", mode, spec, str(tmp_path / "pool")), evaluation  # type: ignore[arg-type]
 
 
-def soup(tmp_path: Path, mode: str, recipe: str = "greedy", asked: str = "abc", **options: Any) -> Report:
+def soup(tmp_path: Path, mode: str, recipe: str = "greedy", asked: str = "abc", **options: Any) -> SoupReport:
     program, evaluation = program_with_ingredients(tmp_path, mode, options.pop("samples", 12), options.pop("log", None))
     return make_soup(program, {"recipe": recipe, **options}, evaluation, [name * 64 for name in asked], tmp_path)[0]
 
@@ -69,7 +69,7 @@ def test_the_report_is_written_like_ours(tmp_path: Path, mode: str, kept: str) -
     made = soup(tmp_path, mode)
     (folder,) = (tmp_path / "soups").iterdir()
     assert read_safetensors(folder / "soup.safetensors")["weight"].tolist() == pytest.approx([VALUES[kept]])
-    assert Report.load(folder) == made and made.members == [kept * 64]
+    assert SoupReport.load(folder) == made and made.members == [kept * 64]
     assert {"report.json", "page.json", "report.html", "results.csv"} <= {path.name for path in folder.iterdir()}
     assert read_page(folder).title == "Greedy soup of 3 ingredients"
     notes = {row.name: row.note for row in made.rows}
