@@ -164,19 +164,23 @@ def of_objective(config: DictConfig) -> list[Watcher]:
 
 
 def of_configuration(config: DictConfig) -> list[Watcher]:
-    """Return the metrics that sections of the configuration watch: any with `monitor`, and `mode` there or one deeper."""
+    """Return the metrics that sections of the configuration watch: any with `monitor` and `mode`.
+
+    The mode may be that of a scheduler one section deeper, if that section names no metric of its own and no other scheduler
+    there says otherwise. A `mode` of anything else (pooling, padding) says nothing.
+    """
     found: list[Watcher] = []
 
     def walk(section: Mapping[str, Any], place: str) -> None:
         metric = section.get("monitor")
-        inner = [part for part in section.values() if isinstance(part, Mapping)]
-        modes = [
-            part.get("mode")
-            for part in (section, *cast(list[Mapping[str, Any]], inner))
-            if part.get("mode") in _DIRECTIONS
-        ]
-        if isinstance(metric, str) and modes and place != "ingredient":
-            found.append(Watcher(metric, _DIRECTIONS[str(modes[0])], f"the configuration's {place}"))
+        inner = {key: cast(Mapping[str, Any], part) for key, part in section.items() if isinstance(part, Mapping)}
+        parts = {place: section} if "mode" in section else {}
+        parts = parts or {f"{place}.{key}".lstrip("."): part for key, part in inner.items() if _is_scheduler(key, part)}
+        for where, part in parts.items():
+            if isinstance(metric, str) and part.get("mode") in _DIRECTIONS and place != "ingredient":
+                found.append(
+                    Watcher(metric, _DIRECTIONS[str(part["mode"])], f"the configuration's {where}".rstrip(" "))
+                )
         for key, part in section.items():
             if isinstance(part, Mapping):
                 walk(cast(Mapping[str, Any], part), f"{place}.{key}".lstrip("."))
@@ -184,6 +188,13 @@ def of_configuration(config: DictConfig) -> list[Watcher]:
     plain = OmegaConf.to_container(_without_hydra(config), resolve=False)
     walk(_resolved_texts(cast(dict[str, Any], plain), config), "")
     return found
+
+
+def _is_scheduler(key: str, section: Mapping[str, Any]) -> bool:
+    """Tell whether a section of the configuration describes a scheduler that watches the metric of the section around it."""
+    target = str(section.get("_target_", "")).rpartition(".")[2]
+    named = "sched" in key.lower() or "plateau" in f"{key} {target}".lower()
+    return named and "monitor" not in section
 
 
 def _without_hydra(config: DictConfig) -> DictConfig:

@@ -101,6 +101,27 @@ def test_the_configuration_says_it_where_the_trainer_does_not(mode: str) -> None
     assert choose(fit_of(), nested, named="val/acc") == ("val/acc", mode, [])
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"pooling": {"mode": "max"}},
+        {"pooling": {"mode": "min"}},
+        {"early_stopping": {"monitor": "val/loss", "mode": "min"}},
+        {"scheduler": {"monitor": "val/loss", "mode": "min"}},
+        {"tracking": {"mode": "max"}, "data": {"mode": "min"}},
+    ],
+)
+def test_a_mode_of_something_else_says_nothing(other: dict[str, Any], mode: str) -> None:
+    both = {"val/loss": 1.0, "val/acc": 0.5}
+    with pytest.raises(ConfigError, match="Nothing in the program says"):
+        choose(fit_of(), {"monitor": "val/acc", **other}, named="val/acc", **both)
+    with pytest.raises(ConfigError, match="Nothing in the program says"):
+        choose(fit_of(), {"model": {"monitor": "val/acc", **other}}, named="val/acc", **both)
+    watched = {"monitor": "val/acc", **other, "plateau": {"_target_": "torch.optim.lr_scheduler.X", "mode": mode}}
+    assert choose(fit_of(), {"model": watched}, named="val/acc", **both) == ("val/acc", mode, [])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_guessed(name: str) -> None:
     with pytest.raises(ConfigError, match=r"Nothing in the program says.*\+\+ingredient\.mode=min"):
