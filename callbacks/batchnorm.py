@@ -18,6 +18,7 @@ from torch import Tensor
 from soups.averaging.batchnorm import batch_norms, measuring, restore, statistics
 from soups.errors import ConfigError, DataError
 
+from .branches import warn_of_written
 from .loaders import twin
 from .loggers import loggers_replaced
 from .quiet import replaced
@@ -25,6 +26,7 @@ from .reach import state_of
 
 Forward = Callable[[pl.LightningModule, Any], Any]
 _EXAMPLE = "EMA(buffers='reestimate', forward=lambda module, batch: module(batch[0]))"
+_FORWARD = f"Give a forward pass that writes into nothing: {_EXAMPLE}."
 
 
 def remeasure(
@@ -79,7 +81,10 @@ def remeasure(
         measured = statistics(module)
     finally:
         restore(module, own)
-        before.put_back(state_of(trainer, module, skip=skip))
+        now = state_of(trainer, module, skip=skip)
+        before.put_back(now)
+        if lost := before.uncopied(now):
+            warn_of_written("BatchNorm statistics were measured", [place for _, place in lost.values()], _FORWARD)
     if not seen:
         raise DataError(
             "There were no training batches to measure BatchNorm statistics with: the training data can be read only once. "

@@ -8,24 +8,31 @@ that is kept in Python is the raw weights' best for the raw weights and the aver
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import warnings
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
+
 from .state import ObjectState, Slot
 
-Take = Callable[[], ObjectState]
+_HOOKS = "Write into them in training hooks, or use validate='average' or 'raw'."
+Take = Callable[[Collection[int]], ObjectState]
 
 
 class Branches:
     """The states of user code for the raw weights and for each average, from validation to validation.
 
     Args:
-        take: records the present state of everything that user code can change.
+        take: records the present state of everything that user code can change; it is given ids of parameters and
+            optimizers' tensors that must be copied.
     """
 
     def __init__(self, take: Take) -> None:
         self._take = take
+        # Large parameters that evaluations write into (a teacher's): they are copied from then on.
+        self._written: dict[int, Tensor] = {}
         self._before: ObjectState | None = None
         self._after: ObjectState | None = None
         # The state that the last validation left, its last hook included.
@@ -36,14 +43,20 @@ class Branches:
         self._first: dict[Slot, Any] = {}
         self._trained: set[Slot] = set()
 
+    def _now(self) -> ObjectState:
+        return self._take(self._written.keys())
+
     def before(self) -> None:
         """Record the state before the raw weights' evaluation."""
         self.settle()
-        self._before = self._take()
+        self._before = self._now()
 
     def after(self) -> None:
         """Record the state after it, the module's last hook (`on_validation_end`) still to come."""
-        self._after = self._take()
+        self._after = self._now()
+        if self._before is not None and (written := self._before.uncopied(self._after)):
+            self._written |= {key: tensor for key, (tensor, _) in written.items()}
+            self._after = self._now()
 
     @property
     def ready(self) -> bool:
@@ -68,9 +81,13 @@ class Branches:
         left: ObjectState | None = None
         try:
             yield after
-            left = self._take()
+            left = self._now()
         finally:
-            after.put_back(left or self._take())
+            now = left or self._now()
+            after.put_back(now)
+            if lost := after.uncopied(now):
+                self._written |= {key: tensor for key, (tensor, _) in lost.items()}
+                warn_of_written(f"the average {name!r} was evaluated", [place for _, place in lost.values()], _HOOKS)
         if left is not None:
             self._pending[name] = left
 
@@ -78,7 +95,8 @@ class Branches:
         """Record the state that a validation has left, once its last hook has run; does nothing at other times."""
         if self._before is None or self._after is None:
             return
-        before, now = self._before, self._take()
+        before, now = self._before, self._now()
+        self._written |= {key: tensor for key, (tensor, _) in before.uncopied(now).items()}
         for slot in before.differences(now):
             if before.knows(slot) and slot not in self._trained and not before.structural(slot):
                 if self._untouched(slot):
@@ -102,3 +120,19 @@ class Branches:
         if self._settled is None or self._before is None:
             return True
         return self._settled.same(slot, self._before)
+
+
+def warn_of_written(time: str, names: list[str], remedy: str) -> None:
+    """Warn that user code wrote into large parameters or optimizers' tensors of which there was no copy.
+
+    Args:
+        time: the clause after "while".
+        names: the tensors' names.
+        remedy: a sentence that names the way out.
+    """
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    warnings.warn(
+        f"While {time}, a hook wrote into {names[:4]}{more}. They are too large for a copy of all of them, so they keep these "
+        f"values, and training goes on with them. {remedy}",
+        stacklevel=3,
+    )

@@ -45,6 +45,7 @@ def evaluate_beside(trainer: pl.Trainer, suffix: str) -> None:
     with (
         isolate_rng(),
         no_steps(trainer, suffix.removeprefix("_")),
+        no_gradients(trainer),
         no_callbacks(trainer, type(first)),
         replaced(again, setup_data=lambda: None),
         _active(trainer, again),
@@ -112,6 +113,21 @@ def no_steps(trainer: pl.Trainer, name: str) -> Generator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def no_gradients(trainer: pl.Trainer) -> Generator[None]:
+    """Within the block parameters have no gradients; afterwards those of the accumulation that is under way."""
+    groups = [group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    parameters = [*trainer.lightning_module.parameters(), *(one for group in groups for one in group)]
+    held = {id(one): (one, one.grad) for one in parameters}
+    for parameter, _ in held.values():
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in held.values():
+            parameter.grad = gradient
 
 
 @contextlib.contextmanager

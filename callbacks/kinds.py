@@ -1,4 +1,6 @@
-"""How each kind of Python object is read, written and compared by `ObjectState`."""
+"""How each kind of object is read, written back in place and compared."""
+
+# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import functools
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import CellType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,25 +18,13 @@ from torch import Tensor, nn
 
 # Tensors and arrays above this many bytes are not copied.
 LARGE = 1 << 28
-_ATOMS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, np.generic, range)
-_OPAQUE = (type, FunctionType, MethodType, BuiltinFunctionType, ModuleType)
-# Packages whose objects are machinery: threads, loggers, loops, compilers. The exceptions carry state of the user's.
-_MACHINERY = (
-    "torch", "threading", "_thread", "multiprocessing", "concurrent", "asyncio", "queue", "logging", "weakref", "functools",
-    "io", "_io", "socket", "contextlib", "rich", "tqdm", "wandb", "tensorboard", "fsspec", "lightning", "pytorch_lightning",
-    "lightning_fabric", "soups.callbacks", "soups.averaging",
-)  # fmt: skip
-_STATEFUL = (
-    "torch.nn", "torch.optim", "torch.utils.data", "lightning.pytorch.core", "lightning.pytorch.callbacks",
-    "lightning.pytorch.utilities", "pytorch_lightning.core", "pytorch_lightning.callbacks", "pytorch_lightning.utilities",
-)  # fmt: skip
-_EXCEPT = (
-    "lightning.pytorch.callbacks.progress",
-    "pytorch_lightning.callbacks.progress",
-    "torch.utils.data.dataloader._",
-)
+ATOMS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, np.generic, range)
 
 ABSENT: Any = type("Absent", (), {"__repr__": lambda self: "<absent>"})()
+WHOLE = "<whole>"  # the slot of an object that is compared and written as one
+
+# A place that can change: the object's id and, for attributes and dictionaries, the key.
+Slot = tuple[int, Any]
 
 
 class Kind(NamedTuple):
@@ -50,7 +40,7 @@ def same_value(one: Any, other: Any) -> bool:
     """Tell whether two slot values are the same object, or equal plain values (NaN equals NaN)."""
     if one is other:
         return True
-    if type(one) is not type(other) or not isinstance(one, (*_ATOMS, tuple)):
+    if type(one) is not type(other) or not isinstance(one, (*ATOMS, tuple)):
         return False
     if isinstance(one, tuple):
         return _same_items(one, other)
@@ -71,10 +61,21 @@ def _write_set(target: Any, content: Any) -> None:
     target.update(content)
 
 
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return the plain tensors that a sparse one consists of; a plain tensor is its only part."""
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)
+
+
 def _read_tensor(tensor: Tensor) -> Tensor | None:
     if nn.parameter.is_lazy(tensor):
         return None
-    if tensor.device.type == "meta" or tensor.layout != torch.strided or tensor.nbytes > LARGE:
+    if tensor.device.type == "meta" or sum(part.nbytes for part in _parts(tensor)) > LARGE:
         return None
     with torch.inference_mode(False), torch.no_grad():
         return tensor.detach().clone()
@@ -84,7 +85,7 @@ def _write_tensor(tensor: Tensor, content: Tensor | None) -> None:
     if content is None:
         return
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-        if tensor.shape != content.shape or tensor.dtype != content.dtype:
+        if tensor.shape != content.shape or tensor.dtype != content.dtype or tensor.layout != torch.strided:
             tensor.data = content.clone()
         else:
             tensor.copy_(content)
@@ -93,13 +94,15 @@ def _write_tensor(tensor: Tensor, content: Tensor | None) -> None:
 def _same_tensor(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
-    if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
+    if (one.shape, one.dtype, one.device, one.layout) != (other.shape, other.dtype, other.device, other.layout):
         return False
+    if one.layout != torch.strided:
+        return all(map(_same_tensor, _parts(one), _parts(other)))
     return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def _read_array(array: Any) -> Any:
-    return None if array.nbytes > LARGE or array.dtype.hasobject else array.copy()
+    return None if array.nbytes > LARGE else array.copy()
 
 
 def _write_array(array: Any, content: Any) -> None:
@@ -110,11 +113,15 @@ def _write_array(array: Any, content: Any) -> None:
 def _same_array(one: Any, other: Any) -> bool:
     if one is None or other is None:
         return one is other
-    return one.shape == other.shape and one.dtype == other.dtype and one.tobytes() == other.tobytes()
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one.dtype.hasobject:
+        return all(map(same_value, one.ravel().tolist(), other.ravel().tolist()))
+    return one.tobytes() == other.tobytes()
 
 
 def write_keys(target: dict[Any, Any], content: Mapping[Any, Any]) -> None:
-    """Write values under their keys into a dictionary; `ABSENT` removes a key."""
+    """Set keys of a dictionary, and take those out that are `ABSENT`."""
     # A class of the user's may override these methods; OrderedDict keeps its order in them.
     base: Any = OrderedDict if isinstance(target, OrderedDict) else dict
     for key, value in content.items():
@@ -136,30 +143,99 @@ def _write_slots(item: Any, content: Mapping[str, Any]) -> None:
             object.__setattr__(item, key, value)
 
 
+ELSEWHERE = "elsewhere"
+
+
+class Held(NamedTuple):
+    """A parameter, or a tensor of an optimizer's state, as it was.
+
+    Attributes:
+        trained: its `requires_grad`.
+        mark: differs where the values differ; None beside a copy, `ELSEWHERE` for values that others take care of.
+        values: a copy; None if there is none.
+    """
+
+    trained: bool
+    mark: Any
+    values: Tensor | None
+
+
+def read_held(tensor: Tensor, *, looked_at: bool, copied: bool) -> Held:
+    """Return a parameter's or optimizer's tensor as it is now.
+
+    Args:
+        tensor: the tensor.
+        looked_at: False for one whose values are taken care of elsewhere.
+        copied: whether its values are copied.
+    """
+    if not looked_at:
+        return Held(tensor.requires_grad, ELSEWHERE, None)
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta" and tensor.layout == torch.strided
+    if not plain:
+        return Held(tensor.requires_grad, None if tensor.is_inference() else tensor._version, None)
+    values = _read_tensor(tensor) if copied else None
+    return Held(tensor.requires_grad, _digest(tensor) if values is None else None, values)
+
+
+def _digest(tensor: Tensor) -> tuple[Any, ...]:
+    """Return the sum of a tensor's bits: writing through `.data` does not count as a new version of it."""
+    flat = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+    return tuple(tensor.shape), tensor.dtype, int(flat.view(integers).sum(dtype=torch.int64))
+
+
+def _write_held(tensor: Tensor, content: Held) -> None:
+    if tensor.requires_grad != content.trained:
+        tensor.requires_grad_(content.trained)
+    _write_tensor(tensor, content.values)
+
+
+def _same_held(one: Held, other: Held) -> bool:
+    if one.values is not None and other.values is not None:
+        return one.trained == other.trained and _same_tensor(one.values, other.values)
+    return (one.trained, one.mark) == (other.trained, other.mark)
+
+
+def _read_cell(cell: CellType) -> dict[str, Any]:
+    try:
+        return {"cell_contents": cell.cell_contents}
+    except ValueError:  # a variable that has no value yet
+        return {}
+
+
+def _write_cell(cell: CellType, content: Mapping[str, Any]) -> None:
+    value = content["cell_contents"]
+    if value is ABSENT:
+        del cell.cell_contents
+    else:
+        cell.cell_contents = value
+
+
 DICT = Kind(lambda item: dict(dict.items(item)), write_keys, same_value, keyed=True)
 ATTRIBUTES = Kind(lambda item: dict(vars(item)), lambda item, new: write_keys(vars(item), new), same_value, keyed=True)
 SLOTS = Kind(
     lambda item: {name: getattr(item, name) for name in _slot_names(item)}, _write_slots, same_value, keyed=True
 )
 LIST = Kind(list, _write_list, _same_items)
-_SET = Kind(set, _write_set, lambda one, other: one == other)
+SET = Kind(set, _write_set, lambda one, other: one == other)
 TENSOR = Kind(_read_tensor, _write_tensor, _same_tensor)
 ARRAY = Kind(_read_array, _write_array, _same_array)
-_TORCH_GENERATOR = Kind(lambda item: item.get_state(), lambda item, new: item.set_state(new), _same_tensor)
-_NUMPY_GENERATOR = Kind(
+TORCH_GENERATOR = Kind(lambda item: item.get_state(), lambda item, new: item.set_state(new), _same_tensor)
+NUMPY_GENERATOR = Kind(
     lambda item: copy.deepcopy(item.bit_generator.state),
     lambda item, new: setattr(item.bit_generator, "state", new),
     lambda one, other: repr(one) == repr(other),
 )
-_NUMPY_STATE = Kind(
+NUMPY_STATE = Kind(
     lambda item: item.get_state(legacy=True),
     lambda item, new: item.set_state(new),
     lambda one, other: one[2:] == other[2:] and bool((one[1] == other[1]).all()),
 )
-_RANDOM = Kind(lambda item: item.getstate(), lambda item, new: item.setstate(new), lambda one, other: one == other)
-
-
-EMPTY: dict[type, Kind] = {dict: DICT, OrderedDict: DICT, list: LIST, set: _SET}
+RANDOM = Kind(lambda item: item.getstate(), lambda item, new: item.setstate(new), lambda one, other: one == other)
+CELL = Kind(_read_cell, _write_cell, same_value, keyed=True)
+_BYTES = Kind(bytes, lambda item, new: item.__setitem__(slice(None), new), lambda one, other: one == other)
+HELD = Kind(lambda item: read_held(item, looked_at=False, copied=False), _write_held, _same_held)
+EMPTY: dict[type, Kind] = {dict: DICT, OrderedDict: DICT, list: LIST, set: SET}
 FILE = Kind(lambda item: item.tell(), lambda item, new: item.seek(new), lambda one, other: one == other)
 
 
@@ -169,25 +245,10 @@ def kind_of(type_: type) -> Kind | None:
     if issubclass(type_, Tensor):
         return TENSOR
     for types, kind in (
-        (list, LIST), (deque, LIST), (set, _SET), (dict, DICT), (np.ndarray, ARRAY), (torch.Generator, _TORCH_GENERATOR),
-        (np.random.Generator, _NUMPY_GENERATOR), (np.random.RandomState, _NUMPY_STATE), (random.Random, _RANDOM),
+        (list, LIST), (deque, LIST), (set, SET), (dict, DICT), (bytearray, _BYTES), (np.ndarray, ARRAY), (CellType, CELL),
+        (torch.Generator, TORCH_GENERATOR), (np.random.Generator, NUMPY_GENERATOR), (np.random.RandomState, NUMPY_STATE),
+        (random.Random, RANDOM),
     ):  # fmt: skip
         if issubclass(type_, types):
             return kind
     return None
-
-
-@functools.cache
-def is_atom(type_: type) -> bool:
-    """Tell whether objects of a type hold no state, or none that is ours to record."""
-    return issubclass(type_, (*_ATOMS, *_OPAQUE, nn.Parameter))
-
-
-@functools.cache
-def is_machinery(type_: type) -> bool:
-    """Tell whether objects of a type are threads, loggers, loops or compilers, whose attributes are not walked."""
-    home = f"{type_.__module__}.{type_.__qualname__}"
-    if home.startswith(_EXCEPT):
-        return True
-    named = any(home.startswith(f"{package}.") for package in _MACHINERY)
-    return named and not home.startswith(_STATEFUL) and not issubclass(type_, nn.Module)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,7 +14,12 @@ from .state import ObjectState
 
 
 def state_of(
-    trainer: pl.Trainer, module: pl.LightningModule, *, skip: Iterable[int] = (), loaders: Iterable[Any] | None = None
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    *,
+    skip: Iterable[int] = (),
+    loaders: Iterable[Any] | None = None,
+    copied: Collection[int] = (),
 ) -> ObjectState:
     """Record the module, its data, its optimizers and schedulers, the callbacks and the Trainer's attributes.
 
@@ -23,6 +28,7 @@ def state_of(
         module: its module.
         skip: ids of tensors that are exchanged for an average's meanwhile.
         loaders: the loaders that are read; those of training and of the present evaluation when None.
+        copied: ids of parameters and optimizers' tensors that are copied whatever their size.
     """
     owner: Any = trainer
     roots: list[Any] = [
@@ -34,7 +40,7 @@ def state_of(
         # Sharded layers exchange their parameters themselves in every forward pass.
         tensors |= {id(layer._parameters) for layer in module.modules()}
     # The module is named last and so walked first; what it shares with others is known by its place there.
-    return ObjectState(roots, skip=tensors, shallow=[trainer])
+    return ObjectState(roots, skip=tensors, shallow=[trainer], copied=copied)
 
 
 def _loaders(trainer: Any) -> list[Any]:

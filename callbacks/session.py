@@ -56,7 +56,9 @@ class Session(AveragedFit):
         self._branches = self._new_branches()
 
     def _new_branches(self) -> Branches:
-        return Branches(lambda: state_of(self.trainer, self.module, skip=map(id, self.originals().values())))
+        return Branches(
+            lambda copied: state_of(self.trainer, self.module, skip=map(id, self.originals().values()), copied=copied)
+        )
 
     # Attaching ------------------------------------------------------------------------------------------------------
 

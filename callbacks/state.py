@@ -3,8 +3,8 @@
 An `ObjectState` walks everything that can be reached from some objects: attributes, containers, buffers, metrics, arrays and
 random generators. Parts of it can be compared with another state of the same objects and written back in place.
 
-Out of reach: files that were written, other processes, objects of C extensions. Parameters are not recorded: nobody changes
-them in an evaluation, and whoever does is told (`soups.averaging.swapping`).
+Parameters and the tensors of optimizers' states are recorded with a checksum, and copied as far as `BUDGET` goes. Elements of
+containers longer than `LONG` are not walked. Out of reach: files that were written, other processes, objects of C extensions.
 """
 
 # pyright: reportPrivateUsage=false
@@ -12,9 +12,11 @@ them in an evaluation, and whoever does is told (`soups.averaging.swapping`).
 from __future__ import annotations
 
 import copy
+import functools
 import io
-from collections.abc import Iterable, Mapping
-from types import GeneratorType
+import re
+from collections.abc import Collection, Iterable, Mapping
+from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -23,26 +25,62 @@ from torch import Tensor, nn
 from .kinds import (
     ABSENT,
     ARRAY,
+    ATOMS,
     ATTRIBUTES,
     DICT,
+    ELSEWHERE,
     EMPTY,
     FILE,
+    HELD,
     LIST,
     SLOTS,
     TENSOR,
+    WHOLE,
+    Held,
     Kind,
-    is_atom,
-    is_machinery,
+    Slot,
     kind_of,
+    read_held,
     write_keys,
 )
 
 # Containers of more elements are copied, but their elements are not walked.
 LONG = 4096
-WHOLE = "<whole>"  # the slot of an object that is compared and written as one
+# Parameters and optimizers' tensors are copied up to this many bytes in all.
+BUDGET = 1 << 28
+_OPAQUE = (type, BuiltinFunctionType, ModuleType)
+# Packages whose objects are machinery: threads, loggers, loops, compilers. The exceptions carry state of the user's.
+_MACHINERY = (
+    "torch", "threading", "_thread", "multiprocessing", "concurrent", "asyncio", "queue", "logging", "weakref", "functools",
+    "io", "_io", "socket", "contextlib", "rich", "tqdm", "wandb", "tensorboard", "fsspec", "lightning", "pytorch_lightning",
+    "lightning_fabric", "soups.callbacks", "soups.averaging",
+)  # fmt: skip
+_STATEFUL = (
+    "torch.nn", "torch.optim", "torch.utils.data", "lightning.pytorch.core", "lightning.pytorch.callbacks",
+    "lightning.pytorch.utilities", "pytorch_lightning.core", "pytorch_lightning.callbacks", "pytorch_lightning.utilities",
+)  # fmt: skip
+_EXCEPT = (
+    "lightning.pytorch.callbacks.progress",
+    "pytorch_lightning.callbacks.progress",
+    "torch.utils.data.dataloader._",
+)
 
-# A place that can change: the object's id and, for attributes and dictionaries, the key.
-Slot = tuple[int, Any]
+
+@functools.cache
+def _is_atom(type_: type) -> bool:
+    """Tell whether objects of a type hold no state, or none that is ours to record."""
+    return issubclass(type_, (*ATOMS, *_OPAQUE))
+
+
+@functools.cache
+def _is_machinery(type_: type) -> bool:
+    home = f"{type_.__module__}.{type_.__qualname__}"
+    return home.startswith(_EXCEPT) or (_in_machinery(home) and not issubclass(type_, nn.Module))
+
+
+def _in_machinery(home: str) -> bool:
+    named = any(home.startswith(f"{package}.") for package in _MACHINERY)
+    return named and not home.startswith(_STATEFUL)
 
 
 class ObjectState:
@@ -50,17 +88,29 @@ class ObjectState:
 
     Args:
         roots: objects to begin with.
-        skip: ids of objects that are neither recorded nor walked.
+        skip: ids of objects that are neither recorded nor walked; of parameters, only `requires_grad` is recorded.
         shallow: objects whose attributes are recorded, but not walked.
+        copied: ids of parameters and optimizers' tensors that are copied whatever their size.
 
     Attributes:
         streams: names of attributes that hold a generator or another iterator that cannot be copied: using it a second time
             would use it up.
     """
 
-    def __init__(self, roots: Iterable[Any], *, skip: Iterable[int] = (), shallow: Iterable[Any] = ()) -> None:
+    def __init__(
+        self,
+        roots: Iterable[Any],
+        *,
+        skip: Iterable[int] = (),
+        shallow: Iterable[Any] = (),
+        copied: Collection[int] = (),
+    ) -> None:
         self._records: dict[int, tuple[Any, Kind, Any]] = {}
-        self._seen: set[int] = set(skip)
+        self._skip = frozenset(skip)
+        self._seen: set[int] = set(self._skip)
+        self._copied, self._budget = copied, BUDGET
+        # What parameters and optimizers' tensors are called, for messages.
+        self._names: dict[int, str] = {}
         self._keep: list[Any] = []  # ids stay taken while their objects are alive
         self.streams: list[str] = []
         self._copies: dict[Slot, Any] = {}
@@ -84,12 +134,16 @@ class ObjectState:
         while stack:
             item, name = stack.pop()
             type_ = type(item)
-            if id(item) in self._seen or is_atom(type_):
-                continue
             # torch marks a parameter that is a tensor of a class of its own by an attribute
             if isinstance(item, Tensor) and isinstance(item, nn.Parameter):
+                self._hold(item, name)
+                continue
+            if id(item) in self._seen or _is_atom(type_):
                 continue
             self._seen.add(id(item))
+            if (inner := _inside(item)) is not None:
+                stack.extend((part, name) for part in inner)
+                continue
             if hasattr(type_, "__next__"):
                 if isinstance(item, io.IOBase):
                     self._record_file(item, name)
@@ -107,15 +161,37 @@ class ObjectState:
                     self._descend(item, content, name, stack)
                 elif kind is LIST and not _plain(content):
                     stack.extend((part, f"{name}[{number}]") for number, part in enumerate(content))
+                elif kind is ARRAY and content is not None and content.dtype.hasobject and content.size <= LONG:
+                    stack.extend((part, name) for part in content.ravel().tolist())
                 if kind is TENSOR or kind is ARRAY or type_.__module__ in ("builtins", "collections"):
                     continue
-            if is_machinery(type_):
+            if _is_machinery(type_):
                 continue
             # A class can have both `__slots__` and a `__dict__`; the dictionary holds what its instances were given.
             if hasattr(item, "__dict__"):
                 self._descend(item, self._record(item, ATTRIBUTES), name, stack, attributes=True)
             elif hasattr(type_, "__slots__") and kind is None:
                 self._descend(item, self._record(item, SLOTS), name, stack, attributes=True)
+
+    def _hold(self, tensor: Tensor, name: str) -> None:
+        """Record a parameter or a tensor of an optimizer's state."""
+        if id(tensor) in self._records:
+            return
+        looked_at = id(tensor) not in self._skip
+        copied = looked_at and (id(tensor) in self._copied or tensor.nbytes <= self._budget)
+        self._budget -= tensor.nbytes if copied else 0
+        self._names[id(tensor)] = re.sub(r"\._(?:modules|parameters)\['([^']+)'\]", r".\1", name)
+        self._records[id(tensor)] = (tensor, HELD, read_held(tensor, looked_at=looked_at, copied=copied))
+
+    def _hold_state(self, optimizer: torch.optim.Optimizer, name: str) -> None:
+        """Record an optimizer's state: which tensors it has, and their values."""
+        for held in (optimizer.state, *optimizer.state.values()):
+            if isinstance(held, dict) and id(held) not in self._seen:
+                self._seen.add(id(held))
+                self._record(held, DICT)
+                for key, value in held.items():
+                    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                        self._hold(value, f"{name}.state[…][{key!r}]")
 
     def _record_file(self, file: Any, name: str) -> None:
         if file.closed or not file.readable():
@@ -135,7 +211,7 @@ class ObjectState:
         attributes: bool = False,
     ) -> None:
         if isinstance(item, torch.optim.Optimizer):
-            # No step is taken in an evaluation; a copy of the state would be twice the weights.
+            self._hold_state(item, name)
             content = {key: value for key, value in content.items() if key != "state"}
         if not attributes and _plain(content.values()):
             return
@@ -144,14 +220,14 @@ class ObjectState:
             self._structure.update(map(id, parts))
         for key, value in content.items():
             type_ = type(value)
-            if is_atom(type_) or id(value) in self._seen:
+            if _is_atom(type_) or id(value) in self._seen:
                 continue
             if type_ in EMPTY and not value:  # most dictionaries of a module
                 self._seen.add(id(value))
                 self._record(value, EMPTY[type_])
                 continue
             place = f"{name}.{key}" if attributes else f"{name}[{key!r}]"
-            if hasattr(type_, "__next__") and not isinstance(value, GeneratorType) and not is_machinery(type_):
+            if hasattr(type_, "__next__") and not isinstance(value, GeneratorType) and not _is_machinery(type_):
                 try:
                     self._copies[-id(item) if attributes else id(item), key] = copy.copy(value)
                 except TypeError:
@@ -219,6 +295,18 @@ class ObjectState:
                 item, kind, _ = self._records[key]
                 kind.write(item, content if kind.keyed else content[WHOLE])
 
+    def uncopied(self, now: ObjectState) -> dict[int, tuple[Tensor, str]]:
+        """Return the parameters and optimizers' tensors, by id with names, that have changed and of which there is no copy."""
+        found: dict[int, tuple[Tensor, str]] = {}
+        for key, name in self._names.items():
+            mine: Held = self.get((key, WHOLE))
+            theirs: Any = now.get((key, WHOLE)) if now.knows((key, WHOLE)) else None
+            if theirs is None or ELSEWHERE in (mine.mark, theirs.mark):
+                continue
+            if mine.values is None and theirs.values is None and mine.mark != theirs.mark:
+                found[key] = self._records[key][0], name
+        return found
+
     def put_back(self, now: ObjectState) -> None:
         """Bring all objects of this state back to it; `now` is their present state."""
         different = [slot for slot in self.differences(now) if self.knows(slot)]
@@ -235,4 +323,15 @@ def _plain(values: Any) -> bool:
     """Tell whether the elements need not be walked: all of them plain, or too many of them."""
     if len(values) > LONG:
         return True
-    return all(is_atom(type(value)) for value in values)
+    return all(_is_atom(type(value)) for value in values)
+
+
+def _inside(item: Any) -> Iterable[Any] | None:
+    """Return the objects that a function has in its closure, a method is of, or a partial call holds; else None."""
+    if isinstance(item, FunctionType):
+        return () if _in_machinery(f"{item.__module__}.") else item.__closure__ or ()
+    if isinstance(item, MethodType):
+        return (item.__self__, item.__func__)
+    if isinstance(item, functools.partial):
+        return (item.func, item.args, item.keywords)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return None

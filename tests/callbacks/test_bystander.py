@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from soups.callbacks import EMA, LAWA, SWA, Averages, Mixout, PostHocEMA, Trajectory
-from tests.callbacks.zoo import ZOO
+from tests.callbacks.zoo import ZOO, Teacher
 
 
 def forward(module, batch):
@@ -83,6 +83,38 @@ def run(kind, callbacks, folder, toy, seen):
         },
         "random": [torch.get_rng_state(), np.random.get_state()[1], list(random.getstate()[1])],
     }
+
+
+def test_a_teacher_too_large_to_be_copied_at_first(tmp_path, toy, monkeypatch):
+    class Other(Teacher):
+        def on_validation_epoch_end(self):
+            super().on_validation_end()
+
+        def on_validation_end(self):
+            pass
+
+    wanted = run(Other, [], tmp_path, toy, {})
+    monkeypatch.setattr("soups.callbacks.state.BUDGET", 0)
+    equal(run(Other, [EMA(decay=0.9, validate="both")], tmp_path, toy, {}), wanted)
+
+
+def test_a_large_tensor_that_only_the_averages_evaluation_writes_is_named(tmp_path, toy, monkeypatch):
+    class Conditional(Teacher):
+        calls = 0
+
+        def on_validation_epoch_end(self):
+            Conditional.calls += 1
+            if Conditional.calls % 2 == 0:  # the raw weights' evaluation comes first
+                self.teacher[2].weight.data.mul_(2)
+
+        def on_validation_end(self):
+            pass
+
+    monkeypatch.setattr("soups.callbacks.state.BUDGET", 0)
+    module = Conditional()
+    trainer = toy.trainer(tmp_path, EMA(decay=0.9, validate="both"), max_epochs=1, num_sanity_val_steps=0)
+    with pytest.warns(UserWarning, match=r"average 'ema' was evaluated, a hook wrote into .*teacher\.2\.weight"):
+        trainer.fit(module)
 
 
 @pytest.fixture(scope="module")

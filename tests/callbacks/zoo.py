@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import random
 from collections import deque
 
@@ -372,7 +374,91 @@ class Remembering(Plain):
         return super().loss(batch) * (1 + 0.01 * len(self.facts["runs"])) + 0.001 * self.net[0].weight.sum() * self.seen
 
 
+class Teacher(Plain):
+    """Trains towards a frozen copy of itself, which follows after each validation; it writes through `.data`."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+    def on_validation_end(self):
+        for own, trained in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+            own.data.lerp_(trained.data, 0.3)
+
+    def loss(self, batch):
+        return super().loss(batch) + (self(batch[0]) - self.teacher(batch[0])).square().mean()
+
+
+class Unfreezing(Plain):
+    """Unfreezes and freezes layers in validation, and scales the momentum there."""
+
+    def on_validation_epoch_end(self):
+        weight = self.net[0].weight
+        weight.requires_grad_(not weight.requires_grad)
+        for state in self.optimizers().optimizer.state.values():
+            if state.get("momentum_buffer") is not None:
+                state["momentum_buffer"].mul_(0.5)
+
+
+class Gradients(Plain):
+    """Leaves gradients of its own behind a validation, in the middle of an accumulation."""
+
+    def on_fit_start(self):
+        self.trainer.accumulate_grad_batches = 2
+
+    def on_validation_epoch_end(self):
+        with torch.inference_mode(False), torch.enable_grad():
+            self.net[0].weight.square().sum().mul(
+                0.01 * float(self.trainer.val_dataloaders.dataset[0][0][0])
+            ).backward()
+
+    on_metric = True
+
+
+class Hidden(Plain):
+    """Counts validations in a closure, a partial call, a method of another object, and containers of other libraries."""
+
+    class Counter:
+        count = 0
+
+        def add(self, step):
+            self.count += step
+            return self.count
+
+    def __init__(self):
+        super().__init__()
+        number, held = 0, []
+
+        def add(step):
+            nonlocal number
+            number += step
+            return number
+
+        def append(items, step):
+            items.extend([1] * step)
+            return len(items)
+
+        self.counters = [
+            add, lambda step: append(held, step), functools.partial(append, []), self.Counter().add,
+            functools.partial(append, bytearray()),
+        ]  # fmt: skip
+        self.array = np.array([0, []], dtype=object)
+        self.sparse = torch.eye(2).to_sparse()
+
+    def on_validation_epoch_end(self):
+        for count in self.counters:
+            count(1)
+        self.array[0] += 1
+        self.array[1].append(1)
+        self.sparse.mul_(1.5)
+
+    def loss(self, batch):
+        total = sum(count(0) for count in self.counters) + self.array[0] + len(self.array[1])
+        return super().loss(batch) + 0.001 * self.net[0].weight.sum() * (total + float(self.sparse.to_dense().sum()))
+
+
 ZOO = [
     Plain, Gan, SchedulerInHook, PlateauInHook, FilledBuffer, SharedGenerator, BatchSampled, RandomState, Streamed,
-    RandomEverywhere, Spectral, Masked, Renamed, OwnStateDict, Lazy, NewHead, WeightNormed, Lora, Remembering,
+    RandomEverywhere, Spectral, Masked, Renamed, OwnStateDict, Lazy, NewHead, WeightNormed, Lora, Remembering, Teacher,
+    Unfreezing, Gradients, Hidden,
 ]  # fmt: skip
